@@ -1,0 +1,292 @@
+"""A layer as a problem sees it: its weights and the moments of what it reads."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Final
+
+import torch
+from torch import Tensor
+
+ACTIVATIONS: Final = ("relu", None)
+
+
+@dataclass(frozen=True, eq=False)
+class Layer:
+    """One linear map y = W x + b of a network, with the moments of its inputs over a calibration set.
+
+    Everything is float64 on the CPU except `inputs`, which keep the dtype they were given. `y` is the *dense*
+    network's pre-activation; `x` is what this layer reads now (in a cascade, from the network pruned so far).
+
+    A bias is one more input that is always 1. The `affine_*` views have it as their last column, P = in + 1; for a
+    layer without bias they are the plain arrays and P = in. Every problem is stated in these views.
+    """
+
+    name: str
+    weight: Tensor  # (out, in)   a convolution as a matrix: in = in_channels / groups * kernel size
+    bias: Tensor | None  # (out,)
+    gram: Tensor  # (in, in)    E[x x^T]
+    cross: Tensor  # (out, in)   E[y x^T]
+    energies: Tensor  # (out,)      E[y^2], one for each output
+    samples: int  # how many x the expectations run over
+    activation: str | None = None  # what follows the layer: "relu", or None
+    mean: Tensor | None = None  # (in,)       E[x]; with `target_mean`, needed for a bias
+    target_mean: Tensor | None = None  # (out,)      E[y]
+    inputs: Tensor | None = field(default=None, repr=False)  # (samples, in)   kept only when asked for
+    targets: Tensor | None = field(default=None, repr=False)  # (samples, out)  y; None where y = W x + b
+
+    def __post_init__(self) -> None:
+        _check_weight(self.name, self.weight, self.bias)
+        out, width = self.weight.shape
+        expected = {
+            "gram": (width, width), "cross": (out, width), "energies": (out,), "mean": (width,),
+            "target_mean": (out,), "inputs": (self.samples, width), "targets": (self.samples, out),
+        }  # fmt: skip
+        for key, shape in expected.items():
+            value = getattr(self, key)
+            if value is None:
+                continue
+            if tuple(value.shape) != shape:
+                raise ValueError(f"layer {self.name!r}: {key} has shape {tuple(value.shape)}, expected {shape}")
+            if not bool(torch.isfinite(value).all()):
+                raise ValueError(f"layer {self.name!r}: {key} holds NaN or inf; check the calibration data")
+        if self.bias is not None and (self.mean is None or self.target_mean is None):
+            raise ValueError(f"layer {self.name!r} has a bias: its moments need `mean` and `target_mean` too")
+        if self.activation not in ACTIVATIONS:
+            raise ValueError(f"layer {self.name!r}: activation {self.activation!r} is not one of {ACTIVATIONS}")
+
+    @classmethod
+    def from_samples(
+        cls,
+        weight: Tensor,
+        inputs: Tensor,
+        bias: Tensor | None = None,
+        activation: str | None = "relu",
+        name: str = "layer",
+        targets: Tensor | None = None,
+    ) -> Layer:
+        """The layer whose inputs are the rows of `inputs` (samples, in); `targets` (samples, out) default to W x + b."""
+        _check_weight(name, weight, bias)
+        if inputs.ndim != 2 or inputs.shape[1] != weight.shape[1]:
+            raise ValueError(
+                f"layer {name!r}: inputs have shape {tuple(inputs.shape)}, expected (samples, {weight.shape[1]})"
+            )
+        if not inputs.is_floating_point():
+            raise TypeError(f"layer {name!r}: inputs are {inputs.dtype}; convert them to float32 or float64")
+        if len(inputs) == 0:
+            raise ValueError(f"layer {name!r}: no samples; give at least one row of inputs")
+        inputs = inputs.detach().cpu()
+        weight, bias = _double(weight), None if bias is None else _double(bias)
+        if targets is not None:
+            targets = _double(targets)
+            if targets.shape != (len(inputs), len(weight)):
+                raise ValueError(
+                    f"layer {name!r}: targets have shape {tuple(targets.shape)}, "
+                    f"expected {(len(inputs), len(weight))}"
+                )
+        read, aimed = InputMoments(weight.shape[1]), TargetMoments(*weight.shape)
+        for start in range(0, len(inputs), 8192):
+            x = inputs[start : start + 8192].double()
+            read.add(x)
+            if targets is not None:
+                aimed.add(x, targets[start : start + 8192])
+        return cls.from_sums(
+            weight, read.finished(), bias, activation, name, None if targets is None else aimed, inputs, targets
+        )
+
+    @classmethod
+    def from_sums(
+        cls,
+        weight: Tensor,
+        read: InputMoments,
+        bias: Tensor | None = None,
+        activation: str | None = "relu",
+        name: str = "layer",
+        aimed: TargetMoments | None = None,
+        inputs: Tensor | None = None,
+        targets: Tensor | None = None,
+    ) -> Layer:
+        """The layer of finished input moments; without `aimed` its targets are its own outputs W x + b."""
+        if read.count == 0:
+            raise ValueError(f"layer {name!r}: no samples reached it; check the batches and the token mask")
+        _check_weight(name, weight, bias)
+        weight = _double(weight)
+        bias = None if bias is None else _double(bias)
+        if aimed is None:
+            shift = torch.zeros(len(weight), dtype=torch.float64) if bias is None else bias
+            through = weight @ read.gram
+            drift = weight @ read.mean
+            cross = through + torch.outer(shift, read.mean)
+            target_mean = drift + shift
+            energies = ((through * weight).sum(1) + 2 * shift * drift + shift.square()).clamp(min=0)
+        else:
+            cross, target_mean, energies = (a / aimed.count for a in (aimed.cross, aimed.mean, aimed.energies))
+        return cls(
+            name, weight, bias, read.gram, cross, energies, read.count, activation, read.mean, target_mean, inputs,
+            targets,
+        )  # fmt: skip
+
+    @classmethod
+    def from_moments(
+        cls,
+        weight: Tensor,
+        gram: Tensor,
+        cross: Tensor | None = None,
+        energy: Tensor | float | None = None,
+        bias: Tensor | None = None,
+        name: str = "layer",
+        samples: int = 1,
+        mean: Tensor | None = None,
+        target_mean: Tensor | None = None,
+        activation: str | None = None,
+    ) -> Layer:
+        """The layer with given moments; without `cross` the targets are the layer's own outputs W x (+ b).
+
+        `energy` is E[y^2] for each output (out,), needed with `cross`: a bound for each neuron needs its own.
+        """
+        _check_weight(name, weight, bias)
+        weight, gram = _double(weight), _double(gram)
+        width = weight.shape[1]
+        if gram.shape != (width, width):
+            raise ValueError(f"layer {name!r}: gram has shape {tuple(gram.shape)}, expected {(width, width)}")
+        if bias is not None:
+            bias = _double(bias)
+            if mean is None:
+                raise ValueError(f"layer {name!r} has a bias: give the inputs' mean E[x] as well")
+        mean = None if mean is None else _double(mean)
+        if cross is None:
+            read = InputMoments(0)
+            read.count, read.gram = samples, gram
+            read.mean = torch.zeros(width, dtype=torch.float64) if mean is None else mean
+            return cls.from_sums(weight, read, bias, activation, name)
+        if energy is None:
+            raise ValueError(f"layer {name!r}: with `cross`, give `energy` = E[y^2] for each output as well")
+        energies = torch.as_tensor(energy, dtype=torch.float64).cpu().reshape(-1)
+        target_mean = None if target_mean is None else _double(target_mean)
+        return cls(name, weight, bias, gram, _double(cross), energies, samples, activation, mean, target_mean)
+
+    @property
+    def energy(self) -> float:
+        """E|y|^2, summed over the outputs."""
+        return float(self.energies.sum())
+
+    @property
+    def affine_weight(self) -> Tensor:
+        """(out, P): the weights, and the bias as the last column."""
+        return self.weight if self.bias is None else torch.cat([self.weight, self.bias[:, None]], 1)
+
+    @property
+    def affine_gram(self) -> Tensor:
+        """(P, P): E[x x^T] with the constant input 1 last."""
+        if self.bias is None or self.mean is None:
+            return self.gram
+        one = torch.ones(1, 1, dtype=torch.float64)
+        mean = self.mean[None]
+        return torch.cat([torch.cat([self.gram, mean]), torch.cat([mean, one], 1).T], 1)
+
+    @property
+    def affine_cross(self) -> Tensor:
+        """(out, P): E[y x^T] with the constant input 1 last."""
+        if self.bias is None or self.target_mean is None:
+            return self.cross
+        return torch.cat([self.cross, self.target_mean[:, None]], 1)
+
+    @property
+    def affine_inputs(self) -> Tensor:
+        """(samples, P): the inputs with a last column of ones, in the inputs' own dtype."""
+        if self.inputs is None:
+            raise ValueError(
+                f"layer {self.name!r} was captured without its inputs; a problem over samples needs "
+                "capture(..., keep_inputs=True) or Layer.from_samples"
+            )
+        return self.inputs if self.bias is None else torch.cat([self.inputs, torch.ones_like(self.inputs[:, :1])], 1)
+
+    @property
+    def targets_or_dense(self) -> Tensor:
+        """(samples, out), float64: the dense pre-activations y of the kept samples."""
+        if self.targets is not None:
+            return self.targets.double()
+        return affine(self.affine_inputs, self.affine_weight)
+
+    def damped(self, fraction: float) -> Layer:
+        """The layer with a ridge lambda |W' - W|^2, lambda = fraction * mean diagonal of the Gram matrix.
+
+        Damping is data: it is folded into the moments, so every solver sees the same problem. The kept inputs no
+        longer match the moments and are dropped.
+        """
+        if not 0 <= fraction < float("inf"):
+            raise ValueError(f"layer {self.name!r}: damping fraction is {fraction}, expected a finite number >= 0")
+        ridge = fraction * float(self.gram.diagonal().mean())
+        return replace(
+            self,
+            gram=self.gram + ridge * torch.eye(len(self.gram), dtype=torch.float64),
+            cross=self.cross + ridge * self.weight,
+            energies=self.energies + ridge * self.weight.square().sum(1),
+            inputs=None,
+            targets=None,
+        )
+
+
+class InputMoments:
+    """Running float64 sums of x x^T and x; layers that read the same tensor share one."""
+
+    def __init__(self, width: int) -> None:
+        self.count = 0
+        self.gram = torch.zeros(width, width, dtype=torch.float64)
+        self.mean = torch.zeros(width, dtype=torch.float64)
+
+    def add(self, x: Tensor) -> None:
+        """Add samples x (n, in), float64."""
+        self.count += len(x)
+        self.gram.addmm_(x.T, x)
+        self.mean += x.sum(0)
+
+    def finished(self) -> InputMoments:
+        """The means instead of the sums, E[x x^T] and E[x], computed once so that layers can share the arrays."""
+        done = InputMoments(0)
+        n = max(self.count, 1)
+        done.count, done.gram, done.mean = self.count, self.gram / n, self.mean / n
+        return done
+
+
+class TargetMoments:
+    """Running float64 sums of y x^T, y and y^2, for targets that are not the layer's own outputs (a cascade)."""
+
+    def __init__(self, out: int, width: int) -> None:
+        self.count = 0
+        self.cross = torch.zeros(out, width, dtype=torch.float64)
+        self.mean = torch.zeros(out, dtype=torch.float64)
+        self.energies = torch.zeros(out, dtype=torch.float64)
+
+    def add(self, x: Tensor, y: Tensor) -> None:
+        """Add samples x (n, in) and y (n, out), both float64."""
+        self.count += len(x)
+        self.cross.addmm_(y.T, x)
+        self.mean += y.sum(0)
+        self.energies += y.square().sum(0)
+
+
+def affine(x: Tensor, weight: Tensor, bias: Tensor | None = None, rows: int = 8192) -> Tensor:
+    """x W^T + b in float64, a block of rows at a time so that x may stay in float32."""
+    out = torch.empty(len(x), len(weight), dtype=torch.float64)
+    for start in range(0, len(x), rows):
+        out[start : start + rows] = x[start : start + rows].double() @ weight.T
+    return out if bias is None else out.add_(bias)
+
+
+def _double(tensor: Tensor) -> Tensor:
+    return tensor.detach().cpu().double()
+
+
+def _check_weight(name: str, weight: Tensor, bias: Tensor | None) -> None:
+    for key, value in (("weight", weight), ("bias", bias)):
+        if value is None:
+            continue
+        if not value.is_floating_point():
+            raise TypeError(f"layer {name!r}: {key} is {value.dtype}; convert it to a floating-point dtype first")
+        if not bool(torch.isfinite(value).all()):
+            raise ValueError(f"layer {name!r}: {key} holds NaN or inf; nothing can be pruned from it")
+    if weight.ndim != 2 or 0 in weight.shape:
+        raise ValueError(f"layer {name!r}: weight has shape {tuple(weight.shape)}, expected (out, in), both > 0")
+    if bias is not None and tuple(bias.shape) != (len(weight),):
+        raise ValueError(f"layer {name!r}: bias has shape {tuple(bias.shape)}, expected ({len(weight)},)")

@@ -1,0 +1,106 @@
+"""What a problem is, and the small capabilities that a solver may ask of one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+from torch import Tensor
+
+from convexprune.solution import Attempt, Certificate
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    import cvxpy as cp
+
+
+@runtime_checkable
+class Problem(Protocol):
+    """A minimisation that can judge any point. It trusts no solver: every figure is recomputed in float64."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(M, P) of a point x."""
+
+    @property
+    def dense(self) -> Tensor:
+        """(M, P), float64: the dense layer as a point."""
+
+    def value(self, x: Tensor) -> float:
+        """The objective at x."""
+
+    def violation(self, x: Tensor) -> float:
+        """How far x is from feasible, relative; 0 exactly when it is feasible."""
+
+    def lower_bound(self, witness: Any) -> float:
+        """A number <= value(x) for every feasible x, for any witness at all; None gives the trivial bound."""
+
+    def output_error(self, x: Tensor) -> float:
+        """An upper bound of || act(X x^T) - act(Y) ||_F over the calibration samples."""
+
+    def to_cvxpy(self) -> Formulation:
+        """The same problem, readable, for CVXPY."""
+
+
+@dataclass(frozen=True, eq=False)
+class Formulation:
+    """A problem written in CVXPY: `problem` over `x` (M, P); after a solve, `witness()` is its dual witness."""
+
+    problem: cp.Problem
+    x: cp.Variable
+    witness: Callable[[], Any]
+
+
+class Solver(Protocol):
+    """A small frozen object whose options are its fields."""
+
+    def solve(self, problem: Problem, start: Tensor | None = None) -> Attempt:
+        """Propose a point; `start` (M, P) is where to begin, if the algorithm can use it."""
+
+
+@runtime_checkable
+class BallProblem(Protocol):
+    """Minimise ||x||_1 over || (X x^T - Y)_active ||_F <= radius and X x^T <= ceiling elsewhere."""
+
+    @property
+    def inputs(self) -> Tensor:
+        """X (n, P)."""
+
+    @property
+    def outputs(self) -> Tensor:
+        """Y (n, M), float64; zero where inactive."""
+
+    @property
+    def active(self) -> Tensor:
+        """(n, M) bool: the entries that the ball covers."""
+
+    @property
+    def ceiling(self) -> Tensor:
+        """V, float64, (n, M) or broadcastable to it; read only where inactive."""
+
+    @property
+    def radius(self) -> float:
+        """The ball's radius."""
+
+
+@runtime_checkable
+class LassoProblem(Protocol):
+    """Minimise 1/2 tr(x G x^T) - <C, x> + lam ||x||_1 + constant."""
+
+    @property
+    def gram(self) -> Tensor:
+        """G (P, P), float64."""
+
+    @property
+    def cross(self) -> Tensor:
+        """C (M, P), float64."""
+
+    @property
+    def lam(self) -> float:
+        """The weight of the L1 norm."""
+
+
+def judge(problem: Problem, x: Tensor, witness: Any = None) -> Certificate:
+    """The problem's verdict on x, whoever proposed it."""
+    return Certificate(problem.value(x), problem.lower_bound(witness), problem.violation(x))

@@ -1,0 +1,6 @@
+"""One file for each problem: the formula first, then value, violation, lower_bound, to_cvxpy."""
+
+from convexprune.problems.l1_reconstruction import L1Reconstruction
+from convexprune.problems.net_trim import NetTrim
+
+__all__ = ["L1Reconstruction", "NetTrim"]

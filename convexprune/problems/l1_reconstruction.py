@@ -1,0 +1,106 @@
+"""Least squares with an L1 price, from moments alone; any activation.
+
+    minimise  1/2 E|x u - y|^2 + lam ||x||_1  =  1/2 tr(x G x^T) - <C, x> + energy / 2 + lam ||x||_1
+
+G = E[u u^T] over the inputs u (the constant 1 included where the layer has a bias), C = E[y u^T].
+Source: Tibshirani 1996 (the lasso), one for each neuron with a common Gram matrix.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from convexprune.layer import Layer
+from convexprune.problem import Formulation
+
+
+@dataclass(frozen=True, eq=False)
+class L1Reconstruction:
+    """The lasso of a layer; `lam` > 0 is in the units of E[y x].
+
+    Raises ValueError for a negative or non-finite lam.
+    """
+
+    layer: Layer
+    lam: float
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.lam < math.inf:
+            raise ValueError(f"lam is {self.lam}; it must be a finite number >= 0")
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(M, P)."""
+        return tuple(self.dense.shape)  # type: ignore[return-value]
+
+    @property
+    def dense(self) -> Tensor:
+        """(M, P): the dense layer's weights, the bias as the last column."""
+        return self.layer.affine_weight
+
+    @cached_property
+    def gram(self) -> Tensor:
+        """G (P, P)."""
+        return self.layer.affine_gram
+
+    @cached_property
+    def cross(self) -> Tensor:
+        """C (M, P)."""
+        return self.layer.affine_cross
+
+    def value(self, x: Tensor) -> float:
+        """1/2 E|x u - y|^2 + lam ||x||_1."""
+        return 0.5 * float(self._errors(x).sum()) + self.lam * float(x.double().abs().sum())
+
+    def violation(self, x: Tensor) -> float:
+        """0: every finite point is feasible."""
+        return 0.0 if bool(torch.isfinite(x).all()) else math.inf
+
+    def output_error(self, x: Tensor) -> float:
+        """sqrt(samples E|x u - y|^2) >= || act(X x^T) - act(Y) ||_F for a 1-Lipschitz activation."""
+        return math.sqrt(self.layer.samples * max(float(self._errors(x).sum()), 0.0))
+
+    def lower_bound(self, witness: Tensor | None) -> float:
+        """sum_m  1/2 (E y_m^2 - E (y_m - s_m r_m)^2)  with r = y - v u the residual of the witness v (M, P).
+
+        The dual of a lasso is feasible at theta = s r when s ||C - v G||_inf <= lam; any v gives such an s, and the best
+        s in that interval is taken for each neuron.
+        """
+        if witness is None:
+            return 0.0
+        if tuple(witness.shape) != self.shape:
+            raise ValueError(f"witness has shape {tuple(witness.shape)}, expected {self.shape}")
+        v = witness.detach().cpu().double()
+        if not bool(torch.isfinite(v).all()):
+            return 0.0
+        through = v @ self.gram
+        reach = (self.cross - through).abs().amax(1)
+        # rounding of the product, entry by entry at most P u |v||G|, so that the bound holds as computed
+        reach = reach + 2 * len(self.gram) * 2.0**-53 * (self.cross.abs() + v.abs() @ self.gram.abs()).amax(1)
+        aligned = self.layer.energies - (self.cross * v).sum(1)  # E[y r]
+        energy = self._errors(v).clamp(min=0)  # E[r^2]
+        limit = self.lam / reach.clamp(min=1e-300)
+        scale = torch.minimum((aligned / energy.clamp(min=1e-300)).clamp(min=0), limit)
+        return float((scale * aligned - 0.5 * scale.square() * energy).clamp(min=0).sum())
+
+    def to_cvxpy(self) -> Formulation:
+        """The same lasso as a quadratic program; its objective leaves out nothing, so values agree."""
+        import cvxpy as cp
+
+        # a factor of G is the data matrix of an equivalent least-squares problem
+        values, vectors = torch.linalg.eigh(self.gram)
+        root = (vectors * values.clamp(min=0).sqrt()).numpy()
+        x = cp.Variable(self.shape, name="x")
+        smooth = 0.5 * cp.sum_squares(x @ root) - cp.sum(cp.multiply(self.cross.numpy(), x))
+        objective = smooth + 0.5 * self.layer.energy + self.lam * cp.sum(cp.abs(x))
+        return Formulation(cp.Problem(cp.Minimize(objective)), x, lambda: torch.from_numpy(x.value))
+
+    def _errors(self, x: Tensor) -> Tensor:
+        """E (x_m u - y_m)^2 for each neuron."""
+        x = x.detach().cpu().double()
+        return ((x @ self.gram) * x).sum(1) - 2 * (self.cross * x).sum(1) + self.layer.energies

@@ -1,0 +1,218 @@
+"""Net-Trim: the sparsest layer, in L1, whose outputs stay within a ball of the dense layer's.
+
+    minimise ||x||_1   subject to   || (X x^T - Y)_active ||_F <= radius      one ball for the whole layer
+                                    (X x^T)_pm <= V_pm  where inactive
+
+Y = relu(dense pre-activations); active = {Y > 0}. A layer without ReLU has only the ball, over all entries.
+Source: Aghasi, Abdi, Nguyen, Romberg, NIPS 2017, eq. (5) and (8); Aghasi, Abdi, Romberg, SIMODS 2020.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from convexprune.layer import Layer, affine
+from convexprune.problem import Formulation
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+BLOCK = 8192  # rows of X converted to float64 at a time
+
+
+@dataclass(frozen=True, eq=False)
+class NetTrim:
+    """The parallel Net-Trim problem of a layer; `NetTrim.cascade` states the cascade one.
+
+    layer    captured with its inputs
+    epsilon  the ball's radius, relative: radius = epsilon ||Y||_F
+    slack    V: None (zero), a number, or an array (samples, out) read where the dense layer is inactive
+
+    Raises ValueError for a negative or non-finite epsilon, a slack of the wrong shape, a layer without samples.
+    """
+
+    layer: Layer
+    epsilon: float
+    slack: Tensor | float | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.epsilon < math.inf:
+            raise ValueError(f"epsilon is {self.epsilon}; it must be a finite number >= 0, such as 0.05")
+        self.layer.affine_inputs  # noqa: B018   a layer without samples says so now, not in the solver
+        if isinstance(self.slack, Tensor):
+            expected = (self.layer.samples, len(self.layer.weight))
+            if tuple(self.slack.shape) != expected:
+                raise ValueError(f"slack has shape {tuple(self.slack.shape)}, expected {expected}, or give a number")
+        if self.slack is not None and not bool(torch.isfinite(torch.as_tensor(self.slack)).all()):
+            raise ValueError("slack holds NaN or inf; give finite numbers, or None for zero")
+
+    @classmethod
+    def cascade(cls, layer: Layer, epsilon: float, gamma: float = 1.1, risk: float = 1.0) -> NetTrim:
+        """The cascade problem: radius = risk sqrt(gamma) || (X W^T - Y)_active ||_F and V = X W^T.
+
+        With gamma >= 1 and risk = 1 the dense W is feasible; risk < 1 may leave no feasible point, and the solver then
+        says so. A layer whose inputs are the dense network's (the first) has no error to hold on to and gets the
+        parallel problem of `epsilon`.
+        """
+        if not 1 <= gamma < math.inf:
+            raise ValueError(f"gamma is {gamma}; it must be a finite number >= 1, such as 1.1")
+        if not 0 < risk <= 1:
+            raise ValueError(f"risk is {risk}; it must be in (0, 1]")
+        parallel = cls(layer, epsilon)
+        now = affine(layer.affine_inputs, layer.affine_weight)
+        drift = float((now - parallel.outputs)[parallel.active].norm()) / max(parallel.scale, 1e-300)
+        if drift < 1e-6:
+            return parallel
+        return cls(layer, risk * math.sqrt(gamma) * drift, now if layer.activation == "relu" else None)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(M, P)."""
+        return tuple(self.dense.shape)  # type: ignore[return-value]
+
+    @property
+    def dense(self) -> Tensor:
+        """(M, P): the dense layer's weights, the bias as the last column."""
+        return self.layer.affine_weight
+
+    @cached_property
+    def inputs(self) -> Tensor:
+        """X (n, P), in the dtype it was captured in."""
+        return self.layer.affine_inputs
+
+    @cached_property
+    def outputs(self) -> Tensor:
+        """Y (n, M), float64: what follows the dense layer's activation."""
+        y = self.layer.targets_or_dense
+        return y.clamp_(min=0) if self.layer.activation == "relu" else y
+
+    @cached_property
+    def active(self) -> Tensor:
+        """(n, M) bool: the entries that the ball covers."""
+        return self.outputs > 0 if self.layer.activation == "relu" else torch.ones_like(self.outputs, dtype=torch.bool)
+
+    @cached_property
+    def ceiling(self) -> Tensor:
+        """V, float64, broadcastable to (n, M)."""
+        if self.slack is None:
+            return torch.zeros(1, 1, dtype=torch.float64)
+        slack = torch.as_tensor(self.slack).detach().cpu().double()
+        return slack if slack.ndim == 2 else slack.reshape(1, 1)
+
+    @cached_property
+    def scale(self) -> float:
+        """||Y||_F: violations are relative to it, as epsilon is."""
+        return float(self.outputs.norm())
+
+    @property
+    def radius(self) -> float:
+        """epsilon ||Y||_F."""
+        return self.epsilon * self.scale
+
+    def value(self, x: Tensor) -> float:
+        """||x||_1, the bias included."""
+        return float(x.double().abs().sum())
+
+    def violation(self, x: Tensor) -> float:
+        """max of (ball error - radius) / ||Y||_F and of the largest (X x^T - V) where inactive / rms of Y; 0 if none."""
+        error, excess, _ = self._residuals(x)
+        scale = self.scale or 1.0
+        rms = scale / math.sqrt(max(int(self.active.sum()), 1))
+        return max(0.0, (error - self.radius) / scale, excess / rms)
+
+    def output_error(self, x: Tensor) -> float:
+        """sqrt( max(radius, ball error)^2 + || relu(max(V, X x^T)) ||^2 where inactive ) >= || relu(X x^T) - Y ||_F.
+
+        For a feasible x and V = 0 this is the radius (Proposition 1 of the paper); it stays valid when x is not.
+        """
+        error, _, leak = self._residuals(x)
+        return math.hypot(max(self.radius, error), leak)
+
+    def lower_bound(self, witness: Tensor | None) -> float:
+        """max over 0 <= s of  sum_m s_m (<z_m, Y> + <z_m, V>)  -  radius || (s Z)_active ||_F,  a weak-duality bound.
+
+        Any Z (n, M) serves: its sign is clipped where inactive, and each neuron's column is scaled by its own s_m so
+        that s_m ||X^T z_m||_inf <= 1, rounding errors of that product included. Scaling the neurons one by one
+        is tighter than dividing all of Z by the worst of them.
+        """
+        if witness is None:
+            return 0.0
+        if tuple(witness.shape) != tuple(self.outputs.shape):
+            raise ValueError(f"witness has shape {tuple(witness.shape)}, expected {tuple(self.outputs.shape)}")
+        z = witness.detach().cpu().double()
+        if not bool(torch.isfinite(z).all()):
+            return 0.0
+        z = torch.where(self.active, z, z.clamp(max=0))
+        gain = torch.where(self.active, z * self.outputs, z * self.ceiling).sum(0)
+        energy = torch.where(self.active, z, 0).square().sum(0)
+        reach, columns = z.new_zeros(self.shape).T, z.new_zeros(self.shape[1])
+        for rows, x in self._blocks():
+            reach = reach + x.T @ z[rows]
+            columns += x.square().sum(0)
+        # the computed X^T z is off by at most n u |x| |z| (Higham, Accuracy and Stability, 3.5)
+        rounding = 2 * len(z) * 2.0**-53 * float(columns.max().sqrt()) * z.norm(dim=0)
+        limit = 1 / (reach.abs().amax(0) + rounding).clamp(min=1e-300)
+        return _best_scaling(gain, energy, limit, self.radius)
+
+    def to_cvxpy(self) -> Formulation:
+        """The second-order cone program."""
+        import cvxpy as cp
+
+        inputs, outputs = self.inputs.double().numpy(), self.outputs.numpy()
+        active = self.active.numpy()
+        x = cp.Variable(self.shape, name="x")
+        produced = inputs @ x.T
+        ball = cp.norm((produced - outputs)[active]) <= self.radius if active.any() else None
+        below = None
+        if not active.all():
+            below = produced[~active] <= self.ceiling.expand_as(self.outputs).numpy()[~active]
+        problem = cp.Problem(cp.Minimize(cp.sum(cp.abs(x))), [c for c in (ball, below) if c is not None])
+
+        def witness() -> Tensor:
+            z = torch.zeros_like(self.outputs)
+            if ball is not None and ball.dual_value is not None:
+                residual = torch.where(self.active, torch.from_numpy(inputs @ x.value.T) - self.outputs, 0)
+                z -= float(ball.dual_value) * residual / residual.norm().clamp(min=1e-300)
+            if below is not None and below.dual_value is not None:
+                z[~self.active] = -torch.from_numpy(below.dual_value)
+            return z
+
+        return Formulation(problem, x, witness)
+
+    def _blocks(self) -> Iterator[tuple[slice, Tensor]]:
+        for start in range(0, len(self.inputs), BLOCK):
+            rows = slice(start, min(start + BLOCK, len(self.inputs)))
+            yield rows, self.inputs[rows].double()
+
+    def _residuals(self, x: Tensor) -> tuple[float, float, float]:
+        """The ball's error, the largest excess over V, and || relu(max(V, X x^T)) ||_F where inactive."""
+        weight = x.detach().cpu().double()
+        error, excess, leak = 0.0, -math.inf, 0.0
+        for rows, inputs in self._blocks():
+            produced, active = inputs @ weight.T, self.active[rows]
+            ceiling = self.ceiling if len(self.ceiling) == 1 else self.ceiling[rows]
+            error += float(torch.where(active, produced - self.outputs[rows], 0).square().sum())
+            excess = max(excess, float((produced - ceiling).masked_fill(active, -math.inf).max()))
+            over = torch.maximum(produced, ceiling).masked_fill(active, 0).clamp(min=0)
+            leak += float(over.square().sum())
+        return math.sqrt(error), excess, math.sqrt(leak)
+
+
+def _best_scaling(gain: Tensor, energy: Tensor, limit: Tensor, radius: float, steps: int = 20) -> float:
+    """max over 0 <= s <= limit of <s, gain> - radius sqrt(<s^2, energy>), by a fixed point; every iterate is valid."""
+    scale = torch.where(gain > 0, limit, 0)
+    best = 0.0
+    for _ in range(steps):
+        norm = float((scale.square() * energy).sum().sqrt())
+        best = max(best, float((scale * gain).sum()) - radius * norm)
+        if radius == 0 or norm == 0:
+            break
+        wanted = gain * norm / (radius * energy.clamp(min=1e-300))
+        scale = torch.minimum(wanted.clamp(min=0), limit)
+    return best

@@ -1,0 +1,62 @@
+"""The driver: time the solver, let the problem judge what it returns."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from convexprune.problem import Problem, Solver, judge
+from convexprune.solution import Certificate, Solution, Status
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+_defaults: dict[type, Callable[[], Solver]] = {}
+
+
+def set_default(kind: type, factory: Callable[[], Solver]) -> None:
+    """Name the solver that problems of this type get when the caller names none."""
+    _defaults[kind] = factory
+
+
+def default_solver(problem: Problem) -> Solver:
+    """The solver that `solve(problem)` uses."""
+    for kind in type(problem).__mro__:
+        if kind in _defaults:
+            return _defaults[kind]()
+    raise TypeError(f"no default solver for {type(problem).__name__}; name one: solve(problem, solver)")
+
+
+def solve(problem: Problem, solver: Solver | None = None, *, start: Tensor | None = None) -> Solution:
+    """Solve a problem and certify the answer: the point is judged by the problem, in float64, never by the solver.
+
+    `start` (M, P) is a point to begin from. Without `solver` the problem's default, our best, is used.
+    """
+    if not isinstance(problem, Problem):
+        raise TypeError(f"{type(problem).__name__} is not a problem: it lacks value, violation, lower_bound or shape")
+    if start is not None and tuple(start.shape) != problem.shape:
+        raise ValueError(f"start has shape {tuple(start.shape)}, expected {problem.shape}")
+    solver = default_solver(problem) if solver is None else solver
+    begun = time.perf_counter()
+    attempt = solver.solve(problem, start)
+    seconds = time.perf_counter() - begun
+    x, status = attempt.x.detach().cpu().double(), attempt.status
+    if tuple(x.shape) != problem.shape:
+        raise ValueError(f"{type(solver).__name__} returned a point of shape {tuple(x.shape)}, not {problem.shape}")
+    if bool(torch.isfinite(x).all()):
+        certificate = judge(problem, x, attempt.witness)
+    else:
+        status = Status.NUMERICAL
+        certificate = Certificate(float("inf"), problem.lower_bound(attempt.witness), float("inf"))
+    return Solution(
+        x, attempt.witness, status, certificate, seconds, attempt.iterations, repr(solver), attempt.trace
+    )
+
+
+def rejudged(solution: Solution, problem: Problem, x: Tensor) -> Solution:
+    """The solution with another point, judged anew: what `prune` writes is what its certificate speaks of."""
+    return replace(solution, x=x, certificate=judge(problem, x, solution.witness))
