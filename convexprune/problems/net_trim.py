@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -120,7 +120,7 @@ class NetTrim:
         return float(x.double().abs().sum())
 
     def violation(self, x: Tensor) -> float:
-        """max of (ball error - radius) / ||Y||_F and of the largest (X x^T - V) where inactive / rms of Y; 0 if none."""
+        """max of (ball error - radius) / ||Y||_F and of the largest (X x^T - V) where inactive / rms of Y, or 0."""
         error, excess, _ = self._residuals(x)
         scale = self.scale or 1.0
         rms = scale / math.sqrt(max(int(self.active.sum()), 1))
@@ -164,23 +164,27 @@ class NetTrim:
         """The second-order cone program."""
         import cvxpy as cp
 
-        inputs, outputs = self.inputs.double().numpy(), self.outputs.numpy()
-        active = self.active.numpy()
+        inputs, outputs, active = self.inputs.double().numpy(), self.outputs.numpy(), self.active.numpy()
         x = cp.Variable(self.shape, name="x")
         produced = inputs @ x.T
-        ball = cp.norm((produced - outputs)[active]) <= self.radius if active.any() else None
-        below = None
+        pieces = []
+        if active.any():
+            residual = (produced - outputs)[active]
+            # a ball of radius 0 has no interior, and interior-point methods stall on it
+            ball = cp.SOC(cp.Constant(self.radius), residual) if self.radius > 0 else residual == 0
+            pieces.append((ball, self.active))
         if not active.all():
             below = produced[~active] <= self.ceiling.expand_as(self.outputs).numpy()[~active]
-        problem = cp.Problem(cp.Minimize(cp.sum(cp.abs(x))), [c for c in (ball, below) if c is not None])
+            pieces.append((below, ~self.active))
+        problem = cp.Problem(cp.Minimize(cp.sum(cp.abs(x))), [constraint for constraint, _ in pieces])
 
-        def witness() -> Tensor:
+        def witness() -> Tensor | None:
             z = torch.zeros_like(self.outputs)
-            if ball is not None and ball.dual_value is not None:
-                residual = torch.where(self.active, torch.from_numpy(inputs @ x.value.T) - self.outputs, 0)
-                z -= float(ball.dual_value) * residual / residual.norm().clamp(min=1e-300)
-            if below is not None and below.dual_value is not None:
-                z[~self.active] = -torch.from_numpy(below.dual_value)
+            for constraint, entries in pieces:
+                dual = constraint.dual_variables[-1].value
+                if dual is None:
+                    return None
+                z[entries] = torch.from_numpy(dual).flatten() * (1 if isinstance(constraint, cp.SOC) else -1)
             return z
 
         return Formulation(problem, x, witness)

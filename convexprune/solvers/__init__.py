@@ -1,0 +1,6 @@
+"""One file for each algorithm; a solver proposes, the problem judges."""
+
+from convexprune.solvers.admm import ADMM
+from convexprune.solvers.working_set import WorkingSet
+
+__all__ = ["ADMM", "WorkingSet"]

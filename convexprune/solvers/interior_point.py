@@ -48,18 +48,21 @@ class Bucket:
         """(B, w): the coefficients now."""
         return (self.p - self.q) * self.column_mask
 
-    def begin(self, u: Tensor, z: Tensor, tau: float, unit: float, width: float) -> None:
-        """Start around u (B, w), z (B, r), kept `width` units away from every bound."""
-        gap = width * unit
-        self.p = torch.where(self.column_mask, u.clamp(min=0) + gap, 1.0)
-        self.q = torch.where(self.column_mask, (-u).clamp(min=0) + gap, 1.0)
-        slope = tau * (_times(self.hessian, u) - self.linear) + _times(self.slopes.mT, z)
-        self.a = torch.where(self.column_mask, (1 + slope).clamp(min=width), 1.0)
-        self.b = torch.where(self.column_mask, (1 - slope).clamp(min=width), 1.0)
-        room = self.ceiling - _times(self.slopes, u)
-        typical = float(room.abs()[self.row_mask].mean()) if bool(self.row_mask.any()) else 1.0
-        self.s = torch.where(self.row_mask, room.clamp(min=max(width * typical, 1e-12)), 1.0)
-        self.z = torch.where(self.row_mask, torch.maximum(z, width * gap / self.s), 1.0)
+    def begin(self, u: Tensor, z: Tensor, mu: float, ratio: float) -> None:
+        """Start at u (B, w) and z (B, r), or as near as a point with every product equal to mu can be.
+
+        p - q = u, p a = q b = mu and a + b = 2 have one solution; s z = mu and s - ratio z = room - ratio z0 too, with
+        `ratio` a typical room over a typical multiplier.
+        """
+        hypotenuse = (u.square() + mu * mu).sqrt()
+        self.p = torch.where(self.column_mask, (mu + u + hypotenuse) / 2, 1.0)
+        self.q = torch.where(self.column_mask, (mu - u + hypotenuse) / 2, 1.0)
+        self.a, self.b = mu / self.p, mu / self.q
+        offset = self.ceiling - _times(self.slopes, u) - ratio * z
+        s = (offset.abs() + (offset.square() + 4 * ratio * mu).sqrt()) / 2
+        s = torch.where(offset > 0, s, ratio * mu / s)
+        self.s = torch.where(self.row_mask, s, 1.0)
+        self.z = torch.where(self.row_mask, mu / self.s, 1.0)
 
     def assemble(self, tau: float) -> None:
         """Residuals and the factored Newton matrix theta + tau H + R^T (z / s) R."""
@@ -131,6 +134,11 @@ class Bucket:
         rows = (self.s + step * self.ds) * (self.z + step * self.dz)
         return float((pairs * self.column_mask).sum() + (rows * self.row_mask).sum())
 
+    def sparse(self, unit: float) -> Tensor:
+        """(B, w): u with the weights whose multiplier wins set to exactly zero; `unit` is a typical |u|."""
+        size, price = torch.maximum(self.p, self.q), torch.where(self.p > self.q, self.a, self.b)
+        return self.u * (size / unit > price)
+
     def move(self, step: float) -> None:
         """Take the step."""
         for name in ("p", "q", "a", "b", "s", "z"):
@@ -146,81 +154,111 @@ class Bucket:
         return 0.5 * float((u * (self.pull - self.linear)).sum())
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """Where the iterations ended: tau, the relative complementarity gap, and whether the rule was met."""
+@dataclass(eq=False)
+class Coupling:
+    """What the neurons share: the multiplier tau and, unless tau is fixed, the quadratic constraint and its slack.
+
+    constant  the quadratic constraint's constant term; None fixes tau and drops the constraint
+    """
 
     tau: float
+    constant: float | None = None
+    slack: float = 1.0
+    residual: float = field(init=False, default=0.0)
+    curvature: float = field(init=False, default=0.0)
+    dtau: float = field(init=False, default=0.0)
+    dslack: float = field(init=False, default=0.0)
+
+    @property
+    def free(self) -> bool:
+        """Whether tau is an unknown."""
+        return self.constant is not None
+
+    def assemble(self, buckets: list[Bucket]) -> bool:
+        """Assemble every bucket and the scalar equation; False where a Newton matrix is not positive definite."""
+        for bucket in buckets:
+            bucket.assemble(self.tau)
+        if self.constant is not None:
+            excess = self.constant + sum(bucket.quadratic() for bucket in buckets)
+            self.residual = -excess - self.slack
+            self.curvature = sum(float((bucket.pull * bucket.pulled).sum()) for bucket in buckets)
+        return all(bucket.defined for bucket in buckets)
+
+    def complementarity(self, buckets: list[Bucket]) -> float:
+        """The sum of all products that the optimum makes zero."""
+        return sum(bucket.complementarity() for bucket in buckets) + self.free * self.slack * self.tau
+
+    def solve(self, buckets: list[Bucket], centre: float, correct: bool) -> None:
+        """The Newton direction of every bucket, of tau and of the slack, towards products equal to `centre`."""
+        pulled = sum(bucket.respond(centre, correct) for bucket in buckets)
+        if self.free:
+            product = centre - self.slack * self.tau - (self.dslack * self.dtau if correct else 0.0)
+            ratio = self.tau / self.slack
+            drive = product / self.slack - ratio * self.residual + ratio * pulled
+            self.dtau = drive / (1 + ratio * self.curvature)
+        moved = sum(bucket.complete(self.tau, self.dtau) for bucket in buckets)
+        self.dslack = self.residual - moved
+
+    def longest(self, buckets: list[Bucket]) -> float:
+        """The largest step in [0, 1] that keeps every variable nonnegative."""
+        steps = [bucket.longest() for bucket in buckets]
+        if self.free:
+            steps += [1 / max(-self.dslack / self.slack, 1e-30), 1 / max(-self.dtau / self.tau, 1e-30)]
+        return min(1.0, *steps)
+
+    def product_after(self, buckets: list[Bucket], step: float) -> float:
+        """The complementarity after a step."""
+        own = (self.slack + step * self.dslack) * (self.tau + step * self.dtau)
+        return sum(bucket.product_after(step) for bucket in buckets) + self.free * own
+
+    def move(self, buckets: list[Bucket], step: float) -> None:
+        """Take the step."""
+        for bucket in buckets:
+            bucket.move(step)
+        if self.free:
+            self.slack += step * self.dslack
+            self.tau += step * self.dtau
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How the iterations ended: the relative complementarity gap, and whether the rule was met."""
+
     gap: float
     iterations: int
     converged: bool
 
 
 def interior_point(
-    buckets: list[Bucket],
-    tau: float,
-    constant: float | None,
-    *,
-    slack: float = 0.0,
-    eps_rel: float = 1e-8,
-    max_iter: int = 60,
-    deadline: float = float("inf"),
+    buckets: list[Bucket], coupling: Coupling, *, eps_rel: float, max_iter: int, deadline: float = float("inf")
 ) -> Outcome:
-    """Iterate from `Bucket.begin`'s points until the relative gap is below `eps_rel`.
+    """Iterate from `Bucket.begin`'s points until the relative complementarity gap is below `eps_rel`.
 
-    constant  the quadratic constraint's constant term; None fixes tau and drops the constraint
-    slack     the constraint's slack to start with
+    Leaves the point and the multipliers in the buckets and tau in the coupling. Stops early, unconverged, when the steps
+    vanish, when a matrix cannot be factored, or at the deadline (a time.perf_counter value).
     """
-    free = constant is not None
-    pairs = sum(bucket.count() for bucket in buckets) + free
-    gap, stalls, t = float("inf"), 0, max(slack, 1e-300)
+    pairs = sum(bucket.count() for bucket in buckets) + coupling.free
+    gap, short = float("inf"), 0
     for iteration in range(max_iter):
-        for bucket in buckets:
-            bucket.assemble(tau)
-        if not all(bucket.defined for bucket in buckets):
-            return Outcome(tau, gap, iteration, False)
-        excess = constant + sum(bucket.quadratic() for bucket in buckets) if constant is not None else 0.0
-        residual = -excess - t if free else 0.0
-        complementarity = sum(bucket.complementarity() for bucket in buckets) + (t * tau if free else 0.0)
-        objective = sum(float(bucket.u.abs().sum()) for bucket in buckets)
-        gap = complementarity / max(objective, 1e-300)
+        if not coupling.assemble(buckets):
+            return Outcome(gap, iteration, False)
+        objective = max(sum(float(bucket.u.abs().sum()) for bucket in buckets), 1e-300)
+        total = coupling.complementarity(buckets)
+        gap = total / objective
         dual = max(bucket.dual_residual() for bucket in buckets)
-        if gap < eps_rel and dual < 1e3 * eps_rel and tau * abs(residual) < eps_rel * objective:
-            return Outcome(tau, gap, iteration, True)
-        if stalls >= 3 or time.perf_counter() > deadline:
-            return Outcome(tau, gap, iteration, False)
-        mu = complementarity / pairs
-        curvature = sum(float((bucket.pull * bucket.pulled).sum()) for bucket in buckets)
-
-        def direction(centre: float, correct: bool, product: float) -> tuple[float, float]:
-            """Solve every bucket and the scalar equation for dtau; returns (dt, dtau)."""
-            pulled = sum(bucket.respond(centre, correct) for bucket in buckets)
-            dtau = 0.0
-            if free:
-                wanted = centre - t * tau - product  # noqa: B023   used within this iteration only
-                dtau = ((wanted - tau * residual) / t + tau / t * pulled) / (1 + tau / t * curvature)  # noqa: B023
-            moved = sum(bucket.complete(tau, dtau) for bucket in buckets)
-            return residual - moved, dtau  # noqa: B023
-
-        def longest(dt: float, dtau: float) -> float:
-            bounds = [bucket.longest() for bucket in buckets]
-            if free:
-                bounds += [1 / max(-dt / t, 1e-30), 1 / max(-dtau / tau, 1e-30)]  # noqa: B023
-            return min(1.0, *bounds)
-
-        dt, dtau = direction(0.0, False, 0.0)
-        step = longest(dt, dtau)
-        after = sum(bucket.product_after(step) for bucket in buckets)
-        after += (t + step * dt) * (tau + step * dtau) if free else 0.0
-        sigma = max(after / complementarity, 1e-4) ** 3
-        dt, dtau = direction(sigma * mu, True, dt * dtau)
-        step = min(1.0, BACKOFF * longest(dt, dtau))
-        for bucket in buckets:
-            bucket.move(step)
-        if free:
-            t, tau = t + step * dt, tau + step * dtau
-        stalls = stalls + 1 if step < 1e-3 else 0
-    return Outcome(tau, gap, max_iter, False)
+        miss = coupling.tau * abs(coupling.residual) / objective
+        if gap < eps_rel and dual < max(10 * eps_rel, 1e-5) and miss < max(eps_rel, 1e-7):
+            return Outcome(gap, iteration, True)
+        if short >= 3 or time.perf_counter() > deadline:
+            return Outcome(gap, iteration, False)
+        coupling.solve(buckets, 0.0, correct=False)
+        after = coupling.product_after(buckets, coupling.longest(buckets))
+        sigma = max(after / total, 1e-4) ** 3
+        coupling.solve(buckets, sigma * total / pairs, correct=True)
+        step = min(1.0, BACKOFF * coupling.longest(buckets))
+        coupling.move(buckets, step)
+        short = short + 1 if step < 1e-3 else 0
+    return Outcome(gap, max_iter, False)
 
 
 def _times(matrices: Tensor, vectors: Tensor) -> Tensor:

@@ -1,0 +1,37 @@
+# Each target makes the .venv that it needs, from the exact versions of constraints.txt. ARGS goes to the command:
+#   make demo ARGS="--data mnist.npz --weights lenet300.npz"      make test ARGS="-k cvxpy"
+PYTHON ?= python3
+BIN := .venv/bin
+
+EXTRAS_demo := report
+EXTRAS_dev := cvxpy,report,dev
+EXTRAS_docs := docs
+EXTRAS_bench := cvxpy,report,bench
+
+.PHONY: demo test lint docs bench clean
+
+demo: .venv/demo.stamp
+	$(BIN)/convexprune demo $(ARGS)
+
+test: .venv/dev.stamp
+	$(BIN)/pytest $(ARGS)
+
+lint: .venv/dev.stamp
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+docs: .venv/docs.stamp
+	$(BIN)/sphinx-build --fail-on-warning --quiet -b html docs docs/_build/html
+
+bench: .venv/bench.stamp
+	$(BIN)/benchopt run benchmarks/nettrim --config benchmarks/nettrim/small.yml --no-display $(ARGS)
+	$(BIN)/python benchmarks/gpu.py --small
+
+clean:
+	rm -rf .venv docs/_build
+
+.venv/%.stamp: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[$(EXTRAS_$*)]"
+	touch $@

@@ -1,0 +1,32 @@
+"""The activation behind a layer, from what a forward pass did with its output."""
+
+from __future__ import annotations
+
+from convexprune.network.trace import DROPOUT, RESHAPING, Record
+
+# relu(f(y)) = f(relu(y)) for these: reorderings, zeros and positive factors, maxima
+_COMMUTING = RESHAPING | DROPOUT | frozenset(
+    ("dropout in training", "dropout1d in training", "dropout2d in training", "dropout3d in training", "max_pool1d",
+     "max_pool2d", "max_pool3d", "adaptive_max_pool1d", "adaptive_max_pool2d", "adaptive_max_pool3d")
+)  # fmt: skip
+
+
+def activation(record: Record, layer: str) -> str | None:
+    """ "relu" if a ReLU is all that ever reads the layer's output, else None.
+
+    Between the two may stand what commutes with a ReLU: reshaping, dropout, max pooling. A layer whose output is also
+    added to something, normalised, or returned, is not rectified.
+    """
+    made = [number for step in record.steps if step.layer == layer for number in step.makes]
+    return "relu" if made and all(_rectified(record, number) for number in made) else None
+
+
+def _rectified(record: Record, number: int) -> bool:
+    readers = [step for step in record.steps if number in step.reads]
+    if number in record.results or not readers:
+        return False
+    for step in readers:
+        commutes = step.layer is None and step.operation in _COMMUTING and len(step.makes) == 1
+        if step.operation != "relu" and not (commutes and _rectified(record, step.makes[0])):
+            return False
+    return True

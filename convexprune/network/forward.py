@@ -1,0 +1,72 @@
+"""Running a model without leaving a trace in it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def run(model: nn.Module, batch: Any) -> Any:
+    """The model's output on a batch, without gradients.
+
+    A batch is a tensor, a tuple or list whose first element is the input, or a mapping of keyword arguments.
+    """
+    first = batch
+    if isinstance(batch, (tuple, list)):
+        if not batch:
+            raise ValueError("a batch is an empty sequence; its first element should be the model's input")
+        first = batch[0]
+    elif not isinstance(batch, (Tensor, Mapping)):
+        raise TypeError(
+            f"a batch is a {type(batch).__name__}; give a tensor, a tuple or list that begins with the input, or a "
+            "dict of keyword arguments"
+        )
+    with torch.inference_mode(False), torch.no_grad():
+        return model(**first) if isinstance(first, Mapping) else model(first)
+
+
+@contextmanager
+def undisturbed(*models: nn.Module) -> Iterator[None]:
+    """Put models in eval mode; afterwards their modes and buffers, and the random state, are as they were."""
+    modules = [module for model in models for module in model.modules()]
+    modes = [(module, module.training) for module in modules]
+    buffers = [
+        (module, key, buffer, _version(buffer), buffer.detach().clone())
+        for module in modules
+        for key, buffer in module._buffers.items()
+        if buffer is not None
+    ]
+    gpus = {p.device.index for model in models for p in model.parameters() if p.device.type == "cuda"}
+    with torch.random.fork_rng(devices=sorted(gpus)):
+        try:
+            for module in modules:
+                module.training = False  # not .eval(), which a model may have overridden with side effects
+            yield
+        finally:
+            for module, training in modes:
+                module.training = training
+            for module, key, buffer, version, value in buffers:
+                module._buffers[key] = buffer
+                if version is None or _version(buffer) != version:
+                    with torch.no_grad():
+                        buffer.copy_(value)
+
+
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """The tensors of a nest of tuples, lists and mappings."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for part in value.values():
+            yield from tensors_in(part)
+    elif isinstance(value, (tuple, list)):
+        for part in value:
+            yield from tensors_in(part)
+
+
+def _version(tensor: Tensor) -> int | None:
+    return None if tensor.is_inference() else tensor._version

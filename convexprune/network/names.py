@@ -1,0 +1,64 @@
+"""Which layers of a model a list of names and patterns means."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+from fnmatch import fnmatchcase
+
+from torch import nn
+
+from convexprune.network.matrices import KIND_NAMES, Stack, stack_of
+from convexprune.network.place import check_stored
+
+
+def stacks(model: nn.Module) -> dict[str, Stack]:
+    """Every supported module of the model by its (first) name."""
+    found = {name: stack_of(module) for name, module in model.named_modules()}
+    return {name: stack for name, stack in found.items() if stack is not None}
+
+
+def choose(model: nn.Module, names: Iterable[str] | str | None) -> dict[str, list[tuple[str, str]]]:
+    """For each request (a name or an fnmatch pattern) the layers it means, as pairs (module name, layer name).
+
+    Without names there is one request, "*". Raises ValueError for a name or pattern that means no layer, TypeError
+    for a layer with integer weights.
+    """
+    requests = ["*"] if names is None else [names] if isinstance(names, str) else list(names)
+    if not requests:
+        raise ValueError("names is empty; leave it out to capture every layer")
+    known = stacks(model)
+    layers = [(module, layer) for module, stack in known.items() for layer in stack.names(module)]
+    chosen = {request: _meant(model, request, layers) for request in requests}
+    for module in {module for pairs in chosen.values() for module, _ in pairs}:
+        check_stored(module, known[module].module)
+    return chosen
+
+
+def suggestion(name: str, known: Iterable[str]) -> str:
+    """A clause that lists the names close to a wrong one."""
+    known = list(known)
+    close = get_close_matches(name, known, n=3, cutoff=0.5) or known[:3]
+    return "did you mean " + ", ".join(repr(c) for c in close) + "?" if close else "the model has no such layers"
+
+
+def _meant(model: nn.Module, request: str, layers: list[tuple[str, str]]) -> list[tuple[str, str]]:
+    exact = [pair for pair in layers if request in pair]
+    if exact:
+        return exact
+    modules = dict(model.named_modules(remove_duplicate=False))
+    if request in modules:
+        # a module known under another name as well is captured under its first
+        first = next(name for name, module in model.named_modules() if module is modules[request])
+        exact = [pair for pair in layers if first == pair[0]]
+        if not exact:
+            kind = type(modules[request]).__name__
+            hint = f"; for the layers inside it use '{request}.*'" if list(modules[request].children()) else ""
+            raise ValueError(f"{request!r} is a {kind}, not one of {KIND_NAMES}{hint}")
+        return exact
+    matched = [pair for pair in layers if any(fnmatchcase(name, request) for name in pair)]
+    if not matched:
+        kind = "pattern matches" if any(c in request for c in "*?[") else "name is that of"
+        names = [name for pair in layers for name in dict.fromkeys(pair)]
+        raise ValueError(f"{request!r}: this {kind} no {KIND_NAMES} of the model; {suggestion(request, names)}")
+    return matched

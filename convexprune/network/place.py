@@ -1,0 +1,92 @@
+"""A layer's matrix where it is stored: reading it, and writing it back in place."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from convexprune.network.matrices import KIND_NAMES, Stack, stack_of
+
+
+def check_stored(name: str, module: nn.Module) -> None:
+    """Raise where the weights cannot be read and written as real numbers: integers, parametrized, not yet made."""
+    for key in ("weight", "bias"):
+        if key not in module._parameters:
+            raise ValueError(
+                f"layer {name!r}: its {key} is computed from other parameters (weight norm, a parametrization, a "
+                "mask); make it permanent first, e.g. with torch.nn.utils.parametrize.remove_parametrizations"
+            )
+        value = module._parameters[key]
+        if value is None:
+            continue
+        if is_lazy(value):
+            raise ValueError(f"layer {name!r}: its {key} has no shape yet; run the model once first")
+        if not value.is_floating_point():
+            raise TypeError(f"layer {name!r}: its {key} is {value.dtype}; dequantise it to a float dtype first")
+
+
+@dataclass(frozen=True, eq=False)
+class Place:
+    """Where a layer's matrix lives: one group of one module."""
+
+    name: str
+    stack: Stack
+    group: int
+
+    def read(self) -> Tensor:
+        """(M, P), float64 on the CPU: what is stored, the bias as the last column."""
+        weight, biases = self.stack.weights()[self.group], self.stack.biases()
+        if biases is not None:
+            weight = torch.cat([weight, biases[self.group][:, None].to(weight.device)], 1)
+        return weight.cpu().double()
+
+    def write(self, x: Tensor) -> None:
+        """Store x (M, P) in the parameters' own dtype and place; nothing is touched unless all of it fits.
+
+        Raises ValueError for another shape, and for numbers that are not finite once cast.
+        """
+        module = self.stack.module
+        weights, biases = self.stack.weights().clone(), self.stack.biases()
+        out, width = weights.shape[1:]
+        shape = (out, width + (biases is not None))
+        if tuple(x.shape) != shape:
+            raise ValueError(f"layer {self.name!r}: x has shape {tuple(x.shape)}, expected {shape}")
+        weights[self.group] = self._cast(x[:, :width], weights)
+        if biases is not None:
+            biases = biases.clone()
+            biases[self.group] = self._cast(x[:, width], biases)
+        with torch.no_grad():
+            module.weight.copy_(self.stack.unpack(weights))
+            if biases is not None:
+                module.bias.copy_(biases.reshape(-1))
+
+    def _cast(self, value: Tensor, like: Tensor) -> Tensor:
+        cast = value.detach().to(like)
+        bad = ~torch.isfinite(cast)
+        if bool(bad.any()):
+            worst = float(value.detach().to(like.device)[bad][0])
+            raise ValueError(f"layer {self.name!r}: {worst:g} is not a finite {like.dtype}; nothing was written")
+        return cast
+
+
+def find(model: nn.Module, name: str) -> Place:
+    """The place of the layer `name`, "conv[2]" being the third group of the module "conv".
+
+    Raises ValueError for a name that is none, TypeError for integer weights.
+    """
+    modules = dict(model.named_modules(remove_duplicate=False))
+    grouped = re.fullmatch(r"(.*)\[(\d+)\]", name)
+    path, group = (grouped[1], int(grouped[2])) if grouped and name not in modules else (name, 0)
+    stack = stack_of(modules[path]) if path in modules else None
+    if stack is None:
+        kind = f"a {type(modules[path]).__name__}, not one of {KIND_NAMES}" if path in modules else "not in the model"
+        raise ValueError(f"layer {name!r}: {path!r} is {kind}")
+    check_stored(name, stack.module)
+    names = stack.names(path)
+    if name not in names:
+        raise ValueError(f"layer {name!r}: the layers of {path!r} are {names[0]!r} to {names[-1]!r}")
+    return Place(name, stack, group)

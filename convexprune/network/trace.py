@@ -1,0 +1,147 @@
+"""What a forward pass did: its operations, in order, with the tensors that each reads and makes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils.weak import WeakIdKeyDictionary
+
+from convexprune.network.forward import run, tensors_in
+from convexprune.network.matrices import stack_of
+
+# reshapings of a tensor that keep every entry, and copies of it
+RESHAPING = frozenset(
+    ("view", "view_as", "reshape", "reshape_as", "flatten", "ravel", "unflatten", "squeeze", "unsqueeze", "permute",
+     "transpose", "movedim", "swapaxes", "swapdims", "t", "contiguous", "clone", "detach", "alias")
+)  # fmt: skip
+DROPOUT = frozenset(("dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_alpha_dropout"))
+
+
+@dataclass(frozen=True)
+class Step:
+    """One operation. Tensors are numbers; one that is changed in place gets a new number.
+
+    operation  "relu", "add", ...; a dropout that is active is "dropout in training"
+    layer      the module's name, where the step is a whole Linear or convolution
+    place      where it happened, as "bn1 (BatchNorm2d)"
+    """
+
+    operation: str
+    layer: str | None
+    place: str
+    reads: tuple[int, ...]
+    makes: tuple[int, ...]
+
+
+class Recorder(TorchFunctionMode):
+    """Record the steps of the forward passes run inside `with Recorder(model) as recorder`.
+
+    No symbolic tracing: what is recorded is what ran. A Linear or a convolution is one step, and what its other
+    forward hooks do is not recorded.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self.steps: list[Step] = []
+        self._numbers: WeakIdKeyDictionary = WeakIdKeyDictionary()
+        self._made = 0
+        self._inside: list[tuple[str, nn.Module]] = []
+        self._quiet = 0
+        self._hooks = ExitStack()
+
+    def __enter__(self) -> Recorder:
+        with ExitStack() as hooks:
+            for name, module in self.model.named_modules():
+                if isinstance(module, torch.jit.ScriptModule):  # takes no hooks; what it reads goes unseen
+                    continue
+                layer = stack_of(module) is not None
+                hooks.callback(module.register_forward_pre_hook(partial(self._enter, name, layer)).remove)
+                after = module.register_forward_hook(partial(self._leave, name, layer), with_kwargs=True)
+                hooks.callback(after.remove)
+            self._hooks = hooks.pop_all()
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
+        self._hooks.close()
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Run the operation and write it down."""
+        kwargs = kwargs or {}
+        if self._quiet:
+            return func(*args, **kwargs)
+        reads = self.numbers((args, kwargs))
+        result = func(*args, **kwargs)
+        if reads and not _only_looks(func, result):
+            changed = args[0] if result is None and args else result  # y[i] = z returns nothing and changes y
+            self._add(_operation(func, kwargs), None, reads, changed)
+        return result
+
+    def numbers(self, value: Any) -> tuple[int, ...]:
+        """The numbers of the tensors in a value."""
+        return tuple(self._number(tensor) for tensor in tensors_in(value))
+
+    def _number(self, tensor: Tensor) -> int:
+        if tensor not in self._numbers:
+            self._numbers[tensor] = self._made
+            self._made += 1
+        return int(self._numbers[tensor])
+
+    def _add(self, operation: str, layer: str | None, reads: tuple[int, ...], result: Any) -> None:
+        for tensor in tensors_in(result):
+            self._numbers.pop(tensor, None)  # type: ignore[no-untyped-call]
+        name, module = self._inside[-1] if self._inside else ("", self.model)
+        place = f"{name or 'the model'} ({type(module).__name__})"
+        if list(module.children()):
+            place = f"{operation} in {place}"
+        self.steps.append(Step(operation, layer, place, reads, self.numbers(result)))
+
+    def _enter(self, name: str, layer: bool, module: nn.Module, _args: Any) -> None:
+        self._inside.append((name, module))
+        self._quiet += layer
+
+    def _leave(self, name: str, layer: bool, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        if layer:
+            with torch._C.DisableTorchFunction():
+                self._add(type(module).__name__, name, self.numbers((args, kwargs)), output)
+        self._quiet -= layer
+        self._inside.pop()
+
+
+@dataclass(frozen=True)
+class Record:
+    """A recorded forward pass: its steps, and the numbers of the tensors that the model returned."""
+
+    steps: tuple[Step, ...]
+    results: tuple[int, ...]
+
+
+def record(model: nn.Module, batch: Any) -> Record:
+    """Run the model on a batch and say what it did."""
+    with Recorder(model) as recorder:
+        output = run(model, batch)
+    return Record(tuple(recorder.steps), recorder.numbers(output))
+
+
+def _operation(func: Callable[..., Any], kwargs: dict[str, Any]) -> str:
+    name = getattr(func, "__name__", type(func).__name__).strip("_")
+    return f"{name} in training" if name in DROPOUT and kwargs.get("training", True) else name
+
+
+def _only_looks(func: Callable[..., Any], result: Any) -> bool:
+    # y.shape, y.dim(), y.dtype: nothing of y's numbers goes on; y.item(), y.tolist(), y.numpy() carry them away
+    if result is None:
+        return getattr(func, "__name__", "") == "__get__"
+    return not any(True for _ in tensors_in(result)) and not isinstance(result, (float, list, np.ndarray))

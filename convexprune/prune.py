@@ -1,0 +1,203 @@
+"""The walk: capture the layers, build a problem for each, solve, write the weights into a copy, report.
+
+Parallel: all layers are captured on the dense model. Cascade: each layer sees the inputs of the network pruned so far,
+and the dense network's outputs as its targets. `_layers` is the whole difference.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import itertools
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from dataclasses import replace
+from typing import Any, Final
+
+import torch
+from torch import Tensor, nn
+
+from convexprune.bounds import ChainBound, cascade_bound, parallel_bound
+from convexprune.layer import Layer
+from convexprune.network import capture, chain, read, write
+from convexprune.network.forward import run, tensors_in, undisturbed
+from convexprune.problem import Problem, Solver
+from convexprune.progress import Progress
+from convexprune.report import NetworkError, Report, Row, Settings, described
+from convexprune.solution import Solution, Status
+from convexprune.solve import rejudged, solve
+
+MODES: Final = ("parallel", "cascade")
+UNSOLVED: Final = (Status.INFEASIBLE, Status.NUMERICAL)  # no point worth writing: the layer stays as it was
+GRID: Final = (300, 800)  # a weight pattern is drawn on at most this many cells
+
+
+def prune(
+    model: nn.Module,
+    batches: Iterable[Any],
+    build: Callable[[Layer], Problem | None],
+    solver: Solver | None = None,
+    mode: str = "parallel",
+    *,
+    names: Sequence[str] | None = None,
+    keep_inputs: bool = True,
+    mask: Any = None,
+    positions: int | None = None,
+    seed: int = 0,
+    activations: Mapping[str, str | None] | None = None,
+    progress: Callable[[Progress], None] | None = None,
+) -> tuple[nn.Module, Report]:
+    """Prune a model layer by layer; returns a pruned copy and the report on it. The model itself is never changed.
+
+    batches   the calibration data, gone through several times: a list or a DataLoader that gives the same samples
+              each time (an iterator is read into a list first)
+    build     states a layer's problem; None leaves the layer dense
+    solver    None: each problem's default
+    mode      "parallel": every layer is judged on the dense network's inputs; "cascade": on those of the network
+              pruned so far, against the dense network's outputs
+    names, mask, positions, seed, activations, keep_inputs   as in `capture`
+    progress  is called with a `Progress` at each step
+
+    The weights are cast to the model's dtype first and judged then: the certificates speak of what is in the model.
+    A layer whose solver ends INFEASIBLE or NUMERICAL is left as it was, and its row says so.
+
+    Raises ValueError for an unknown mode and when `build` stated no problem at all; else what `capture`, `build`
+    and the solver raise.
+    """
+    if mode not in MODES:
+        raise ValueError(f"mode is {mode!r}; it must be one of {MODES}")
+    batches = list(batches) if isinstance(batches, Iterator) else batches
+    tell = progress or (lambda event: None)
+    pruned = copy.deepcopy(model)
+    options = {
+        "keep_inputs": keep_inputs, "mask": mask, "positions": positions, "seed": seed, "activations": activations,
+    }  # fmt: skip
+    rows: list[Row] = []
+    used = ""
+    for total, layer in _layers(mode, model, pruned, batches, names, options, tell):
+        tell(Progress("solve", layer.name, len(rows), total))
+        problem = build(layer)
+        solution = None if problem is None else _written(pruned, layer.name, problem, solver)
+        used = used or (solution.solver if solution else "")
+        rows.append(_row(layer, read(pruned, layer.name), problem, solution))
+    if not used:
+        raise ValueError("nothing was pruned: build(layer) returned None for every layer; return a problem for one")
+    bound, reason = _guarantee(model, pruned, next(iter(batches)), rows, mode, mask)
+    measured, scale = _measured(model, pruned, batches, tell)
+    network = NetworkError(measured, None if bound is None else bound.total, scale, reason)
+    data, samples = _fingerprint(batches)
+    dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+    settings = Settings(mode, used, samples, data, dtype, seed, torch.get_num_threads(), torch.__version__)
+    return pruned, Report(tuple(rows), network, settings)
+
+
+def _layers(
+    mode: str,
+    model: nn.Module,
+    pruned: nn.Module,
+    batches: Iterable[Any],
+    names: Sequence[str] | None,
+    options: Mapping[str, Any],
+    tell: Callable[[Progress], None],
+) -> Iterator[tuple[int, Layer]]:
+    """The layers in forward order, each after the one before it was written, with how many there are."""
+
+    def taken(name: str | None) -> Callable[[int], None]:
+        return lambda index: tell(Progress("capture", name, index + 1, _length(batches)))
+
+    if mode == "parallel":
+        layers = capture(model, batches, names, progress=taken(None), **options)
+        yield from ((len(layers), layer) for layer in layers)
+        return
+    # one batch tells the order
+    first = list(itertools.islice(batches, 1))
+    order = [layer.name for layer in capture(model, first, names, **{**options, "keep_inputs": False})]
+    # a grouped convolution "conv" is the layers "conv[0]", "conv[1]", ..., which read the same tensor
+    for module, group in itertools.groupby(order, lambda name: name.partition("[")[0]):
+        for layer in capture(pruned, batches, list(group), dense=model, progress=taken(module), **options):
+            yield len(order), layer
+
+
+def _written(pruned: nn.Module, name: str, problem: Problem, solver: Solver | None) -> Solution:
+    """Solve, write the weights, and let the problem judge what is in the model now."""
+    solution = solve(problem, solver)
+    if solution.status not in UNSOLVED:
+        write(pruned, name, solution.x)
+    return rejudged(solution, problem, read(pruned, name))
+
+
+def _row(layer: Layer, stored: Tensor, problem: Problem | None, solution: Solution | None) -> Row:
+    kept = stored[:, : layer.weight.shape[1]] != 0
+    row = Row(layer.name, (kept.shape[0], kept.shape[1]), int(kept.sum()), pattern=_grid(kept))
+    if problem is None or solution is None:
+        return row
+    return replace(
+        row,
+        status=solution.status,
+        certificate=solution.certificate,
+        error=problem.output_error(stored),
+        problem=described(problem),
+        iterations=solution.iterations,
+        seconds=solution.seconds,
+        trace=solution.trace,
+    )
+
+
+def _grid(kept: Tensor) -> Tensor:
+    """The kept fraction in each cell of a grid no finer than the weights."""
+    cells = min(kept.shape[0], GRID[0]), min(kept.shape[1], GRID[1])
+    return nn.functional.adaptive_avg_pool2d(kept.float()[None], cells)[0]
+
+
+def _guarantee(
+    model: nn.Module, pruned: nn.Module, batch: Any, rows: Sequence[Row], mode: str, mask: Any
+) -> tuple[ChainBound | None, str]:
+    """The bound of `bounds.chain` for a plain chain of Linear layers, or why there is none."""
+    links = chain(model, batch)
+    if links.obstacle is not None:
+        return None, links.obstacle
+    if mask is not None:
+        return None, "a mask was given, and the samples it leaves out are in the network's output"
+    modules = dict(model.named_modules())
+    for name in links.layers:
+        if not isinstance(modules[name], nn.Linear):
+            return None, f"layer {name!r} is a convolution, and the norm of its matrix does not bound its gain"
+    known = {row.name: row for row in rows}
+    weights = [read(pruned, name)[:, : modules[name].in_features] for name in links.layers]
+    found = [known.get(name) for name in links.layers]
+    if mode == "cascade":
+        return cascade_bound([row.error if row else None for row in found], weights), ""
+    # a layer left dense adds no error of its own here, whatever its problem says of it
+    return parallel_bound([row.error or 0.0 if row and not row.left_dense else 0.0 for row in found], weights), ""
+
+
+def _measured(
+    model: nn.Module, pruned: nn.Module, batches: Iterable[Any], tell: Callable[[Progress], None]
+) -> tuple[float | None, float | None]:
+    """|| Yhat - Y ||_F and ||Y||_F of the outputs, summed in float64; None where the output is not one tensor."""
+    change = size = 0.0
+    with undisturbed(model, pruned):
+        for index, batch in enumerate(batches):
+            dense, sparse = run(model, batch), run(pruned, batch)
+            if not isinstance(dense, Tensor):
+                return None, None
+            change += float((sparse.double() - dense.double()).square().sum())
+            size += float(dense.double().square().sum())
+            tell(Progress("measure", None, index + 1, _length(batches)))
+    return math.sqrt(change), math.sqrt(size)
+
+
+def _fingerprint(batches: Iterable[Any]) -> tuple[str, int]:
+    """SHA-256 of the batches' tensors, their shapes and dtypes included, and how many examples they hold."""
+    digest, samples = hashlib.sha256(), 0
+    for batch in batches:
+        tensors = [tensor.detach().cpu().contiguous() for tensor in tensors_in(batch)]
+        samples += len(tensors[0]) if tensors[0].ndim else 1
+        for tensor in tensors:
+            digest.update(f"{tensor.dtype} {tuple(tensor.shape)};".encode())
+            digest.update(tensor.flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest(), samples
+
+
+def _length(batches: Iterable[Any]) -> int | None:
+    return len(batches) if isinstance(batches, Sized) else None

@@ -1,0 +1,293 @@
+"""What a pruning run did: a row for each layer, the network's error, and the settings that reproduce it."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from dataclasses import dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from torch import Tensor
+
+from convexprune.layer import Layer
+from convexprune.solution import Certificate, Status, TracePoint
+
+HEADINGS: Final = (
+    "layer", "shape", "kept", "gap", "constraints", "objective", "bound", "error", "stopped", "steps", "time",
+)  # fmt: skip
+WORDS: Final = ("layer", "constraints", "stopped")  # columns set to the left; figures go to the right
+LEGEND: Final = (
+    ("kept", "weights that are not zero, as stored (biases not counted)"),
+    ("gap", "how far the objective can be above the optimum, proven, relative to it"),
+    ("constraints", "'feasible', or by how much they are missed, relative"),
+    ("objective, bound", "the layer's objective, and a number no feasible layer can go below"),
+    ("error", "proven limit of the change of the layer's own outputs, ||.||_F over the calibration samples"),
+    ("stopped", "why the solver stopped; a layer it could not solve is left dense"),
+)
+_STOPPED: Final = {
+    Status.CONVERGED: "converged",
+    Status.MAX_ITER: "iteration limit",
+    Status.TIME_LIMIT: "time limit",
+    Status.INFEASIBLE: "infeasible: left dense",
+    Status.NUMERICAL: "numerical trouble: left dense",
+    None: "not asked for: dense",
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One layer: what is in the pruned model now, and the problem's verdict on exactly that.
+
+    certificate, error  of the weights as stored, so the rounding of the model's dtype is in them; None where `build`
+                        stated no problem
+    """
+
+    name: str
+    shape: tuple[int, int]  # (out, in): the weights as a matrix
+    kept: int  # weights that are not zero; biases are not counted
+    status: Status | None = None  # why the solver stopped; None where nothing was asked for
+    certificate: Certificate | None = None
+    error: float | None = None  # limit of || act(X What^T) - Y ||_F over the calibration samples
+    problem: str | None = None
+    iterations: int = 0
+    seconds: float = 0.0
+    trace: tuple[TracePoint, ...] = field(default=(), repr=False)
+    pattern: Tensor | None = field(default=None, repr=False, compare=False)  # kept fraction, cell by cell of a grid
+
+    @property
+    def total(self) -> int:
+        """How many weights the layer has."""
+        return self.shape[0] * self.shape[1]
+
+    @property
+    def kept_fraction(self) -> float:
+        """kept / total."""
+        return self.kept / self.total
+
+    @property
+    def left_dense(self) -> bool:
+        """Whether the layer is as it was: no problem was stated for it, or the solver found no point."""
+        return self.status in (None, Status.INFEASIBLE, Status.NUMERICAL)
+
+    def cells(self) -> tuple[str, ...]:
+        """The row as text, in the order of HEADINGS."""
+        proof = ("-",) * 4
+        if self.certificate is not None:
+            gap = "-" if self.left_dense else _small(self.certificate.relative_gap)
+            missed = self.certificate.violation
+            feasible = "feasible" if missed == 0 else f"off by {_small(missed)}"
+            proof = (gap, feasible, _number(self.certificate.value), _number(self.certificate.bound))
+        return (
+            self.name, f"{self.shape[0]} x {self.shape[1]}", f"{self.kept_fraction:.1%}", *proof, _number(self.error),
+            _STOPPED[self.status], str(self.iterations) if self.status else "-",
+            f"{self.seconds:.1f} s" if self.status else "-",
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class NetworkError:
+    """|| Yhat - Y ||_F between the outputs of the pruned and the dense network, over the calibration samples.
+
+    measured    by running both; None where the model's output is not one tensor
+    guaranteed  proven from the layers' errors (see `bounds`); None with a `reason`
+    scale       ||Y||_F of the dense network
+    """
+
+    measured: float | None
+    guaranteed: float | None
+    scale: float | None
+    reason: str = ""
+
+    def lines(self) -> tuple[str, ...]:
+        """Guaranteed and measured, a sentence each."""
+        guaranteed = self._line(self.guaranteed) if self.guaranteed is not None else f"no guarantee: {self.reason}"
+        measured = self._line(self.measured) if self.measured is not None else "not measured"
+        return (f"network error, guaranteed: {guaranteed}", f"network error, measured:   {measured}")
+
+    def relative(self, error: float | None) -> float | None:
+        """An error over ||Y||_F."""
+        return None if error is None or not self.scale else error / self.scale
+
+    def _line(self, error: float) -> str:
+        relative = self.relative(error)
+        return _number(error) if relative is None else f"{_number(error)} = {_percent(relative)} of the outputs' norm"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What it takes to run it again."""
+
+    mode: str
+    solver: str
+    samples: int  # calibration examples: rows of the batches
+    data: str  # SHA-256 of the calibration batches
+    dtype: str  # of the model's weights, in which the certificates speak
+    seed: int
+    threads: int
+    torch: str
+
+
+@dataclass(frozen=True)
+class Report:
+    """The rows of a run, the network's error, and its settings; `print(report)` is the table."""
+
+    rows: tuple[Row, ...]
+    network: NetworkError
+    settings: Settings
+
+    @property
+    def kept(self) -> int:
+        """Weights that are not zero, over all layers of the report."""
+        return sum(row.kept for row in self.rows)
+
+    @property
+    def total(self) -> int:
+        """Weights of all layers of the report."""
+        return sum(row.total for row in self.rows)
+
+    @property
+    def kept_fraction(self) -> float:
+        """kept / total."""
+        return self.kept / self.total
+
+    def table(self) -> str:
+        """The rows as aligned text, a line each, the names to the left and the figures to the right."""
+        lines = [HEADINGS, *(row.cells() for row in self.rows)]
+        widths = [max(len(line[column]) for line in lines) for column in range(len(HEADINGS))]
+        return "\n".join(
+            "  ".join(
+                cell.ljust(width) if heading in WORDS else cell.rjust(width)
+                for heading, cell, width in zip(HEADINGS, line, widths, strict=True)
+            ).rstrip()
+            for line in lines
+        )
+
+    def summary(self) -> tuple[str, ...]:
+        """What was kept in all, and the network's guaranteed error beside its measured one."""
+        return (f"kept {self.kept} of {self.total} weights ({self.kept_fraction:.1%})", *self.network.lines())
+
+    def __str__(self) -> str:
+        return "\n".join([self.table(), "", *self.summary()])
+
+    def to_json(self) -> str:
+        """The report as JSON, traces included, patterns not; numbers that JSON has no word for are strings ("inf")."""
+        content = {
+            "settings": vars(self.settings),
+            "network": {key: _plain(value) for key, value in vars(self.network).items()},
+            "kept": self.kept,
+            "total": self.total,
+            "rows": [_row_to_json(row) for row in self.rows],
+        }
+        return json.dumps(content, indent=1, allow_nan=False)
+
+    @classmethod
+    def from_json(cls, text: str) -> Report:
+        """The report that `to_json` wrote, without the weight patterns."""
+        content = json.loads(text)
+        network = content["network"]
+        measured, guaranteed, scale = (_read(network[key]) for key in ("measured", "guaranteed", "scale"))
+        return cls(
+            tuple(_row_from_json(row) for row in content["rows"]),
+            NetworkError(measured, guaranteed, scale, network["reason"]),
+            Settings(**content["settings"]),
+        )
+
+    def save_json(self, path: str | os.PathLike[str]) -> None:
+        """Write `to_json()`; the file is there whole or not at all. Raises OSError naming the path."""
+        _write(path, self.to_json() + "\n")
+
+    def save_html(self, path: str | os.PathLike[str]) -> None:
+        """Write one self-contained page with the table and the plots. Raises OSError naming the path."""
+        from convexprune.report_html import page
+
+        _write(path, page(self))
+
+
+def described(problem: Any) -> str:
+    """A problem or a solver in a few words: its class and its fields, arrays by their shape, the layer left out."""
+    if not is_dataclass(problem):
+        return type(problem).__name__
+    words = []
+    for entry in fields(problem):
+        value = getattr(problem, entry.name)
+        if value is None or isinstance(value, Layer):
+            continue
+        text = f"array {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
+        words.append(f"{entry.name}={text}")
+    return f"{type(problem).__name__}({', '.join(words)})"
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.6g}"
+
+
+def _small(value: float) -> str:
+    """A gap or a violation: 3e-06, or in percent once it is large."""
+    return _percent(value) if 0.01 <= abs(value) < 10 else f"{value:.0e}" if value else "0"
+
+
+def _percent(value: float) -> str:
+    return f"{value:.1%}" if abs(value) >= 0.001 else f"{value:.1e}"
+
+
+def _plain(value: Any) -> Any:
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _read(value: float | str | None) -> float | None:
+    return None if value is None else float(value)
+
+
+def _certificate_to_json(certificate: Certificate) -> dict[str, Any]:
+    return {key: _plain(value) for key, value in vars(certificate).items()}
+
+
+def _certificate_from_json(content: dict[str, Any]) -> Certificate:
+    return Certificate(*(float(content[key]) for key in ("value", "bound", "violation")))
+
+
+def _row_to_json(row: Row) -> dict[str, Any]:
+    content = {key: _plain(value) for key, value in vars(row).items() if key != "pattern"}
+    proof = row.certificate
+    return content | {
+        "total": row.total,
+        "kept_fraction": row.kept_fraction,
+        "status": row.status and row.status.name,
+        "certificate": proof and _certificate_to_json(proof) | {"relative_gap": _plain(proof.relative_gap)},
+        "trace": [{"seconds": point.seconds} | _certificate_to_json(point.certificate) for point in row.trace],
+    }
+
+
+def _row_from_json(content: dict[str, Any]) -> Row:
+    proof = content["certificate"]
+    return Row(
+        name=content["name"],
+        shape=tuple(content["shape"]),
+        kept=content["kept"],
+        status=None if content["status"] is None else Status[content["status"]],
+        certificate=None if proof is None else _certificate_from_json(proof),
+        error=_read(content["error"]),
+        problem=content["problem"],
+        iterations=content["iterations"],
+        seconds=content["seconds"],
+        trace=tuple(TracePoint(point["seconds"], _certificate_from_json(point)) for point in content["trace"]),
+    )
+
+
+def _write(path: str | os.PathLike[str], text: str) -> None:
+    """Write beside the target, then rename: a full disk leaves neither half a file nor a lost old one."""
+    target = Path(path)
+    beside = target.with_name(f".{target.name}.{os.getpid()}.part")
+    try:
+        try:
+            with open(beside, "w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(beside, target)
+        finally:
+            beside.unlink(missing_ok=True)
+    except OSError as error:
+        raise OSError(error.errno, f"the report was not written: {error.strerror}", str(target)) from error

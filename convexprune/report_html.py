@@ -1,0 +1,191 @@
+"""The report as one self-contained HTML page: the table, and plots as images inside it."""
+
+from __future__ import annotations
+
+import base64
+import io
+import math
+from html import escape
+from typing import TYPE_CHECKING, Any
+
+from convexprune.report import HEADINGS, LEGEND, WORDS, Report, Row
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+INK, ACCENT, SECOND, PALE = "#222222", "#1f5f8b", "#b5651d", "#d9d9d9"
+WIDTH = 8.6  # inches, the width of the text column
+FLOOR = 1e-12  # where a logarithmic axis ends; smaller figures, zero too, are drawn there
+STYLE = """
+body { font: 16px/1.5 Georgia, 'Times New Roman', serif; color: #222; background: #fff; margin: 3em auto;
+       max-width: 62em; padding: 0 1.5em; }
+h1 { font-size: 1.7em; font-weight: normal; margin: 0 0 .2em; }
+h2 { font-size: 1.15em; font-weight: normal; margin: 2.4em 0 .6em; }
+p { margin: .4em 0; max-width: 46em; }
+.lead { font-size: 1.1em; }
+.table { overflow-x: auto; }
+table { border-collapse: collapse; font: 13px/1.4 'Helvetica Neue', Arial, sans-serif;
+        font-variant-numeric: tabular-nums; border-top: 1.5px solid #222; border-bottom: 1.5px solid #222; }
+th { font-weight: normal; color: #666; border-bottom: .75px solid #222; }
+th, td { padding: .4em .8em; text-align: right; white-space: nowrap; }
+th:first-child, td:first-child { padding-left: .2em; }
+td.word, th.word { text-align: left; }
+dl { font-size: .85em; color: #555; display: grid; grid-template-columns: max-content auto; gap: .1em 1.2em;
+     margin: 1em 0; }
+dt { font-style: italic; } dd { margin: 0; overflow-wrap: anywhere; }
+.plot { width: 100%; max-width: 54em; display: block; }
+.patterns { display: flex; flex-wrap: wrap; gap: 2em; align-items: flex-end; }
+figure { margin: 0; } figcaption { font-size: .85em; color: #555; margin-top: .3em; }
+.pattern { image-rendering: pixelated; border: 1px solid #d9d9d9; display: block; }
+"""
+
+
+def page(report: Report) -> str:
+    """The whole page; it refers to nothing outside itself."""
+    sections = [
+        _section("Layers", _table(report.rows) + _list(LEGEND)),
+        _section("The network", _network(report)),
+        _section("Kept, and proven gap, by layer", _image(_layers_plot(report.rows), "kept fraction and gap by layer")),
+        _section("Convergence", _convergence(report.rows)),
+        _section("Weight patterns", _patterns(report.rows)),
+        _section("Settings", _list(vars(report.settings).items())),
+    ]
+    kept = f"{report.kept:,} of {report.total:,} weights kept: {report.kept_fraction:.1%}."
+    return (
+        '<!DOCTYPE html>\n<html lang="en">\n<head><meta charset="utf-8"><title>Pruning report</title>'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<style>{STYLE}</style></head>\n<body>\n<h1>Pruning report</h1>\n"
+        f'<p class="lead">{kept}</p>\n{"".join(sections)}</body>\n</html>\n'
+    )
+
+
+def _section(title: str, body: str) -> str:
+    return f"<h2>{title}</h2>\n{body}\n" if body else ""
+
+
+def _list(entries: Any) -> str:
+    items = "".join(f"<dt>{escape(str(key))}</dt><dd>{escape(str(value))}</dd>" for key, value in entries)
+    return f"<dl>{items}</dl>"
+
+
+def _table(rows: Sequence[Row]) -> str:
+    def line(tag: str, cells: Sequence[str]) -> str:
+        marks = ('class="word"' if heading in WORDS else "" for heading in HEADINGS)
+        inside = (f"<{tag} {mark}>{escape(cell)}</{tag}>" for mark, cell in zip(marks, cells, strict=True))
+        return f"<tr>{''.join(inside)}</tr>\n"
+
+    body = "".join(line("td", row.cells()) for row in rows)
+    return f'<div class="table"><table>\n<thead>{line("th", HEADINGS)}</thead>\n<tbody>{body}</tbody></table></div>\n'
+
+
+def _network(report: Report) -> str:
+    network = report.network
+    words = "".join(f"<p>{escape(line)}</p>" for line in network.lines())
+    bars = [("guaranteed", network.guaranteed, PALE), ("measured", network.measured, ACCENT)]
+    drawn = [(name, value, colour) for name, value, colour in bars if value is not None and math.isfinite(value)]
+    if len(drawn) < 2:
+        return words
+    figure = _figure(1.5)
+    axes = figure.subplots()
+    for place, (name, value, colour) in enumerate(reversed(drawn)):
+        axes.barh(place, value, color=colour, height=0.6)
+        axes.annotate(f" {name} {value:.4g}", (value, place), va="center", fontsize=9)
+    axes.set_yticks([])
+    axes.set_xlim(0, 1.3 * max(value for _, value, _ in drawn))
+    axes.set_xlabel("change of the network's output, Frobenius norm over the calibration samples")
+    axes.spines["left"].set_visible(True)
+    return words + _image(figure, "guaranteed and measured error of the network")
+
+
+def _layers_plot(rows: Sequence[Row]) -> Any:
+    figure = _figure(max(1.6, 0.32 * len(rows) + 1.0))
+    left, right = figure.subplots(1, 2, sharey=True)
+    places = list(range(len(rows)))
+    left.barh(places, [100 * row.kept_fraction for row in rows], color=ACCENT, height=0.6)
+    left.set_yticks(places, [row.name for row in rows])
+    left.invert_yaxis()
+    left.set_xlim(0, 100)
+    left.set_xlabel("weights kept, %")
+    for place, row in zip(places, rows, strict=True):
+        if row.certificate is not None and not row.left_dense:
+            right.plot(max(row.certificate.relative_gap, FLOOR), place, "o", color=SECOND, markersize=5)
+    right.set_xscale("log")
+    right.set_xlim(FLOOR, 2)
+    right.set_xlabel("proven relative gap to the optimum")
+    right.grid(axis="x", color=PALE, linewidth=0.5)
+    return figure
+
+
+def _convergence(rows: Sequence[Row]) -> str:
+    images = "".join(_image(_run_plot(row), f"convergence of {row.name}") for row in rows if len(row.trace) > 1)
+    note = (
+        "<p>Each look of the solver at the certificate of the point it held: the objective and its proven lower bound, "
+        f"then the relative gap between them and the violation of the constraints, drawn at {FLOOR:.0e} where less.</p>"
+    )
+    return note + images if images else ""
+
+
+def _run_plot(row: Row) -> Any:
+    figure = _figure(2.1)
+    left, right = figure.subplots(1, 2)
+    seconds = [point.seconds for point in row.trace]
+    looks = [point.certificate for point in row.trace]
+    left.plot(seconds, [look.value for look in looks], color=ACCENT, label="objective")
+    left.plot(seconds, [look.bound for look in looks], color=SECOND, label="bound")
+    left.set_title(row.name, loc="left", fontsize=10)
+    right.plot(seconds, [max(look.relative_gap, FLOOR) for look in looks], color=INK, label="gap")
+    right.plot(seconds, [max(look.violation, FLOOR) for look in looks], color=SECOND, label="violation", ls="--")
+    right.set_yscale("log")
+    for axes in (left, right):
+        axes.set_xlabel("seconds")
+        axes.legend(frameon=False, fontsize=8)
+    return figure
+
+
+def _patterns(rows: Sequence[Row]) -> str:
+    figures = "".join(_pattern(row) for row in rows if row.pattern is not None)
+    note = (
+        "Dark: kept. A cell of a large layer stands for several weights, and is the darker the more of them are kept."
+    )
+    return f'<p>{note}</p><div class="patterns">{figures}</div>' if figures else ""
+
+
+def _pattern(row: Row) -> str:
+    assert row.pattern is not None
+    height, width = row.pattern.shape
+    scale = max(1, min(4, 480 // width, 360 // height))
+    return (
+        f'<figure><img class="pattern" width="{width * scale}" height="{height * scale}" '
+        f'alt="kept weights of {escape(row.name)}" src="data:image/png;base64,{_png(row.pattern)}">'
+        f"<figcaption>{escape(row.name)}: {row.shape[0]} outputs (down), {row.shape[1]} inputs</figcaption></figure>"
+    )
+
+
+def _png(pattern: Any) -> str:
+    from matplotlib import image
+
+    file = io.BytesIO()
+    image.imsave(file, pattern.numpy(), cmap="Blues", vmin=0, vmax=1, format="png")
+    return base64.b64encode(file.getvalue()).decode()
+
+
+def _figure(height: float) -> Any:
+    """An empty figure of the page's width; matplotlib's global state is not touched."""
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(WIDTH, height), layout="constrained")
+
+
+def _image(figure: Any, words: str) -> str:
+    import matplotlib as mpl
+
+    for axes in figure.axes:
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.spines[["left", "bottom"]].set_color("#888888")
+        axes.tick_params(colors="#555555", labelsize=8.5)
+        axes.xaxis.label.set(color="#555555", size=9)
+    file = io.StringIO()
+    with mpl.rc_context({"svg.hashsalt": "convexprune"}):
+        figure.savefig(file, format="svg", metadata={"Date": None})
+    data = base64.b64encode(file.getvalue().encode()).decode()
+    return f'<img class="plot" alt="{escape(words)}" src="data:image/svg+xml;base64,{data}">\n'

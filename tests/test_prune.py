@@ -1,0 +1,294 @@
+"""The walk: what is written, what is judged, what is left alone."""
+
+import copy
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import nn
+
+from convexprune import examples
+from convexprune.network import capture, read
+from convexprune.problem import judge
+from convexprune.problems import L1Reconstruction, NetTrim
+from convexprune.progress import Progress
+from convexprune.prune import prune
+from convexprune.solution import Attempt, Status
+from convexprune.solvers import ADMM
+
+
+@dataclass(frozen=True)
+class Given:
+    """Proposes the dense point times a factor, and says what it is told to say."""
+
+    status: Status = Status.CONVERGED
+    factor: float = 1.0
+
+    def solve(self, problem, start=None):
+        return Attempt(self.factor * problem.dense, None, self.status, 3)
+
+
+@pytest.fixture
+def model():
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Dropout(), nn.Linear(8, 4), nn.ReLU(), nn.Linear(4, 3))
+
+
+@pytest.fixture
+def batches():
+    return list(torch.randn(3, 10, 6, generator=torch.Generator().manual_seed(1)))
+
+
+def trim(layer):
+    return NetTrim(layer, 0.1)
+
+
+def same(left, right):
+    return all(torch.equal(a, b) for a, b in zip(left.state_dict().values(), right.state_dict().values(), strict=True))
+
+
+@pytest.mark.parametrize("mode", ["parallel", "cascade"])
+def test_the_dense_point_leaves_the_network_as_it_is(model, batches, mode):
+    pruned, report = prune(model, batches, trim, Given(), mode)
+    assert pruned is not model
+    assert same(pruned, model)
+    assert report.network.measured == 0
+    assert report.kept_fraction == 1
+    assert [row.name for row in report.rows] == ["0", "3", "5"]
+    assert report.settings.mode == mode
+    assert report.settings.samples == 30
+    assert report.settings.dtype == "float32"
+
+
+@pytest.mark.parametrize("mode", ["parallel", "cascade"])
+def test_the_model_is_bit_for_bit_what_it_was(model, batches, mode):
+    model.train()
+    before = copy.deepcopy(model)
+    pruned, _ = prune(model, batches, trim, Given(factor=0.5), mode)
+    assert same(model, before)
+    assert not same(pruned, before)
+    assert model.training
+    assert pruned.training
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+class Bomb:
+    """A solver that fails at the second layer."""
+
+    calls = 0
+
+    def solve(self, problem, start=None):
+        self.calls += 1
+        if self.calls == 2:
+            raise RuntimeError("boom")
+        return Attempt(torch.zeros(problem.shape), None, Status.CONVERGED, 1)
+
+
+@pytest.mark.parametrize("mode", ["parallel", "cascade"])
+def test_a_solver_that_raises_leaves_the_model_alone(model, batches, mode):
+    before = copy.deepcopy(model)
+    with pytest.raises(RuntimeError, match="boom"):
+        prune(model, batches, trim, Bomb(), mode)
+    assert same(model, before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_certificates_are_of_the_weights_as_stored(model, batches, dtype):
+    model = model.to(dtype)
+    batches = [batch.to(dtype) for batch in batches]
+    factor = 1 - 0.1 / 3  # no weight is a number of half precision any more
+    pruned, report = prune(model, batches, lambda layer: NetTrim(layer, 1e-4), Given(factor=factor))
+    for row, layer in zip(report.rows, capture(model, batches, keep_inputs=True), strict=True):
+        problem, stored = NetTrim(layer, 1e-4), read(pruned, row.name)
+        assert row.certificate == judge(problem, stored)
+        assert row.error == problem.output_error(stored)
+        proposed = judge(problem, factor * layer.affine_weight)
+        assert row.certificate.violation != proposed.violation
+        assert row.certificate.violation == pytest.approx(proposed.violation, abs=4 * torch.finfo(dtype).eps)
+
+
+def test_rounding_alone_can_be_a_violation(model, batches):
+    model = model.half()
+    batches = [batch.half() for batch in batches]
+
+    @dataclass(frozen=True)
+    class Nudge:
+        def solve(self, problem, start=None):
+            return Attempt(problem.dense * (1 + 0.49 * 2**-10), None, Status.CONVERGED, 1)
+
+    _, report = prune(model, batches, lambda layer: NetTrim(layer, 0.49 * 2**-10), Nudge(), names=["0"])
+    (layer,) = capture(model, batches, ["0"], keep_inputs=True)
+    problem = NetTrim(layer, 0.49 * 2**-10)
+    assert problem.violation(Nudge().solve(problem).x) < 1e-12
+    assert report.rows[0].certificate.violation != problem.violation(Nudge().solve(problem).x)
+
+
+@pytest.mark.parametrize("status", [Status.INFEASIBLE, Status.NUMERICAL])
+@pytest.mark.parametrize("mode", ["parallel", "cascade"])
+def test_an_unsolved_layer_is_left_as_it_was_and_says_so(model, batches, mode, status):
+    pruned, report = prune(model, batches, trim, Given(status, 0.0), mode)
+    assert same(pruned, model)
+    assert report.kept_fraction == 1
+    assert all(row.status is status and row.left_dense for row in report.rows)
+    assert report.network.measured == 0
+    assert "left dense" in str(report)
+    assert mode == "cascade" or report.network.guaranteed == 0
+
+
+def test_a_point_that_is_not_finite_is_never_written(model, batches):
+    pruned, report = prune(model, batches, trim, Given(factor=float("nan")))
+    assert same(pruned, model)
+    assert {row.status for row in report.rows} == {Status.NUMERICAL}
+
+
+def test_a_skipped_layer_has_a_row_without_a_certificate(model, batches):
+    pruned, report = prune(model, batches, lambda layer: trim(layer) if layer.name == "3" else None, Given(factor=0.0))
+    assert [row.certificate is None for row in report.rows] == [True, False, True]
+    assert torch.equal(pruned[0].weight, model[0].weight)
+    assert not pruned[3].weight.any()
+    assert report.kept == 6 * 8 + 4 * 3
+
+
+@pytest.mark.parametrize("mode", ["parallel", "cascade"])
+def test_names_choose_the_layers(model, batches, mode):
+    pruned, report = prune(model, batches, trim, Given(factor=0.0), mode, names=["3"])
+    assert [row.name for row in report.rows] == ["3"]
+    assert torch.equal(pruned[0].weight, model[0].weight)
+    assert report.network.measured <= report.network.guaranteed * (1 + 1e-6)
+
+
+def test_cascade_layers_see_the_pruned_network_and_the_dense_targets(model, batches):
+    seen = {}
+
+    def build(layer):
+        seen[layer.name] = layer
+        return trim(layer)
+
+    prune(model, batches, build, Given(factor=0.5), "cascade")
+    x = torch.cat(batches)
+    half = model[0](x).div(2).relu()
+    torch.testing.assert_close(seen["3"].inputs, half.detach())
+    dense = model[3](model[0](x).relu())
+    torch.testing.assert_close(seen["3"].targets, dense.detach(), check_dtype=False)
+
+
+def test_a_generator_is_read_once_and_gives_the_same(model, batches):
+    _, from_list = prune(model, batches, trim, Given(factor=0.5), "cascade")
+    _, from_generator = prune(model, (batch for batch in batches), trim, Given(factor=0.5), "cascade")
+    assert from_generator.network == from_list.network
+    assert from_generator.settings == from_list.settings
+
+
+def test_the_data_hash_tells_data_apart(model, batches):
+    digests = set()
+    for data in (batches, batches[::-1], [batch + 1e-6 for batch in batches], batches[:2]):
+        digests.add(prune(model, data, trim, Given()).__getitem__(1).settings.data)
+    assert len(digests) == 4
+
+
+@pytest.mark.parametrize("mode", ["parallel", "cascade"])
+def test_grouped_convolutions_are_judged_group_by_group_without_a_guarantee(mode):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Conv2d(4, 6, 3, groups=2), nn.ReLU(), nn.Flatten(), nn.Linear(24, 3))
+        x = torch.randn(5, 4, 4, 4)
+    pruned, report = prune(model, [x], trim, Given(factor=0.0), mode, names=["0[1]", "3"])
+    assert [row.name for row in report.rows] == ["0[1]", "3"]
+    assert pruned[0].weight[:3].all()
+    assert not pruned[0].weight[3:].any()
+    assert report.network.guaranteed is None
+    assert "convolution" in report.network.reason
+    assert report.network.measured > 0
+
+
+def test_no_guarantee_without_a_chain():
+    class Residual(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(5, 5)
+
+        def forward(self, x):
+            return x + self.fc(x)
+
+    _, report = prune(Residual(), [torch.randn(8, 5)], lambda layer: L1Reconstruction(layer, 0.1), Given(factor=0.0))
+    assert report.network.guaranteed is None
+    assert report.network.reason
+    assert report.network.measured > 0
+
+
+def test_a_model_of_several_outputs_is_not_measured():
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(5, 5)
+
+        def forward(self, x):
+            return self.fc(x), x
+
+    _, report = prune(Two(), [torch.randn(8, 5)], trim, Given(factor=0.0))
+    assert report.network.measured is None
+    assert report.network.guaranteed is None
+    assert "not measured" in str(report)
+
+
+def test_a_mask_takes_the_guarantee_away(batches):
+    model = nn.Sequential(nn.Linear(6, 4), nn.ReLU())
+    tokens = [batch.reshape(2, 5, 6) for batch in batches]
+
+    def mask(batch):
+        return torch.ones(batch.shape[:2], dtype=torch.bool)
+
+    _, report = prune(model, tokens, trim, Given(factor=0.0), mask=mask)
+    assert report.network.guaranteed is None
+    assert "mask" in report.network.reason
+
+
+def test_progress_counts_batches_and_layers(model, batches):
+    events = []
+    prune(model, batches, trim, Given(), "cascade", progress=events.append)
+    assert [event for event in events if event.stage == "solve"] == [
+        Progress("solve", name, done, 3) for done, name in enumerate(["0", "3", "5"])
+    ]
+    assert Progress("capture", "3", 3, 3) in events
+    assert events[-1] == Progress("measure", None, 3, 3)
+
+
+def test_nothing_is_printed(model, batches, capfd):
+    prune(model, batches, trim, Given(factor=0.5), "cascade")
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("mode", ["parallel", "cascade"])
+def test_wrong_calls(model, batches, mode):
+    with pytest.raises(ValueError, match="mode is 'sideways'"):
+        prune(model, batches, trim, Given(), "sideways")
+    with pytest.raises(ValueError, match="nothing was pruned"):
+        prune(model, batches, lambda layer: None, Given(), mode)
+    with pytest.raises(ValueError, match="no batches"):
+        prune(model, [], trim, Given(), mode)
+    with pytest.raises(ValueError, match="nowhere"):
+        prune(model, batches, trim, Given(), mode, names=["nowhere"])
+    with pytest.raises(TypeError, match="not a problem"):
+        prune(model, batches, lambda layer: "trim", Given(), mode)
+
+
+@pytest.mark.parametrize("mode", ["parallel", "cascade"])
+def test_digits_pruned_by_admm(mode):
+    images = examples.digits()
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = examples.train(examples.lenet300(64, (20, 12)), images.x_train, images.y_train, epochs=10)
+    x = images.x_train[:300]
+
+    def build(layer):
+        return NetTrim(layer, 0.1) if mode == "parallel" else NetTrim.cascade(layer, 0.1, 1.1)
+
+    pruned, report = prune(model, [x[:200], x[200:]], build, ADMM(), mode)
+    for row in report.rows:
+        assert row.status is Status.CONVERGED, row.name
+        assert row.certificate.violation <= 1e-5
+        assert -1e-5 <= row.certificate.relative_gap <= 1e-4
+    assert report.kept_fraction < 0.8
+    assert report.network.measured <= report.network.guaranteed * (1 + 1e-6)
+    assert examples.error_rate(pruned, images.x_test, images.y_test) < 0.25
