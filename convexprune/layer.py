@@ -65,7 +65,7 @@ class Layer:
         name: str = "layer",
         targets: Tensor | None = None,
     ) -> Layer:
-        """The layer whose inputs are the rows of `inputs` (samples, in); `targets` (samples, out) default to W x + b."""
+        """The layer whose inputs are the rows of `inputs` (samples, in); `targets` (samples, out) are W x + b if None."""
         _check_weight(name, weight, bias)
         if inputs.ndim != 2 or inputs.shape[1] != weight.shape[1]:
             raise ValueError(
@@ -81,8 +81,7 @@ class Layer:
             targets = _double(targets)
             if targets.shape != (len(inputs), len(weight)):
                 raise ValueError(
-                    f"layer {name!r}: targets have shape {tuple(targets.shape)}, "
-                    f"expected {(len(inputs), len(weight))}"
+                    f"layer {name!r}: targets have shape {tuple(targets.shape)}, expected {(len(inputs), len(weight))}"
                 )
         read, aimed = InputMoments(weight.shape[1]), TargetMoments(*weight.shape)
         for start in range(0, len(inputs), 8192):

@@ -82,7 +82,7 @@ def prune(
         rows.append(_row(layer, read(pruned, layer.name), problem, solution))
     if not used:
         raise ValueError("nothing was pruned: build(layer) returned None for every layer; return a problem for one")
-    bound, reason = _guarantee(model, pruned, next(iter(batches)), rows, mode, mask)
+    bound, reason = _guarantee(model, pruned, next(iter(batches)), rows, mode, options)
     measured, scale = _measured(model, pruned, batches, tell)
     network = NetworkError(measured, None if bound is None else bound.total, scale, reason)
     data, samples = _fingerprint(batches)
@@ -150,14 +150,16 @@ def _grid(kept: Tensor) -> Tensor:
 
 
 def _guarantee(
-    model: nn.Module, pruned: nn.Module, batch: Any, rows: Sequence[Row], mode: str, mask: Any
+    model: nn.Module, pruned: nn.Module, batch: Any, rows: Sequence[Row], mode: str, options: Mapping[str, Any]
 ) -> tuple[ChainBound | None, str]:
     """The bound of `bounds.chain` for a plain chain of Linear layers, or why there is none."""
     links = chain(model, batch)
     if links.obstacle is not None:
         return None, links.obstacle
-    if mask is not None:
+    if options["mask"] is not None:
         return None, "a mask was given, and the samples it leaves out are in the network's output"
+    if "relu" in (options["activations"] or {}).values():
+        return None, "a ReLU was told by `activations`, not found in the network"
     modules = dict(model.named_modules())
     for name in links.layers:
         if not isinstance(modules[name], nn.Linear):

@@ -18,10 +18,14 @@ HEADINGS: Final = (
     "layer", "shape", "kept", "gap", "constraints", "objective", "bound", "error", "stopped", "steps", "time",
 )  # fmt: skip
 WORDS: Final = ("layer", "constraints", "stopped")  # columns set to the left; figures go to the right
+TOLERANCE: Final = 1e-6  # a relative violation that rounding to float32 leaves behind anyway
 LEGEND: Final = (
     ("kept", "weights that are not zero, as stored (biases not counted)"),
     ("gap", "how far the objective can be above the optimum, proven, relative to it"),
-    ("constraints", "'feasible', or by how much they are missed, relative"),
+    (
+        "constraints",
+        f"'feasible', or the relative violation: 'feasible to' it up to {TOLERANCE:.0e}, else 'off by' it",
+    ),
     ("objective, bound", "the layer's objective, and a number no feasible layer can go below"),
     ("error", "proven limit of the change of the layer's own outputs, ||.||_F over the calibration samples"),
     ("stopped", "why the solver stopped; a layer it could not solve is left dense"),
@@ -77,7 +81,8 @@ class Row:
         if self.certificate is not None:
             gap = "-" if self.left_dense else _small(self.certificate.relative_gap)
             missed = self.certificate.violation
-            feasible = "feasible" if missed == 0 else f"off by {_small(missed)}"
+            word = "feasible to" if missed <= TOLERANCE else "off by"
+            feasible = f"{word} {_small(missed)}" if missed else "feasible"
             proof = (gap, feasible, _number(self.certificate.value), _number(self.certificate.bound))
         return (
             self.name, f"{self.shape[0]} x {self.shape[1]}", f"{self.kept_fraction:.1%}", *proof, _number(self.error),

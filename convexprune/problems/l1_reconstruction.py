@@ -68,8 +68,8 @@ class L1Reconstruction:
     def lower_bound(self, witness: Tensor | None) -> float:
         """sum_m  1/2 (E y_m^2 - E (y_m - s_m r_m)^2)  with r = y - v u the residual of the witness v (M, P).
 
-        The dual of a lasso is feasible at theta = s r when s ||C - v G||_inf <= lam; any v gives such an s, and the best
-        s in that interval is taken for each neuron.
+        The dual of a lasso is feasible at theta = s r when s ||C - v G||_inf <= lam; any v gives such an s, and the
+        best s in that interval is taken for each neuron.
         """
         if witness is None:
             return 0.0

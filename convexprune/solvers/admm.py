@@ -39,7 +39,7 @@ class ADMM:
     device: str = "cpu"
     dtype: torch.dtype = torch.float32
     alpha: float = 1.7
-    handover: float = 0.04
+    handover: float = 0.05
     finish: WorkingSet | None = field(default_factory=WorkingSet)
 
     def __post_init__(self) -> None:
@@ -94,8 +94,7 @@ class ADMM:
     def _finished(self, problem: Problem, split: Splitting, run: _Run, deadline: float) -> bool:
         """Hand over to the finish; whether its certificate meets the rule."""
         assert self.finish is not None
-        finish = replace(self.finish, eps_abs=min(self.eps_abs, self.finish.eps_abs), device=self.device,
-                         eps_rel=min(self.eps_rel, self.finish.eps_rel))  # fmt: skip
+        finish = replace(self.finish, eps_abs=self.eps_abs, eps_rel=self.eps_rel, device=self.device)
         offset = time.perf_counter() - run.begun
         finer = finish.refine(problem, split.point.cpu().double(), split.witness, deadline)
         run.adopt(finer, offset)

@@ -42,6 +42,12 @@ class Bucket:
     b: Tensor = field(init=False)
     s: Tensor = field(init=False)
     z: Tensor = field(init=False)
+    dp: Tensor = field(init=False)
+    dq: Tensor = field(init=False)
+    da: Tensor = field(init=False)
+    db: Tensor = field(init=False)
+    ds: Tensor = field(init=False)
+    dz: Tensor = field(init=False)
 
     @property
     def u(self) -> Tensor:
@@ -79,7 +85,7 @@ class Bucket:
         matrix.diagonal(dim1=-2, dim2=-1).add_(torch.where(live, self.theta + ridge, 1.0))
         self.factor, failed = torch.linalg.cholesky_ex(matrix)
         self.defined = not bool(failed.any())
-        self.pulled = torch.cholesky_solve(self.pull[..., None], self.factor)[..., 0]
+        self.pulled = _solve(self.factor, self.pull)
 
     def complementarity(self) -> float:
         """<p, a> + <q, b> + <s, z>."""
@@ -91,7 +97,7 @@ class Bucket:
         return 2 * int(self.column_mask.sum()) + int(self.row_mask.sum())
 
     def respond(self, centre: float, correct: bool) -> float:
-        """Solve for the products' targets, centre - (second-order terms if `correct`); returns <pull, du> at dtau = 0."""
+        """Solve for products equal to centre (less second-order terms if `correct`); returns <pull, du> at dtau = 0."""
         self.rp, self.rq, self.rz = centre - self.p * self.a, centre - self.q * self.b, centre - self.s * self.z
         if correct:
             self.rp = self.rp - self.dp * self.da
@@ -100,7 +106,7 @@ class Bucket:
         wish = self.rp / self.a - self.p / self.a * self.dual_p - self.rq / self.b + self.q / self.b * self.dual_q
         right = self.theta * wish * self.column_mask
         right -= _times(self.slopes.mT, (self.rz - self.z * self.primal) / self.s * self.row_mask)
-        self.du = torch.cholesky_solve(right[..., None], self.factor)[..., 0]
+        self.du = _solve(self.factor, right)
         return float((self.pull * self.du).sum())
 
     def complete(self, tau: float, dtau: float) -> float:
@@ -234,14 +240,14 @@ def interior_point(
 ) -> Outcome:
     """Iterate from `Bucket.begin`'s points until the relative complementarity gap is below `eps_rel`.
 
-    Leaves the point and the multipliers in the buckets and tau in the coupling. Stops early, unconverged, when the steps
-    vanish, when a matrix cannot be factored, or at the deadline (a time.perf_counter value).
+    Leaves the point and the multipliers in the buckets and tau in the coupling. Stops early, unconverged, when the
+    steps vanish, when a matrix cannot be factored, or at the deadline (a time.perf_counter value).
     """
     pairs = sum(bucket.count() for bucket in buckets) + coupling.free
-    gap, short = float("inf"), 0
+    gap, best, short = float("inf"), float("inf"), 0
     for iteration in range(max_iter):
         if not coupling.assemble(buckets):
-            return Outcome(gap, iteration, False)
+            return Outcome(float("inf"), iteration, False)
         objective = max(sum(float(bucket.u.abs().sum()) for bucket in buckets), 1e-300)
         total = coupling.complementarity(buckets)
         gap = total / objective
@@ -249,7 +255,8 @@ def interior_point(
         miss = coupling.tau * abs(coupling.residual) / objective
         if gap < eps_rel and dual < max(10 * eps_rel, 1e-5) and miss < max(eps_rel, 1e-7):
             return Outcome(gap, iteration, True)
-        if short >= 3 or time.perf_counter() > deadline:
+        best = min(best, gap)
+        if short >= 3 or gap > 1e3 * best or time.perf_counter() > deadline:
             return Outcome(gap, iteration, False)
         coupling.solve(buckets, 0.0, correct=False)
         after = coupling.product_after(buckets, coupling.longest(buckets))
@@ -259,6 +266,13 @@ def interior_point(
         coupling.move(buckets, step)
         short = short + 1 if step < 1e-3 else 0
     return Outcome(gap, max_iter, False)
+
+
+def _solve(factor: Tensor, right: Tensor) -> Tensor:
+    """(L L^T)^-1 right; two triangular solves are ten times faster on a CPU batch than torch.cholesky_solve."""
+    half = torch.linalg.solve_triangular(factor, right[..., None], upper=False)
+    whole: Tensor = torch.linalg.solve_triangular(factor.mT, half, upper=True)
+    return whole[..., 0]
 
 
 def _times(matrices: Tensor, vectors: Tensor) -> Tensor:

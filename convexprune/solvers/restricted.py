@@ -12,30 +12,24 @@ from convexprune.solvers.interior_point import Bucket
 
 
 def buckets_of(columns: Tensor, rows: Tensor, waste: float = 1.25) -> list[Tensor]:
-    """Indices of the neurons with any column, grouped so that padding a group costs at most `waste` in either size.
+    """Indices of the neurons with any column, grouped so that padding a group costs about `waste` in either size.
 
     columns (M, P) bool, rows (M, n) bool.
     """
     wide, tall = columns.sum(1), rows.sum(1)
-    live = wide.nonzero()[:, 0]
-    order = live[torch.argsort(tall[live] + wide[live], stable=True)]
-    groups: list[list[int]] = []
-    size = math.inf
-    for neuron in order.tolist():
-        total = int(wide[neuron] + tall[neuron])
-        if groups and total <= waste * size + 16:
-            groups[-1].append(neuron)
-        else:
-            groups.append([neuron])
-            size = total
-    return [torch.tensor(group) for group in groups]
+    groups: dict[tuple[int, int], list[int]] = {}
+    for neuron in wide.nonzero()[:, 0].tolist():
+        size = tuple(round(math.log(int(count[neuron]) + 32, waste)) for count in (wide, tall))
+        groups.setdefault(size, []).append(neuron)  # type: ignore[arg-type]
+    return [torch.tensor(group) for _, group in sorted(groups.items())]
 
 
 def restrict_ball(problem: BallProblem, inputs: Tensor, neurons: Tensor, columns: Tensor, rows: Tensor,
-                  ceiling: Tensor) -> Bucket:  # fmt: skip
+                  margin: float) -> Bucket:  # fmt: skip
     """The bucket of a ball problem: H = X_A^T X_A, c = X_A^T y over a neuron's active samples A.
 
-    inputs (n, P) float64 on the working device; ceiling (n, M) or (1, 1), already shifted by the margin.
+    inputs (n, P) float64 on the working device. Each row's ceiling is lowered by margin * its norm on the neuron's
+    columns; a row that is zero there says nothing of these columns and is left out.
     """
     device = inputs.device
     which, column_mask = _padded(columns[neurons])
@@ -54,7 +48,10 @@ def restrict_ball(problem: BallProblem, inputs: Tensor, neurons: Tensor, columns
         torch.mm(part.T, part, out=hessian[i, :k, :k]) if k == width else hessian[i, :k, :k].copy_(part.T @ part)
         linear[i, :k] = part.T @ target
         slopes[i, :r, :k] = inputs.index_select(0, facing).index_select(1, chosen)
-        bound[i, :r] = (ceiling[where[i, :r], neuron] if len(ceiling) > 1 else ceiling[0, 0]).to(device)
+        ceiling = problem.ceiling[where[i, :r], neuron] if len(problem.ceiling) > 1 else problem.ceiling[0, 0]
+        reach = slopes[i, :r].norm(dim=1)
+        bound[i, :r] = torch.where(reach > 0, ceiling.to(device) - margin * reach, 1.0)
+        row_mask[i, :r] &= (reach > 0).to(row_mask.device)
     return Bucket(neurons.to(device), which.to(device), column_mask.to(device), where.to(device), row_mask.to(device),
                   hessian, linear, slopes, bound)  # fmt: skip
 

@@ -30,7 +30,9 @@ class Splitting(Protocol):
         """The dual witness the multipliers give."""
 
 
-def splitting(problem: Problem, start: Tensor | None, alpha: float, device: torch.device, dtype: torch.dtype) -> Splitting:
+def splitting(
+    problem: Problem, start: Tensor | None, alpha: float, device: torch.device, dtype: torch.dtype
+) -> Splitting:
     """The splitting that fits a problem."""
     if isinstance(problem, BallProblem):
         return BallSplitting(problem, start, alpha, device, dtype)
@@ -110,7 +112,7 @@ class BallSplitting:
 
 
 class LassoSplitting:
-    """S = U: (G + rho I) U <- C + rho (S + B);  S <- soft(U - B, lam / rho);  B <- B + S - U (Boyd et al. 2011, 6.4)."""
+    """S = U: (G + rho I) U <- C + rho (S + B);  S <- soft(U - B, lam / rho);  B <- B + S - U (Boyd et al., 2011)."""
 
     def __init__(self, problem: LassoProblem, start: Tensor | None, alpha: float, device: torch.device,
                  dtype: torch.dtype) -> None:  # fmt: skip

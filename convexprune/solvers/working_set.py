@@ -1,8 +1,8 @@
 """A working-set method: solve on the columns and rows that matter, look at all of them, add those that were missed.
 
 Each neuron keeps a few columns (weights that may be nonzero) and a few inequality rows (samples that may be tight). The
-restricted problem is solved to the last digits by `interior_point`, and the full multipliers X^T Z and outputs X x^T say
-what to add.
+restricted problem is solved to the last digits by `interior_point`, and the full multipliers X^T Z and outputs X x^T
+say what to add.
 Source: the idea is that of Johnson, Guestrin, ICML 2015 (Blitz) and Massias et al., ICML 2018 (celer).
 """
 
@@ -20,10 +20,10 @@ from convexprune.solution import Attempt, Certificate, Status, TracePoint
 from convexprune.solvers.interior_point import Bucket, Coupling, interior_point
 from convexprune.solvers.restricted import buckets_of, restrict_ball, restrict_lasso
 
-INNER = 1e-10  # relative gap of a settled restricted problem: zeros and nonzeros are then told apart at sight
-OUTER = 1e-3  # relative gap of the first, whose only business is to show which columns and rows were missed
-LOOSE,TIGHT,LR=0.05,1e-9,0.01
-FIRST = 0.3  # relative gap at which the first interior point starts; later ones start at OUTER
+INNER = 1e-10  # relative gap of a restricted problem: at this accuracy zeros and nonzeros are told apart at sight
+FIRST, LATER = 0.3, 1e-2  # relative gap at which the first and the later interior points start
+LOST = 1e-3  # a restricted problem that ended with a larger gap has broken down and is not taken over
+TIGHT = 1e-9  # how far a multiplier may pass its limit before its column counts as missed
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class WorkingSet:
     eps_abs: float = 1e-6
     eps_rel: float = 1e-6
     max_iter: int = 60
-    max_rounds: int = 12
+    max_rounds: int = 8
     time_limit: float | None = None
     margin: float = 3e-7
     memory: float = 4e9
@@ -74,7 +74,7 @@ class WorkingSet:
         best_certificate: Certificate | None = None
         status = Status.MAX_ITER
         for count in range(self.max_rounds):
-            steps += view.solve_restricted(*((FIRST, OUTER) if count == 0 else (OUTER, INNER)), deadline)
+            steps += view.solve_restricted(FIRST if count == 0 else LATER, deadline)
             certificate = judge(problem, view.point, view.witness)
             trace.append(TracePoint(time.perf_counter() - begun, certificate))
             if best_certificate is None or _merit(certificate) <= _merit(best_certificate):
@@ -85,7 +85,7 @@ class WorkingSet:
             if time.perf_counter() > deadline:
                 status = Status.TIME_LIMIT
                 break
-            if not view.grow(LOOSE if count == 0 else 1e-9) and count > 0:
+            if view.lost or not view.grow():
                 status = Status.NUMERICAL
                 break
         return Attempt(best.x, best.witness, status, steps, tuple(trace))
@@ -98,8 +98,10 @@ class LassoView:
         self.problem, self.options = problem, options
         self.device = torch.device(options.device)
         self.gram, self.cross = problem.gram.to(self.device), problem.cross.to(self.device)
-        self.point = point.detach().to(self.device, torch.float64)
+        self.point = point.detach().to(self.device, torch.float64).clone()
         self.columns = (self.point != 0) | (self._slope().abs() >= 0.9 * problem.lam)
+        self.changed = torch.ones(len(self.point), dtype=torch.bool, device=self.device)
+        self.lost = False
 
     @property
     def witness(self) -> Tensor:
@@ -109,34 +111,35 @@ class LassoView:
     def _slope(self) -> Tensor:
         return self.cross - self.point @ self.gram
 
-    def solve_restricted(self, gap: float, eps_rel: float, deadline: float) -> int:
-        """Solve on the columns; sets `point`; returns the Newton steps."""
+    def solve_restricted(self, gap: float, deadline: float) -> int:
+        """Solve the changed neurons on their columns; sets `point`; returns the Newton steps."""
         lam = self.problem.lam
         if lam == 0:
             self.point = torch.linalg.lstsq(self.gram, self.cross.T, driver="gelsd").solution.T.to(self.device)
             return 1
-        groups = buckets_of(self.columns.cpu(), torch.zeros(len(self.columns), 0, dtype=torch.bool))
-        buckets = [restrict_lasso(self.problem, group, self.columns.cpu(), self.device) for group in groups]
+        columns = (self.columns & self.changed[:, None]).cpu()
+        buckets = [restrict_lasso(self.problem, group, columns, self.device)
+                   for group in buckets_of(columns, columns[:, :0])]  # fmt: skip
         unit = _typical(self.point)
         mu = _centre(buckets, self.point, gap)
         for bucket in buckets:
             u = torch.gather(self.point[bucket.neurons], 1, bucket.columns) * bucket.column_mask
             bucket.begin(u, bucket.ceiling, mu, 1.0)
         outcome = interior_point(
-            buckets, Coupling(1 / lam), eps_rel=eps_rel, max_iter=self.options.max_iter, deadline=deadline
+            buckets, Coupling(1 / lam), eps_rel=INNER, max_iter=self.options.max_iter, deadline=deadline
         )
-        self.point = torch.zeros_like(self.point)
-        for bucket in buckets:
-            _put(self.point, bucket, bucket.sparse(unit))
+        self.lost = outcome.gap > LOST
+        if not self.lost:
+            for bucket in buckets:
+                _put(self.point, bucket, bucket.sparse(unit))
         return outcome.iterations
 
-    def grow(self, loose: float) -> bool:
-        """Add the columns whose slope exceeds lam or nearly does; False when there is none."""
-        nearly = 1 - loose if loose > TIGHT else 1 + TIGHT
-        wanted = self.columns | (self._slope().abs() > self.problem.lam * nearly)
-        grown = bool((wanted != self.columns).any())
+    def grow(self) -> bool:
+        """Add the columns whose slope exceeds lam; False when there is none."""
+        wanted = self.columns | (self._slope().abs() > self.problem.lam * (1 + TIGHT))
+        self.changed = (wanted != self.columns).any(1)
         self.columns = wanted
-        return grown
+        return bool(self.changed.any())
 
 
 class BallView:
@@ -147,16 +150,17 @@ class BallView:
         self.device = torch.device(options.device)
         self.inputs = problem.inputs.to(self.device, torch.float64)
         self.outputs, self.active = problem.outputs.to(self.device), problem.active.to(self.device)
-        self.point = point.detach().to(self.device, torch.float64)
+        self.point = point.detach().to(self.device, torch.float64).clone()
         blank = torch.zeros_like(self.outputs)
-        self.witness = blank if witness is None else witness.detach().to(self.device, torch.float64)
-        self.energy = float(self.outputs[self.active].square().sum())
-        self.scale = math.sqrt(self.energy / max(int(self.active.sum()), 1)) or 1.0
-        # rows of zeros cannot be moved inside; the others by the margin, in units of the output's rms
-        reach = self.inputs.norm(dim=1, keepdim=True)
-        shift = options.margin * self.scale * (reach / reach.mean().clamp(min=1e-300)).clamp(max=1)
-        self.ceiling = problem.ceiling.to(self.device).expand_as(self.outputs) - shift
+        self.witness = blank if witness is None else witness.detach().to(self.device, torch.float64).clone()
+        self.energies = torch.where(self.active, self.outputs, 0).square().sum(0)
+        self.scale = math.sqrt(float(self.energies.sum()) / max(int(self.active.sum()), 1)) or 1.0
+        self.ceiling = problem.ceiling.to(self.device)
+        # a row's margin is this times its norm: in units of the output's rms for a row of typical norm
+        self.margin = options.margin * self.scale / max(float(self.inputs.norm(dim=1).mean()), 1e-300)
         self.radius = problem.radius * (1 - options.margin)
+        self.changed = torch.ones(len(self.point), dtype=torch.bool, device=self.device)
+        self.lost = False
         self.tau = self._first_tau()
         self._first_sets(witness is not None)
 
@@ -164,14 +168,15 @@ class BallView:
         force = float(torch.where(self.active, self.witness, 0).norm())
         if force > 0 and self.radius > 0:
             return force / self.radius
-        slope = (self.inputs.T @ torch.where(self.active, self.outputs, 0)).abs().amax()
-        return 10 / max(float(slope), 1e-300)
+        # at the optimum Z = -tau r with <Z, Y> about ||x||_1, and r is at most the radius
+        size = self.radius * float(self.energies.sum().sqrt())
+        return float(self.point.abs().sum()) / size if size > 0 else 1.0
 
     def _first_sets(self, informed: bool) -> None:
         produced = self.inputs @ self.point.T
-        alive = (self.point != 0).any(1) & self.active.any(0)
-        self.columns = (self.point != 0) & alive[:, None]
-        near = produced > self.ceiling - 0.005 * produced.abs().amax(0)
+        alive = (self.point != 0).any(1)
+        self.columns = self.point != 0
+        near = (produced > self.ceiling - 0.005 * produced.abs().amax(0)) & (produced != 0)
         if informed:
             slope = self.witness.T @ self.inputs
             self.columns |= (slope.abs() > 0.75) & alive[:, None]
@@ -180,28 +185,34 @@ class BallView:
             near |= pushing < -0.01 * typical
         self.rows = (near & ~self.active & alive).T
 
-    def solve_restricted(self, gap: float, eps_rel: float, deadline: float) -> int:
-        """Solve on the columns and rows; sets `point`, `witness`, `tau`; returns the Newton steps."""
-        columns, rows = self.columns.cpu(), self.rows.cpu()
+    def solve_restricted(self, gap: float, deadline: float) -> int:
+        """Solve the changed neurons on their columns and rows; sets `point`, `witness`, `tau`; returns Newton steps.
+
+        The others keep their weights, and their share of the ball.
+        """
+        columns, rows = (self.columns & self.changed[:, None]).cpu(), (self.rows & self.changed[:, None]).cpu()
         self._check_memory(columns, rows)
-        ceiling = self.ceiling.cpu()
-        buckets = [restrict_ball(self.problem, self.inputs, group, columns, rows, ceiling)
+        buckets = [restrict_ball(self.problem, self.inputs, group, columns, rows, self.margin)
                    for group in buckets_of(columns, rows)]  # fmt: skip
-        unit = _typical(self.point)
-        mu, ratio = _centre(buckets, self.point, gap), self._ratio(buckets)
+        unit, mu, ratio = _typical(self.point), _centre(buckets, self.point, gap), self._ratio()
         for bucket in buckets:
             u = torch.gather(self.point[bucket.neurons], 1, bucket.columns) * bucket.column_mask
             z = -torch.gather(self.witness.T[bucket.neurons], 1, bucket.rows) * bucket.row_mask
             bucket.begin(u, z.clamp(min=0), mu, ratio)
-        coupling = Coupling(self.tau, 0.5 * (self.energy - self.radius**2), mu / self.tau)
-        outcome = interior_point(
-            buckets, coupling, eps_rel=eps_rel, max_iter=self.options.max_iter, deadline=deadline
-        )
-        self.tau = coupling.tau
-        self._adopt(buckets, unit)
+        spent = torch.where(self.active, self.inputs @ self.point.T - self.outputs, 0).square().sum(0)
+        room = 0.5 * (self.radius**2 - float(spent.sum()))
+        solved = torch.cat([bucket.neurons for bucket in buckets])
+        spent[solved] = self.energies[solved]
+        constant = 0.5 * (float(spent.sum()) - self.radius**2)
+        coupling = Coupling(self.tau, constant, max(room, mu / self.tau))
+        outcome = interior_point(buckets, coupling, eps_rel=INNER, max_iter=self.options.max_iter, deadline=deadline)
+        self.lost = outcome.gap > LOST
+        if not self.lost:
+            self.tau = coupling.tau
+            self._adopt(buckets, unit)
         return outcome.iterations
 
-    def _ratio(self, buckets: list[Bucket]) -> float:
+    def _ratio(self) -> float:
         """A typical room of the rows over a typical multiplier: what makes the two comparable."""
         pushing = -self.witness[(self.witness < 0) & ~self.active]
         price = float(pushing.mean()) if len(pushing) else self.tau * self.scale
@@ -209,35 +220,45 @@ class BallView:
 
     def _adopt(self, buckets: list[Bucket], unit: float) -> None:
         """The exactly sparse point, and the witness: -tau times the residual on the ball, -z on the rows."""
-        interior, self.point = torch.zeros_like(self.point), torch.zeros_like(self.point)
-        witness = torch.where(self.active, 0, self.witness)
+        interior = self.point.clone()
         for bucket in buckets:
             _put(interior, bucket, bucket.u)
             _put(self.point, bucket, bucket.sparse(unit))
-            rows = torch.zeros(len(bucket.neurons), len(witness), dtype=torch.float64, device=self.device)
-            witness[:, bucket.neurons] = -rows.scatter_add_(1, bucket.rows, bucket.z * bucket.row_mask).T
-        residual = torch.where(self.active, self.inputs @ interior.T - self.outputs, 0)
-        self.witness = witness - self.tau * residual
+        for bucket in buckets:
+            which = bucket.neurons
+            rows = torch.zeros(len(which), len(self.witness), dtype=torch.float64, device=self.device)
+            pushing = -rows.scatter_add_(1, bucket.rows, bucket.z * bucket.row_mask).T
+            residual = self.inputs @ interior[which].T - self.outputs[:, which]
+            self.witness[:, which] = torch.where(self.active[:, which], -self.tau * residual, pushing)
 
-    def grow(self, loose: float) -> bool:
-        """Add columns with |X^T Z| > 1 and rows above their ceiling, or nearly so; False when there is none."""
+    def grow(self) -> bool:
+        """Add columns with |X^T Z| > 1 and rows above their ceiling; with none missed, everything is solved once more.
+
+        False when everything was solved together and nothing was missed.
+        """
         slope = self.witness.T @ self.inputs
-        over = (self.inputs @ self.point.T > self.ceiling - LR * self.scale*(loose>TIGHT) + 1e-12) & ~self.active
-        columns = self.columns | ((slope.abs() > (1 - loose if loose > TIGHT else 1 + TIGHT)) & self.active.any(0)[:, None])
-        held = columns.any(1)
-        pushing = (self.witness < 0) & ~self.active & (held & ~self.columns.any(1))
-        rows = self.rows | ((over | pushing) & held).T
-        grown = bool((columns != self.columns).any()) or bool((rows != self.rows).any())
+        columns = self.columns | (slope.abs() > 1 + TIGHT)
+        over = (self.inputs @ self.point.T > self.ceiling + 1e-12 * self.scale) & ~self.active
+        # a neuron of zeros that may not be zero (a ceiling below 0) starts with everything
+        columns |= (over.any(0) & ~columns.any(1))[:, None]
+        woken = columns.any(1) & ~self.columns.any(1)
+        over |= (self.witness < 0) & ~self.active & woken
+        rows = self.rows | over.T
+        together = bool(self.changed.all())
+        self.changed = (columns != self.columns).any(1) | (rows != self.rows).any(1)
         self.columns, self.rows = columns, rows
-        return grown
+        if bool(self.changed.any()):
+            return True
+        self.changed = torch.ones_like(self.changed)
+        return not together
 
     def _check_memory(self, columns: Tensor, rows: Tensor) -> None:
         wide, tall = columns.sum(1).double(), rows.sum(1).double()
         need = 8 * float((3 * wide * wide + 3 * wide * tall).sum())
         if need > self.options.memory:
             raise MemoryError(
-                f"the restricted problems need {need / 1e9:.1f} GB, more than memory={self.options.memory / 1e9:.1f} GB; "
-                "raise WorkingSet(memory=...), or stop at ADMM's own accuracy with ADMM(finish=None)"
+                f"the restricted problems need {need / 1e9:.1f} GB, more than memory={self.options.memory / 1e9:.1f} "
+                "GB; raise WorkingSet(memory=...), or stop at ADMM's own accuracy with ADMM(finish=None)"
             )
 
 

@@ -1,0 +1,10 @@
+"""Which solver a problem gets when the caller names none."""
+
+from __future__ import annotations
+
+from convexprune.problems import L1Reconstruction, NetTrim
+from convexprune.solve import set_default
+from convexprune.solvers import ADMM
+
+set_default(NetTrim, ADMM)
+set_default(L1Reconstruction, ADMM)

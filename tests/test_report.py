@@ -1,0 +1,188 @@
+"""The report: the same figures as text, JSON and a page; written whole or not at all."""
+
+import errno
+import json
+import os
+import re
+from dataclasses import replace
+from html.parser import HTMLParser
+
+import pytest
+import torch
+
+from convexprune.layer import Layer
+from convexprune.problems import L1Reconstruction, NetTrim
+from convexprune.report import HEADINGS, NetworkError, Report, Row, Settings, described
+from convexprune.solution import Certificate, Status, TracePoint
+from convexprune.solvers import ADMM
+
+TRACE = (TracePoint(0.1, Certificate(3.0, 0.0, 0.5)), TracePoint(0.25, Certificate(2.0, 1.999994, 0.0)))
+
+
+@pytest.fixture
+def report():
+    pattern = torch.eye(4)[:, :3]
+    rows = (
+        Row("fc1", (4, 3), 3, Status.CONVERGED, Certificate(2.0, 1.999994, 0.0), 0.5, "NetTrim(epsilon=0.05)", 120,
+            1.25, TRACE, pattern),
+        Row("<fc2>", (2, 4), 8, Status.INFEASIBLE, Certificate(2.0, float("inf"), 0.125), 0.75, "NetTrim()", 7, 0.5),
+        Row("fc3", (10, 2), 20),
+    )  # fmt: skip
+    network = NetworkError(measured=0.6, guaranteed=1.5, scale=12.0)
+    settings = Settings("cascade", "ADMM()", 30, "ab" * 32, "float32", 0, 2, torch.__version__)
+    return Report(rows, network, settings)
+
+
+def test_json_round_trip(report):
+    text = report.to_json()
+    assert Report.from_json(text) == report
+    assert Report.from_json(text).to_json() == text
+
+
+def test_json_is_strict_and_says_what_a_reader_looks_for(report):
+    content = json.loads(report.to_json(), parse_constant=lambda word: pytest.fail(f"{word} is not JSON"))
+    first, second, third = content["rows"]
+    assert first["kept_fraction"] == 0.25
+    assert first["status"] == "CONVERGED"
+    assert first["certificate"]["relative_gap"] == pytest.approx(3e-6)
+    assert first["trace"][1]["seconds"] == 0.25
+    assert second["certificate"]["bound"] == "inf"
+    assert third["certificate"] is None
+    assert content["network"] == {"measured": 0.6, "guaranteed": 1.5, "scale": 12.0, "reason": ""}
+
+
+def test_totals(report):
+    assert (report.kept, report.total) == (31, 40)
+    assert report.kept_fraction == 31 / 40
+
+
+def test_table_is_aligned_and_readable(report):
+    heading, *lines = report.table().splitlines()
+    assert heading.split() == list(HEADINGS)
+    assert len(lines) == 3
+    assert lines[0].split() == ["fc1", "4", "x", "3", "25.0%", "3e-06", "feasible", "2", "1.99999", "0.5", "converged",
+                                "120", "1.2", "s"]  # fmt: skip
+    assert "off by 12.5%" in lines[1]
+    assert "infeasible: left dense" in lines[1]
+    assert lines[2].count(" - ") + lines[2].endswith("-") >= 5
+    end = heading.index("kept") + len("kept")
+    assert all(line[:end].endswith("%") for line in lines)
+
+
+def test_text_says_guaranteed_beside_measured(report):
+    text = str(report)
+    assert "kept 31 of 40 weights (77.5%)" in text
+    assert "guaranteed: 1.5 = 12.5% of the outputs' norm" in text
+    assert "measured:   0.6 = 5.0% of the outputs' norm" in text
+    without = replace(report, network=NetworkError(0.6, None, 12.0, "the network branches"))
+    assert "no guarantee: the network branches" in str(without)
+
+
+@pytest.mark.parametrize(
+    ("violation", "words"),
+    [(0.0, "feasible"), (6e-7, "feasible to 6e-07"), (2e-6, "off by 2e-06"), (0.5, "off by 50.0%")],
+)
+def test_feasible_is_exact_or_says_how_nearly(violation, words, report):
+    cells = replace(report.rows[0], certificate=Certificate(1.0, 1.0, violation)).cells()
+    assert cells[HEADINGS.index("constraints")] == words
+
+
+@pytest.mark.parametrize("gap", [0.0, 1e-9, 2.5e-7, 0.03, 1.0, 40.0, -2e-7])
+def test_gaps_are_never_shown_as_better_than_zero_where_they_are_not(gap, report):
+    cells = replace(report.rows[0], certificate=Certificate(1.0, 1.0 - gap, 0.0)).cells()
+    shown = cells[HEADINGS.index("gap")]
+    number = float(shown.rstrip("%")) / (100 if shown.endswith("%") else 1)
+    assert number == pytest.approx(1.0 - (1.0 - gap), rel=0.3, abs=0)
+
+
+class Page(HTMLParser):
+    def __init__(self):
+        super().__init__()
+        self.sources, self.cells, self.open, self.cell = [], [], [], None
+
+    def handle_starttag(self, tag, attrs):
+        if tag not in ("img", "meta"):
+            self.open.append(tag)
+        self.sources += [value for key, value in attrs if key in ("src", "href")]
+        if tag == "td":
+            self.cell = ""
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+        if tag == "td":
+            self.cells.append(self.cell)
+            self.cell = None
+
+    def handle_data(self, data):
+        if self.cell is not None:
+            self.cell += data
+
+
+def test_page_is_well_formed_and_self_contained(report, tmp_path):
+    report.save_html(tmp_path / "report.html")
+    text = (tmp_path / "report.html").read_text()
+    page = Page()
+    page.feed(text)
+    assert page.open == []
+    assert page.cells == [cell for row in report.rows for cell in row.cells()]
+    assert len(page.sources) == 4  # network, layers, one run, one pattern
+    assert all(source.startswith("data:image/") for source in page.sources)
+    assert not re.search(r"<(script|link|iframe)", text)
+    assert "<fc2>" not in text
+    for word in ("no feasible layer can go below", "guaranteed", "Convergence", "Weight patterns", "ab" * 32):
+        assert word in text
+
+
+def test_page_without_patterns_traces_and_guarantee(report, tmp_path):
+    bare = replace(Report.from_json(report.to_json()), network=NetworkError(None, None, None, "two outputs"))
+    bare = replace(bare, rows=tuple(replace(row, trace=()) for row in bare.rows))
+    bare.save_html(tmp_path / "report.html")
+    text = (tmp_path / "report.html").read_text()
+    assert "Convergence" not in text
+    assert "Weight patterns" not in text
+    assert "no guarantee: two outputs" in text
+
+
+def test_page_survives_figures_that_are_not_finite(report, tmp_path):
+    odd = (TracePoint(0.1, Certificate(float("inf"), -float("inf"), float("inf"))), *TRACE)
+    rows = (replace(report.rows[0], certificate=Certificate(1.0, -float("inf"), 0.0), trace=odd), *report.rows[1:])
+    replace(report, rows=rows, network=NetworkError(0.6, float("inf"), 12.0)).save_html(tmp_path / "report.html")
+
+
+def test_page_is_the_same_twice(report, tmp_path):
+    for name in ("a", "b"):
+        report.save_html(tmp_path / name)
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+@pytest.mark.parametrize("kind", ["save_json", "save_html"])
+def test_an_unwritable_path_is_named(report, tmp_path, kind):
+    path = tmp_path / "missing" / "report"
+    with pytest.raises(OSError, match="was not written") as raised:
+        getattr(report, kind)(path)
+    assert raised.value.filename == str(path)
+
+
+@pytest.mark.parametrize("kind", ["save_json", "save_html"])
+def test_a_full_disk_leaves_the_old_file_and_no_part(report, tmp_path, kind, monkeypatch):
+    path = tmp_path / "report"
+    path.write_text("old")
+
+    def full(*args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left") as raised:
+        getattr(report, kind)(path)
+    assert raised.value.filename == str(path)
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_problems_and_solvers_in_a_few_words():
+    layer = Layer.from_samples(torch.eye(3), torch.ones(5, 3))
+    assert described(NetTrim(layer, 0.05)) == "NetTrim(epsilon=0.05)"
+    assert described(NetTrim(layer, 0.05, torch.zeros(5, 3))) == "NetTrim(epsilon=0.05, slack=array (5, 3))"
+    assert described(L1Reconstruction(layer, 0.1)) == "L1Reconstruction(lam=0.1)"
+    assert described(ADMM()).startswith("ADMM(eps_abs=1e-06, ")
+    assert described(object()) == "object"
