@@ -1,6 +1,6 @@
 """Net-Trim on LeNet-300-100's fc1 (784 -> 300): seconds, gap, peak memory.
 
-    python benchmarks/lenet_fc1.py --images 10000 --data DIR
+python benchmarks/lenet_fc1.py --images 10000 --data DIR
 """
 
 import argparse

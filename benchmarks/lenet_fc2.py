@@ -15,9 +15,10 @@ from nettrim.benchmark_utils.published import published_admm
 import convexprune as cp
 
 
-def ours(problem, **options):
-    """Solve with ADMM, judged on the weights rounded to float32 as a model stores them."""
-    return judged("convexprune ADMM", problem, cp.solve(problem, cp.ADMM(**options)))
+def ours(problem, repeats=5, **options):
+    """The median of some solves with ADMM, judged on the weights rounded to float32 as a model stores them."""
+    solutions = [cp.solve(problem, cp.ADMM(**options)) for _ in range(repeats)]
+    return judged("convexprune ADMM", problem, sorted(solutions, key=lambda s: s.seconds)[repeats // 2])
 
 
 def judged(name, problem, solution):
@@ -57,7 +58,7 @@ def main():
     cp.solve(small)  # warm-up: thread pools and the first factorisations
     if options.part in ("whole", "both"):
         problem = cp.NetTrim(fc2_layer(folder, count=4000), epsilon=0.05)
-        print("fc2, 100 neurons, 4,000 images\n" + report([ours(problem), published(problem)]))
+        print("fc2, 100 neurons, 4,000 images\n" + report([ours(problem, repeats=3), published(problem)]))
     if options.part in ("ten", "both"):
         rows = [ours(small, eps_rel=1e-5)]
         rows += [judged(name, small, cp.solve(small, cp.CVXPY(name))) for name in options.conic]

@@ -65,7 +65,7 @@ class Layer:
         name: str = "layer",
         targets: Tensor | None = None,
     ) -> Layer:
-        """The layer whose inputs are the rows of `inputs` (samples, in); `targets` (samples, out) are W x + b if None."""
+        """The layer whose inputs are the rows of `inputs` (samples, in); `targets` default to W x + b."""
         _check_weight(name, weight, bias)
         if inputs.ndim != 2 or inputs.shape[1] != weight.shape[1]:
             raise ValueError(

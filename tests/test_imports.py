@@ -93,7 +93,8 @@ def test_the_rule_sees_a_forbidden_import(tmp_path):
     file = tmp_path / "x.py"
     file.write_text("def f():\n    from convexprune.solvers import ADMM\n")
     assert set(ours(file)) == {"solvers"}
-    lazy = "import torch\ndef f():\n    import cvxpy\nif TYPE_CHECKING:\n    import cvxpy\ntry:\n    import rich\nfinally:\n    pass"
+    lazy = "import torch\ndef f():\n    import cvxpy\nif TYPE_CHECKING:\n    import cvxpy\n"
+    lazy += "try:\n    import rich\nfinally:\n    pass"
     loaded = [name for node in at_import(ast.parse(lazy)) for name in imported(node)]
     assert sorted(loaded) == ["rich", "torch"]
 

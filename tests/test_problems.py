@@ -213,7 +213,8 @@ def test_bad_epsilon_is_refused(epsilon):
 
 
 @pytest.mark.parametrize(
-    ("slack", "reason"), [(torch.zeros(3, 3), "shape"), (math.nan, "NaN"), (torch.full((40, 4), math.inf), "NaN or inf")]
+    ("slack", "reason"),
+    [(torch.zeros(3, 3), "shape"), (math.nan, "NaN"), (torch.full((40, 4), math.inf), "NaN or inf")],
 )
 def test_bad_slack_is_refused(slack, reason):
     with pytest.raises(ValueError, match=reason):

@@ -11,7 +11,7 @@ from convexprune.problem import BallProblem, LassoProblem
 from convexprune.solvers.interior_point import Bucket
 
 
-def buckets_of(columns: Tensor, rows: Tensor, waste: float = 1.25) -> list[Tensor]:
+def buckets_of(columns: Tensor, rows: Tensor, waste: float = 1.5) -> list[Tensor]:
     """Indices of the neurons with any column, grouped so that padding a group costs about `waste` in either size.
 
     columns (M, P) bool, rows (M, n) bool.
