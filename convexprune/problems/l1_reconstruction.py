@@ -23,15 +23,17 @@ from convexprune.problem import Formulation
 class L1Reconstruction:
     """The lasso of a layer; `lam` > 0 is in the units of E[y x].
 
-    Raises ValueError for a negative or non-finite lam.
+    Raises ValueError for a lam that is not a finite number > 0.
     """
 
     layer: Layer
     lam: float
 
     def __post_init__(self) -> None:
-        if not 0 <= self.lam < math.inf:
-            raise ValueError(f"lam is {self.lam}; it must be a finite number >= 0")
+        if not 0 < self.lam < math.inf:
+            raise ValueError(
+                f"lam is {self.lam}; it must be a finite number > 0; without a price the dense layer is optimal"
+            )
 
     @property
     def shape(self) -> tuple[int, int]:

@@ -109,6 +109,7 @@ class _Run:
         self.problem, self.begun = problem, begun
         self.trace: list[TracePoint] = []
         self.best: tuple[Tensor, Tensor] | None = None
+        self.last: tuple[Tensor, Tensor] | None = None
         self.best_certificate = Certificate(math.inf, -math.inf, math.inf)
         self.steps = 0
 
@@ -117,7 +118,7 @@ class _Run:
         certificate = judge(self.problem, split.point, split.witness)
         self.trace.append(TracePoint(time.perf_counter() - self.begun, certificate))
         self._keep(split.point, split.witness, certificate)
-        self.steps = step
+        self.steps, self.last = step, (split.point, split.witness)
         return certificate
 
     def adopt(self, attempt: Attempt, offset: float) -> None:
@@ -133,9 +134,10 @@ class _Run:
             self.best, self.best_certificate = (x.clone(), witness.clone()), certificate
 
     def attempt(self, status: Status) -> Attempt:
-        """The best of the run."""
-        assert self.best is not None
-        return Attempt(*self.best, status, self.steps, tuple(self.trace))
+        """The best of the run; of an infeasible problem the last, whose witness proves the largest bound."""
+        found = self.last if status is Status.INFEASIBLE else self.best
+        assert found is not None
+        return Attempt(*found, status, self.steps, tuple(self.trace))
 
 
 def _zero_if_feasible(problem: Problem) -> Attempt | None:

@@ -114,9 +114,6 @@ class LassoView:
     def solve_restricted(self, gap: float, deadline: float) -> int:
         """Solve the changed neurons on their columns; sets `point`; returns the Newton steps."""
         lam = self.problem.lam
-        if lam == 0:
-            self.point = torch.linalg.lstsq(self.gram, self.cross.T, driver="gelsd").solution.T.to(self.device)
-            return 1
         columns = (self.columns & self.changed[:, None]).cpu()
         buckets = [restrict_lasso(self.problem, group, columns, self.device)
                    for group in buckets_of(columns, columns[:, :0])]  # fmt: skip

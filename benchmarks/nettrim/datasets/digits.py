@@ -9,12 +9,12 @@ class Dataset(BaseDataset):
     """A layer of a 64-300-100-10 network trained on scikit-learn's digits in a few seconds."""
 
     name = "digits"
-    parameters = {"layer": ["fc2"], "epsilon": [0.05], "epochs": [20]}
+    parameters = {"layer": ["fc2"], "samples": [1000], "epsilon": [0.05], "epochs": [20]}
     requirements = ["scikit-learn"]
 
     def get_data(self):
         images = digits()
         torch.manual_seed(0)
         model = train(lenet300(images.x_train.shape[1]), images.x_train, images.y_train, epochs=self.epochs)
-        (layer,) = capture(model, [images.x_train], names=self.layer, keep_inputs=True)
+        (layer,) = capture(model, [images.x_train[: self.samples]], names=self.layer, keep_inputs=True)
         return {"problem": NetTrim(layer, self.epsilon)}

@@ -18,8 +18,7 @@ class Solver(BaseSolver):
         self.solver = ADMM(eps_rel=self.eps_rel, device=self.device)
 
     def warm_up(self):
-        if self.device == "cuda":
-            self.run_once()
+        self.run_once()  # torch starts its threads, or the GPU's libraries, at the first call
 
     def run(self, _):
         self.attempt = self.solver.solve(self.problem)
