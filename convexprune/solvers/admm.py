@@ -16,6 +16,7 @@ from convexprune.solvers.working_set import WorkingSet
 
 CHECK = 20  # steps between two looks at the certificate
 ADAPT = 10  # steps between two changes of rho
+SETTLED = 400  # rho stays as it is from here on: ADMM converges for any fixed rho, not for one that keeps moving
 DIVERGED = 1e4  # a lower bound this many times the dense layer's value: no feasible point is anywhere near
 
 
@@ -65,7 +66,7 @@ class ADMM:
         handover = self.handover
         for step in range(1, self.max_iter + 1):
             split.step()
-            if step % ADAPT == 0:
+            if step % ADAPT == 0 and step <= SETTLED:
                 split.balance()
             late = time.perf_counter() > deadline
             if step % CHECK and step < self.max_iter and not late:

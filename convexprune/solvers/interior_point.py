@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 BACKOFF = 0.99  # how much of the way to the boundary a step goes
+DUST = 1e-7  # a zero weight is p = mu / a, some 1e-11 of a typical weight, when the gap is 1e-10
 RIDGE = 1e-13  # times the mean diagonal: keeps Cholesky defined on rank-deficient blocks, far below the tolerances
 
 
@@ -141,9 +142,13 @@ class Bucket:
         return float((pairs * self.column_mask).sum() + (rows * self.row_mask).sum())
 
     def sparse(self, unit: float) -> Tensor:
-        """(B, w): u with the weights whose multiplier wins set to exactly zero; `unit` is a typical |u|."""
-        size, price = torch.maximum(self.p, self.q), torch.where(self.p > self.q, self.a, self.b)
-        return self.u * (size / unit > price)
+        """(B, w): u with what is below DUST times `unit`, a typical |u|, set to exactly zero.
+
+        The test is on size alone: where a weight and its multiplier both vanish, dropping the weight for its multiplier's
+        sake would cost feasibility.
+        """
+        u = self.u
+        return torch.where(u.abs() > DUST * unit, u, 0.0)
 
     def move(self, step: float) -> None:
         """Take the step."""
