@@ -144,8 +144,8 @@ class Bucket:
     def sparse(self, unit: float) -> Tensor:
         """(B, w): u with what is below DUST times `unit`, a typical |u|, set to exactly zero.
 
-        The test is on size alone: where a weight and its multiplier both vanish, dropping the weight for the sake of its
-        multiplier would cost feasibility.
+        The test is on size alone: where a weight and its multiplier both vanish, dropping the weight for the
+        multiplier's sake would cost feasibility.
         """
         u = self.u
         return torch.where(u.abs() > DUST * unit, u, 0.0)
