@@ -11,21 +11,22 @@ from nettrim.benchmark_utils.resnet import cifar10, resnet20
 
 import convexprune as cp
 from convexprune.examples import error_rate
+from convexprune.network import write
 
 
 @torch.no_grad()
-def write_back(model, layers, x):
-    """The largest change of the output, relative, when each layer is replaced by what its moments say it is.
+def written_back(model, layers, x):
+    """The largest change of the output, relative, once each layer's weights are solved from what was captured of it.
 
-    The weights written are C G^+ = E[y x^T] E[x x^T]^+, so that an error in what was captured would show; where the
-    inputs do not span the space the stored weights fill the rest.
+    What is written is C G^+ = E[y x^T] E[x x^T]^+, with y the convolution's own outputs as torch computed them: an
+    unfolding or a write-back that does not match the convolution would show. Where the inputs do not span the space,
+    the stored weights fill the rest.
     """
     before = model(x)
     for layer in layers:
-        if not layer.name.endswith("linear"):
-            solved = torch.linalg.pinv(layer.affine_gram, hermitian=True, rtol=1e-10)
-            rest = torch.eye(len(solved), dtype=torch.float64) - solved @ layer.affine_gram
-            cp.network.write(model, layer.name, layer.affine_cross @ solved + layer.affine_weight @ rest)
+        solved = torch.linalg.pinv(layer.affine_gram, hermitian=True, rtol=1e-10)
+        rest = torch.eye(len(solved), dtype=torch.float64) - solved @ layer.affine_gram
+        write(model, layer.name, layer.affine_cross @ solved + layer.affine_weight @ rest)
     return float((model(x) - before).abs().max() / before.abs().max())
 
 
@@ -34,18 +35,17 @@ def main():
     parser.add_argument("--data", default=None)
     parser.add_argument("--images", type=int, default=1024)
     parser.add_argument("--layer", default="layer3.1.conv1")
-    parser.add_argument("--strengths", type=float, nargs="+", default=[1e-4, 1e-3, 1e-2], help="lam / max |E[y x]|")
+    parser.add_argument("--strengths", type=float, nargs="+", default=[1e-3, 1e-2, 0.1], help="lam / max |E[y x]|")
     options = parser.parse_args()
     folder = data_folder(options.data)
     model = resnet20(folder)
     x, _ = cifar10(folder, "train", options.images)
-    batches = list(x.split(128))
+    batches = list(x.split(64))
     x_test, y_test = cifar10(folder, "test")
     print(f"dense accuracy on x_test {100 * (1 - error_rate(model, x_test, y_test)):.2f}%")
 
-    layers = cp.capture(model, batches)
-    convolutions = [layer for layer in layers if layer.name != "linear"]
-    change = write_back(resnet20(folder), convolutions, x_test[:256])
+    convolutions = cp.capture(model, batches[:1], "*conv*", dense=model)
+    change = written_back(resnet20(folder), convolutions, x_test[:256])
     print(f"{len(convolutions)} convolutions captured and written back: output changed by {change:.1e}, relative\n")
 
     rows = []

@@ -1,5 +1,6 @@
 """Weights out of a model, into it, and to a file: exact, or refused before anything is touched."""
 
+import contextlib
 import copy
 import resource
 import stat
@@ -141,19 +142,22 @@ def test_save_and_load_with_tied_weights(tmp_path):
     assert torch.equal(untied.out.weight, model.embed.weight)
 
 
-@pytest.fixture
+@contextlib.contextmanager
 def full_disk():
+    """Only around the write itself: pytest's own output may be a file too."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1024, limits[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
-def test_a_write_that_fails_leaves_the_old_file(tmp_path, full_disk):
+def test_a_write_that_fails_leaves_the_old_file(tmp_path):
     path = tmp_path / "model.safetensors"
     path.write_bytes(b"old")
     for target in (path, tmp_path / "new.safetensors"):
-        with pytest.raises(OSError, match="large"):
+        with pytest.raises(OSError, match="large"), full_disk():
             save(nn.Linear(100, 100), target)
     assert path.read_bytes() == b"old"
     assert [p.name for p in tmp_path.iterdir()] == ["model.safetensors"]
