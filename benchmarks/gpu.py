@@ -14,7 +14,7 @@ import torch
 
 import convexprune as cp
 
-SMALL = [(64, 32, 512), (256, 64, 1024)]  # inputs, outputs, samples
+SMALL = [(64, 32, 512), (128, 64, 512)]  # inputs, outputs, samples
 LARGE = [(1024, 1024, 4096), (4096, 4096, 8192), (4096, 11008, 8192)]
 
 
