@@ -36,6 +36,7 @@ class WorkingSet:
     time_limit        seconds, or None
     margin            how far inside the constraints to stay, relative to the output's size: rounding the weights to
                       float32 then leaves them feasible
+                      (it costs about as much in the gap: for eps_rel below 1e-6 set it to 0)
     memory            bytes that the restricted problems may take; more raises MemoryError
     device            where the batches are solved: "cpu", "cuda", ... always in float64
     """
