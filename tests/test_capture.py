@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from benchmark_utils import resnet
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -479,53 +480,8 @@ def test_progress_and_options():
         capture(model, [torch.randn(2, 4)], positions=0)
 
 
-class Block(nn.Module):
-    def __init__(self, before, width, stride):
-        super().__init__()
-        self.conv1 = nn.Conv2d(before, width, 3, stride, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(width)
-        self.conv2 = nn.Conv2d(width, width, 3, 1, 1, bias=False)
-        self.bn2 = nn.BatchNorm2d(width)
-        self.stride, self.pad = stride, (width - before) // 2
-
-    def forward(self, x):
-        y = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
-        shortcut = F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, self.pad, self.pad))
-        return F.relu(y + shortcut)
-
-
-class ResNet(nn.Module):
-    def __init__(self, blocks=3):
-        super().__init__()
-        self.conv1, self.bn1 = nn.Conv2d(3, 16, 3, 1, 1, bias=False), nn.BatchNorm2d(16)
-        stage = lambda before, width, stride: nn.Sequential(  # noqa: E731
-            Block(before, width, stride), *(Block(width, width, 1) for _ in range(blocks - 1))
-        )
-        self.layer1, self.layer2, self.layer3 = stage(16, 16, 1), stage(16, 32, 2), stage(32, 64, 2)
-        self.linear = nn.Linear(64, 10)
-
-    def forward(self, x):
-        x = self.layer3(self.layer2(self.layer1(F.relu(self.bn1(self.conv1(x))))))
-        return self.linear(x.mean((2, 3)))
-
-
-@pytest.fixture
-def resnet20(data):
-    model = ResNet()
-    with np.load(data / "resnet20.npz") as file:
-        state = {key: torch.from_numpy(file[key]) for key in file.files}
-    missing = model.load_state_dict(state, strict=False)
-    assert not missing.unexpected_keys
-    assert all(key.endswith("num_batches_tracked") for key in missing.missing_keys)
-    with np.load(data / "cifar10.npz") as file:
-        images = torch.from_numpy(file["x_test"][:64]).float() / 255
-        labels = torch.from_numpy(next(file[k] for k in file.files if k != "x_test" and k.endswith("test"))[:64])
-    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
-    return model.eval(), (images - mean[:, None, None]) / std[:, None, None], labels
-
-
-def test_resnet20_is_captured_and_written_back_exactly(resnet20):
-    model, x, labels = resnet20
+def test_resnet20_is_captured_and_written_back_exactly(data):
+    model, (x, labels) = resnet.resnet20(data), resnet.cifar10(data, "test", 64)
     with torch.no_grad():
         before = model(x)
     assert float((before.argmax(1) == labels).float().mean()) > 0.85
