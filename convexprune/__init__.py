@@ -3,8 +3,9 @@
 from convexprune import defaults as defaults
 from convexprune.layer import Layer
 from convexprune.network import capture, load, save
+from convexprune.patterns import NM, Blocks, PerRow, Support, Unstructured
 from convexprune.problem import judge
-from convexprune.problems import L1Reconstruction, NetTrim
+from convexprune.problems import L1Reconstruction, NetTrim, Reconstruction
 from convexprune.prune import prune
 from convexprune.solution import Certificate, Solution, Status
 from convexprune.solve import solve
@@ -13,12 +14,18 @@ from convexprune.solvers import ADMM, CVXPY, WorkingSet
 __all__ = [
     "ADMM",
     "CVXPY",
+    "NM",
+    "Blocks",
     "Certificate",
     "L1Reconstruction",
     "Layer",
     "NetTrim",
+    "PerRow",
+    "Reconstruction",
     "Solution",
     "Status",
+    "Support",
+    "Unstructured",
     "WorkingSet",
     "capture",
     "judge",

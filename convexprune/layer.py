@@ -34,6 +34,7 @@ class Layer:
     target_mean: Tensor | None = None  # (out,)      E[y]
     inputs: Tensor | None = field(default=None, repr=False)  # (samples, in)   kept only when asked for
     targets: Tensor | None = field(default=None, repr=False)  # (samples, out)  y; None where y = W x + b
+    kernel: int = 1  # kernel positions: inputs i, i + kernel, ... are one position of consecutive channels
 
     def __post_init__(self) -> None:
         _check_weight(self.name, self.weight, self.bias)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
+from convexprune.patterns import Pattern
 from convexprune.solution import Attempt, Certificate
 
 if TYPE_CHECKING:
@@ -99,6 +100,44 @@ class LassoProblem(Protocol):
     @property
     def lam(self) -> float:
         """The weight of the L1 norm."""
+
+
+@runtime_checkable
+class SparseLeastSquares(Protocol):
+    """Minimise tr(W G W^T) - 2 <C, W> + sum(energies) over W (M, N) with a support in the pattern.
+
+    A solver works on W; `completed` makes the problem's point of it.
+    """
+
+    @property
+    def gram(self) -> Tensor:
+        """G (N, N), float64."""
+
+    @property
+    def cross(self) -> Tensor:
+        """C (M, N), float64."""
+
+    @property
+    def energies(self) -> Tensor:
+        """(M,), float64: the value at W = 0, one for each neuron."""
+
+    @property
+    def target(self) -> Tensor:
+        """(M, N), float64: the dense weights."""
+
+    @property
+    def pattern(self) -> Pattern:
+        """Which supports are allowed."""
+
+    @property
+    def always(self) -> Tensor | None:
+        """(M, N) bool: weights that must stay in the support."""
+
+    def select(self, scores: Tensor) -> Tensor:
+        """(M, N) bool: the allowed support with the largest sum of scores (M, N) >= 0."""
+
+    def completed(self, weight: Tensor) -> Tensor:
+        """(M, P), float64: the weights with the best bias as the last column, if the layer has one."""
 
 
 def judge(problem: Problem, x: Tensor, witness: Any = None) -> Certificate:

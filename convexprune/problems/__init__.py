@@ -2,5 +2,6 @@
 
 from convexprune.problems.l1_reconstruction import L1Reconstruction
 from convexprune.problems.net_trim import NetTrim
+from convexprune.problems.reconstruction import Reconstruction
 
-__all__ = ["L1Reconstruction", "NetTrim"]
+__all__ = ["L1Reconstruction", "NetTrim", "Reconstruction"]

@@ -1,0 +1,215 @@
+"""What "sparse" means: which sets of kept weights a pattern allows, and the best of them for given scores.
+
+Every pattern divides the cells of a layer (single weights, or blocks of them) into groups of one size and keeps the
+same number in each group; what is kept is counted exactly and ties go to the lower index.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+
+@runtime_checkable
+class Pattern(Protocol):
+    """A family of masks (M, N). `kernel` is the number of kernel positions behind each input channel; 1 if linear."""
+
+    def quota(self, shape: tuple[int, int], kernel: int = 1) -> int:
+        """How many cells each group keeps; raises ValueError where the pattern does not fit the shape."""
+
+    def folded(self, values: Tensor, kernel: int = 1) -> Tensor:
+        """(groups, cells): the values (M, N) of each cell, added up over a block."""
+
+    def unfolded(self, cells: Tensor, shape: tuple[int, int], kernel: int = 1) -> Tensor:
+        """(M, N): the inverse of `folded`, a block's value at each of its weights."""
+
+
+@dataclass(frozen=True)
+class Unstructured:
+    """Any `keep` weights of the layer: a fraction in [0, 1], rounded to the nearest count, or a count (an int)."""
+
+    keep: float | int
+
+    def __post_init__(self) -> None:
+        _check_keep(self.keep)
+
+    def quota(self, shape: tuple[int, int], kernel: int = 1) -> int:
+        """The layer's count."""
+        return _count(self.keep, shape[0] * shape[1], "the layer")
+
+    def folded(self, values: Tensor, kernel: int = 1) -> Tensor:
+        """(1, M N)."""
+        return values.reshape(1, -1)
+
+    def unfolded(self, cells: Tensor, shape: tuple[int, int], kernel: int = 1) -> Tensor:
+        """(M, N)."""
+        return cells.reshape(shape)
+
+
+@dataclass(frozen=True)
+class PerRow:
+    """`keep` weights of each neuron: a fraction in [0, 1], rounded to the nearest count, or a count (an int)."""
+
+    keep: float | int
+
+    def __post_init__(self) -> None:
+        _check_keep(self.keep)
+
+    def quota(self, shape: tuple[int, int], kernel: int = 1) -> int:
+        """A neuron's count."""
+        return _count(self.keep, shape[1], "a neuron")
+
+    def folded(self, values: Tensor, kernel: int = 1) -> Tensor:
+        """(M, N)."""
+        return values
+
+    def unfolded(self, cells: Tensor, shape: tuple[int, int], kernel: int = 1) -> Tensor:
+        """(M, N)."""
+        return cells
+
+
+@dataclass(frozen=True)
+class NM:
+    """`n` of every `m` consecutive inputs; of a convolution, of `m` consecutive input channels at a kernel position.
+
+    The layout that sparse tensor cores read (2:4).
+    """
+
+    n: int
+    m: int
+
+    def __post_init__(self) -> None:
+        if not (0 <= self.n <= self.m and self.m >= 1):
+            raise ValueError(f"NM({self.n}, {self.m}) keeps n of every m weights: it needs 0 <= n <= m and m >= 1")
+
+    def quota(self, shape: tuple[int, int], kernel: int = 1) -> int:
+        """n."""
+        channels = shape[1] // kernel
+        if shape[1] % kernel or channels % self.m:
+            raise ValueError(
+                f"NM({self.n}, {self.m}) does not fit {channels} input channels: they must be a multiple of {self.m}; "
+                "leave this layer out (build may return None) or choose another pattern"
+            )
+        return self.n
+
+    def folded(self, values: Tensor, kernel: int = 1) -> Tensor:
+        """(M N / m, m)."""
+        out = len(values)
+        return values.reshape(out, -1, self.m, kernel).transpose(2, 3).reshape(-1, self.m)
+
+    def unfolded(self, cells: Tensor, shape: tuple[int, int], kernel: int = 1) -> Tensor:
+        """(M, N)."""
+        return cells.reshape(shape[0], -1, kernel, self.m).transpose(2, 3).reshape(shape)
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Whole blocks of `size` = (rows, consecutive inputs); `keep` of them: a fraction in [0, 1], or a count (an int)."""
+
+    size: tuple[int, int]
+    keep: float | int
+
+    def __post_init__(self) -> None:
+        _check_keep(self.keep)
+        if len(self.size) != 2 or min(self.size) < 1:
+            raise ValueError(f"Blocks size is {self.size}; it must be (rows, inputs), both at least 1")
+
+    def quota(self, shape: tuple[int, int], kernel: int = 1) -> int:
+        """The layer's count of blocks."""
+        if shape[0] % self.size[0] or shape[1] % self.size[1]:
+            raise ValueError(f"blocks of {self.size} do not tile a layer of shape {tuple(shape)}")
+        return _count(self.keep, shape[0] * shape[1] // math.prod(self.size), "the layer's blocks")
+
+    def folded(self, values: Tensor, kernel: int = 1) -> Tensor:
+        """(1, blocks)."""
+        (height, width), (out, into) = self.size, values.shape
+        return values.reshape(out // height, height, into // width, width).sum((1, 3)).reshape(1, -1)
+
+    def unfolded(self, cells: Tensor, shape: tuple[int, int], kernel: int = 1) -> Tensor:
+        """(M, N)."""
+        tiles = cells.reshape(shape[0] // self.size[0], shape[1] // self.size[1])
+        return tiles.repeat_interleave(self.size[0], 0).repeat_interleave(self.size[1], 1)
+
+
+@dataclass(frozen=True, eq=False)
+class Support:
+    """The weights where `mask` (M, N) is True, and no others."""
+
+    mask: Tensor
+
+    def __post_init__(self) -> None:
+        if self.mask.dtype != torch.bool or self.mask.ndim != 2:
+            raise ValueError(f"a support is a boolean (out, in) mask, not {self.mask.dtype} {tuple(self.mask.shape)}")
+
+    def quota(self, shape: tuple[int, int], kernel: int = 1) -> int:
+        """All of the mask."""
+        if tuple(self.mask.shape) != tuple(shape):
+            raise ValueError(f"the support has shape {tuple(self.mask.shape)}, the layer {tuple(shape)}")
+        return int(self.mask.sum())
+
+    def folded(self, values: Tensor, kernel: int = 1) -> Tensor:
+        """(1, M N): -1 outside the mask, which no score can be."""
+        return torch.where(self.mask.to(values.device), values, -1).reshape(1, -1)
+
+    def unfolded(self, cells: Tensor, shape: tuple[int, int], kernel: int = 1) -> Tensor:
+        """(M, N)."""
+        return cells.reshape(shape)
+
+
+def select(pattern: Pattern, scores: Tensor, kernel: int = 1, always: Tensor | None = None) -> Tensor:
+    """(M, N) bool: of the masks that the pattern allows, the one with the largest sum of `scores` (M, N) >= 0.
+
+    `always` (M, N) bool marks weights that stay whatever their score; they count as kept. Ties go to the lower index.
+
+    Raises ValueError where `always` holds more than the pattern keeps, or scores are NaN.
+    """
+    shape = (scores.shape[0], scores.shape[1])
+    quota = pattern.quota(shape, kernel)
+    cells = pattern.folded(scores, kernel)
+    if bool(torch.isnan(cells).any()):
+        raise ValueError("scores hold NaN; check the layer's moments")
+    if always is not None:
+        fixed = pattern.folded(always.to(cells), kernel) > 0
+        crowded = int(fixed.sum(1).max())
+        if crowded > quota:
+            raise ValueError(f"{crowded} weights of a group must stay, but {pattern} keeps only {quota}")
+        cells = torch.where(fixed, math.inf, cells)
+    return pattern.unfolded(_largest(cells, quota), shape, kernel)
+
+
+def excess(pattern: Pattern, mask: Tensor, kernel: int = 1) -> int:
+    """How many cells a mask (M, N) bool keeps beyond what the pattern allows; 0 when it is allowed."""
+    quota = pattern.quota((mask.shape[0], mask.shape[1]), kernel)
+    if isinstance(pattern, Support):
+        return int((mask & ~pattern.mask.to(mask.device)).sum())
+    held = (pattern.folded(mask.to(torch.int64), kernel) > 0).sum(1)
+    return int((held - quota).clamp(min=0).sum())
+
+
+def _largest(cells: Tensor, quota: int) -> Tensor:
+    """bool: the `quota` largest entries of each row, ties to the lower index."""
+    if quota <= 0 or quota >= cells.shape[1]:
+        return torch.full_like(cells, quota > 0, dtype=torch.bool)
+    least = torch.kthvalue(cells, cells.shape[1] - quota + 1, dim=1, keepdim=True).values
+    above, level = cells > least, cells == least
+    wanted = quota - above.sum(1, keepdim=True)
+    if bool((level.sum(1, keepdim=True) == wanted).all()):
+        return above | level
+    return above | (level & (level.cumsum(1) <= wanted))
+
+
+def _check_keep(keep: float | int) -> None:
+    if isinstance(keep, bool) or not math.isfinite(keep) or keep < 0 or (isinstance(keep, float) and keep > 1):
+        raise ValueError(f"keep is {keep}; it must be a fraction in [0, 1] (a float) or a count >= 0 (an int)")
+
+
+def _count(keep: float | int, total: int, of: str) -> int:
+    if isinstance(keep, int):
+        if keep > total:
+            raise ValueError(f"keep is {keep}, but {of} has only {total}")
+        return keep
+    return math.floor(keep * total + 0.5)
