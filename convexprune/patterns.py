@@ -108,7 +108,7 @@ class NM:
 
 @dataclass(frozen=True)
 class Blocks:
-    """Whole blocks of `size` = (rows, consecutive inputs); `keep` of them: a fraction in [0, 1], or a count (an int)."""
+    """Whole blocks of `size` = (rows, consecutive inputs); `keep` of them: a fraction in [0, 1], or an int count."""
 
     size: tuple[int, int]
     keep: float | int
@@ -160,10 +160,13 @@ class Support:
         return cells.reshape(shape)
 
 
-def select(pattern: Pattern, scores: Tensor, kernel: int = 1, always: Tensor | None = None) -> Tensor:
+def select(
+    pattern: Pattern, scores: Tensor, kernel: int = 1, always: Tensor | None = None, grow: float = 1.0
+) -> Tensor:
     """(M, N) bool: of the masks that the pattern allows, the one with the largest sum of `scores` (M, N) >= 0.
 
     `always` (M, N) bool marks weights that stay whatever their score; they count as kept. Ties go to the lower index.
+    `grow` > 1 keeps that many times the pattern's count, rounded up: a support to start from and to shrink.
 
     Raises ValueError where `always` holds more than the pattern keeps, or scores are NaN.
     """
@@ -178,7 +181,8 @@ def select(pattern: Pattern, scores: Tensor, kernel: int = 1, always: Tensor | N
         if crowded > quota:
             raise ValueError(f"{crowded} weights of a group must stay, but {pattern} keeps only {quota}")
         cells = torch.where(fixed, math.inf, cells)
-    return pattern.unfolded(_largest(cells, quota), shape, kernel)
+    chosen = _largest(cells, min(math.ceil(quota * grow), cells.shape[1])) & (cells >= 0)
+    return pattern.unfolded(chosen, shape, kernel)
 
 
 def excess(pattern: Pattern, mask: Tensor, kernel: int = 1) -> int:

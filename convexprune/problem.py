@@ -130,11 +130,15 @@ class SparseLeastSquares(Protocol):
         """Which supports are allowed."""
 
     @property
+    def kernel(self) -> int:
+        """The number of kernel positions behind each input channel; 1 if linear."""
+
+    @property
     def always(self) -> Tensor | None:
         """(M, N) bool: weights that must stay in the support."""
 
-    def select(self, scores: Tensor) -> Tensor:
-        """(M, N) bool: the allowed support with the largest sum of scores (M, N) >= 0."""
+    def select(self, scores: Tensor, grow: float = 1.0) -> Tensor:
+        """(M, N) bool: the allowed support with the largest sum of scores (M, N) >= 0, or one `grow` times larger."""
 
     def completed(self, weight: Tensor) -> Tensor:
         """(M, P), float64: the weights with the best bias as the last column, if the layer has one."""

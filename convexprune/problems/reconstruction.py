@@ -55,6 +55,11 @@ class Reconstruction:
         """(M, N): the dense layer's weights."""
         return self.layer.weight
 
+    @property
+    def kernel(self) -> int:
+        """The number of kernel positions behind each input channel; 1 if linear."""
+        return self.layer.kernel
+
     @cached_property
     def gram(self) -> Tensor:
         """G (N, N), float64: what is left of the Gram matrix when the bias is at its best."""
@@ -73,9 +78,9 @@ class Reconstruction:
         aim = self.layer.target_mean
         return self.layer.energies if self._mean is None or aim is None else self.layer.energies - aim.square()
 
-    def select(self, scores: Tensor) -> Tensor:
-        """(M, N) bool: the support in the pattern with the largest sum of scores (M, N) >= 0."""
-        return select(self.pattern, scores, self.layer.kernel, self.always)
+    def select(self, scores: Tensor, grow: float = 1.0) -> Tensor:
+        """(M, N) bool: the support in the pattern with the largest sum of scores (M, N) >= 0; see `patterns.select`."""
+        return select(self.pattern, scores, self.layer.kernel, self.always, grow)
 
     def completed(self, weight: Tensor) -> Tensor:
         """(M, P), float64: the weights (M, N) with the best bias as the last column, if the layer has one."""

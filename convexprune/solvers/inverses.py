@@ -1,0 +1,134 @@
+"""The inverse Gram matrix of every neuron's support, kept up to date while weights leave and enter in batches.
+
+For a neuron with support S, P = (H_SS)^-1 and w = P c_S are its least-squares weights. With p = P e_q:
+
+    leaving    q:  w <- w - p w_q / P_qq,     P <- P - p p^T / P_qq,         the value rises by w_q^2 / P_qq
+    entering   A:  Y = P H_SA - I_A,  Z = (H_AA - H_AS P H_SA)^-1,  w <- w - Y Z r_A,  P <- P + Y Z Y^T,  r = c - H w
+
+Removals are gathered and applied to P as one matrix product (`BLOCK` at a time): the algorithm is memory-bound otherwise.
+Source: Hassibi, Stork 1993; Frantar, Singh, Alistarh 2022, eq. 4; the block inverse.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor
+
+BLOCK = 32  # removals that wait before P is updated
+# of the unit diagonal: what the working precision needs for its Cholesky factors, far below what changes a choice
+RIDGE = {torch.float32: 3e-5, torch.float64: 1e-9}
+
+
+class SupportInverses:
+    """P and w of R neurons in slots: slot j of neuron i holds input `index[i, j]` where `live[i, j]`.
+
+    gram (N, N) with unit diagonal, cross (R, N), mask (R, N) bool; `spare` slots are left free for entries, and weights
+    in `pinned` (R, N) bool never leave.
+    Raises torch.linalg.LinAlgError where a support's Gram matrix cannot be factored.
+    """
+
+    def __init__(
+        self, gram: Tensor, cross: Tensor, mask: Tensor, spare: int = 0, pinned: Tensor | None = None
+    ) -> None:
+        self.gram, self.cross, self.pinned = gram, cross, pinned
+        self.neurons = torch.arange(len(mask), device=gram.device)
+        counts = mask.sum(1)
+        slots = min(int(counts.max()) + spare, mask.shape[1])
+        self.index = torch.argsort(mask.logical_not(), dim=1, stable=True)[:, :slots]
+        self.live = torch.arange(slots, device=gram.device) < counts[:, None]
+        self.inverse = self._factored()
+        self.diagonal = self.inverse.diagonal(dim1=1, dim2=2).clone()
+        self.weights = torch.matmul(self.inverse, self._taken(cross)[..., None])[..., 0]
+        self._moves = gram.new_zeros(len(mask), BLOCK, slots)
+        self._waiting = 0
+
+    def _taken(self, values: Tensor) -> Tensor:
+        return torch.gather(values, 1, self.index) * self.live
+
+    def _factored(self) -> Tensor:
+        live = self.live.to(self.gram.dtype)
+        block = self.gram[self.index[:, :, None], self.index[:, None, :]]
+        block.mul_(live[:, :, None]).mul_(live[:, None, :])
+        block.diagonal(dim1=1, dim2=2).copy_(torch.where(self.live, 1 + RIDGE[block.dtype], 1.0))
+        inverse: Tensor = torch.cholesky_inverse(torch.linalg.cholesky(block))
+        return inverse.mul_(live[:, :, None]).mul_(live[:, None, :])
+
+    @property
+    def mask(self) -> Tensor:
+        """(R, N) bool: the supports now."""
+        blank = torch.zeros_like(self.cross, dtype=torch.int8)
+        return blank.scatter_add_(1, self.index, self.live.to(torch.int8)).bool()
+
+    @property
+    def scattered(self) -> Tensor:
+        """(R, N): the weights now."""
+        return torch.zeros_like(self.cross).scatter_add_(1, self.index, self.weights * self.live)
+
+    @property
+    def costs(self) -> Tensor:
+        """(R, slots): what each weight's removal would add to the neuron's value; inf in free slots and where pinned."""
+        may = self.live if self.pinned is None else self.live & ~self.pinned.gather(1, self.index)
+        return torch.where(may, self.weights.square() / self.diagonal, torch.inf)
+
+    def narrowed(self, which: Tensor) -> SupportInverses:
+        """The inverses of the neurons `which` (indices) only."""
+        self.settle()
+        part = copy.copy(self)
+        for name in ("cross", "index", "live", "inverse", "diagonal", "weights", "_moves", "pinned"):
+            value = getattr(self, name)
+            setattr(part, name, None if value is None else value[which])
+        part.neurons = torch.arange(len(which), device=self.gram.device)
+        return part
+
+    def leave(self, slots: Tensor, chosen: Tensor) -> None:
+        """Remove the weight in `slots` (R,) of each neuron that is `chosen` (R,) bool."""
+        if self._waiting == BLOCK:
+            self.settle()
+        moves = self._moves[:, : self._waiting]
+        column = self.inverse[self.neurons, slots]
+        if self._waiting:
+            own = moves.gather(2, slots[:, None, None].expand(-1, self._waiting, 1))
+            column = torch.baddbmm(column[:, None], own.mT, moves, alpha=-1)[:, 0]
+        pivot = self.diagonal.gather(1, slots[:, None])
+        unit = torch.where(chosen[:, None], column / pivot.clamp(min=1e-30).sqrt(), 0.0)
+        size = self.weights.gather(1, slots[:, None]) / pivot.clamp(min=1e-30).sqrt()
+        self.weights.addcmul_(unit, size, value=-1)
+        self.diagonal.addcmul_(unit, unit, value=-1).clamp_(min=1e-30)
+        self._moves[:, self._waiting] = unit
+        self._waiting += 1
+        gone = torch.zeros_like(self.live).scatter_(1, slots[:, None], chosen[:, None])
+        self.live &= ~gone
+
+    def settle(self) -> None:
+        """Apply the removals that wait to P."""
+        if self._waiting:
+            moves = self._moves[:, : self._waiting]
+            self.inverse.baddbmm_(moves.mT, moves, alpha=-1)
+            self._waiting = 0
+
+    def enter(self, columns: Tensor, chosen: Tensor) -> None:
+        """Add inputs `columns` (R, a) to each neuron's support where `chosen` (R, a) bool, in free slots."""
+        self.settle()
+        free = torch.argsort(self.live.to(torch.int8), dim=1, stable=True)[:, : columns.shape[1]]
+        if bool((self.live.gather(1, free) & chosen).any()):
+            raise ValueError(f"no free slots for {columns.shape[1]} more weights; give SupportInverses more `spare`")
+        live, new = self.live.to(self.gram.dtype), chosen.to(self.gram.dtype)
+        self.inverse.mul_(live[:, :, None]).mul_(live[:, None, :])  # rounding errors of weights that have left
+        self.weights.mul_(live)
+        facing = self.gram[self.index[:, :, None], columns[:, None, :]].mul_(new[:, None])
+        lift = torch.matmul(self.inverse, facing)  # P H_SA
+        schur = self.gram[columns[:, :, None], columns[:, None, :]].mul_(new[:, :, None]).mul_(new[:, None])
+        schur.baddbmm_((facing * live[:, :, None]).mT, lift, alpha=-1)
+        schur.diagonal(dim1=1, dim2=2).add_(torch.where(chosen, RIDGE[schur.dtype], 1.0))
+        slope = self.cross.gather(1, columns) - torch.matmul(facing.mT, self.weights[..., None])[..., 0]
+        lift[self.neurons[:, None], free, torch.arange(free.shape[1], device=free.device)] -= new
+        root = torch.linalg.cholesky(schur)
+        half = torch.linalg.solve_triangular(root, lift.mT, upper=False)  # (R, a, slots)
+        gain = torch.linalg.solve_triangular(root, (slope * new)[..., None], upper=False)
+        self.weights -= torch.matmul(half.mT, gain)[..., 0]
+        self.inverse.baddbmm_(half.mT, half)
+        self.diagonal = self.inverse.diagonal(dim1=1, dim2=2).clone().clamp_(min=1e-30)
+        self.index = self.index.scatter(1, free, torch.where(chosen, columns, self.index.gather(1, free)))
+        self.live = self.live.scatter(1, free, self.live.gather(1, free) | chosen)
