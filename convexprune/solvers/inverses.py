@@ -16,9 +16,12 @@ import copy
 import torch
 from torch import Tensor
 
+from convexprune.solvers.batched import spd_inverse
+
+CACHE = 2**23  # bytes
 BLOCK = 32  # removals that wait before P is updated
 # of the unit diagonal: what the working precision needs for its Cholesky factors, far below what changes a choice
-RIDGE = {torch.float32: 3e-5, torch.float64: 1e-9}
+RIDGE = {torch.float32: 1e-4, torch.float64: 1e-9}
 
 
 class SupportInverses:
@@ -43,17 +46,24 @@ class SupportInverses:
         self.weights = torch.matmul(self.inverse, self._taken(cross)[..., None])[..., 0]
         self._moves = gram.new_zeros(len(mask), BLOCK, slots)
         self._waiting = 0
+        self.worn = False
 
     def _taken(self, values: Tensor) -> Tensor:
         return torch.gather(values, 1, self.index) * self.live
 
     def _factored(self) -> Tensor:
-        live = self.live.to(self.gram.dtype)
-        block = self.gram[self.index[:, :, None], self.index[:, None, :]]
-        block.mul_(live[:, :, None]).mul_(live[:, None, :])
-        block.diagonal(dim1=1, dim2=2).copy_(torch.where(self.live, 1 + RIDGE[block.dtype], 1.0))
-        inverse: Tensor = torch.cholesky_inverse(torch.linalg.cholesky(block))
-        return inverse.mul_(live[:, :, None]).mul_(live[:, None, :])
+        neurons, slots = self.index.shape
+        inverse = self.gram.new_empty(neurons, slots, slots)
+        # a few neurons at a time: what the products read then stays in the cache
+        for part in torch.arange(neurons).split(max(1, CACHE // (self.gram.element_size() * slots * slots + 1))):
+            which = slice(int(part[0]), int(part[-1]) + 1)
+            index, live = self.index[which], self.live[which]
+            block = self.gram[index[:, :, None], index[:, None, :]]
+            real = live.to(block.dtype)
+            block.mul_(real[:, :, None]).mul_(real[:, None, :])
+            block.diagonal(dim1=1, dim2=2).copy_(torch.where(live, 1 + RIDGE[block.dtype], 1.0))
+            inverse[which] = spd_inverse(block).mul_(real[:, :, None]).mul_(real[:, None, :])
+        return inverse
 
     @property
     def mask(self) -> Tensor:
@@ -109,7 +119,11 @@ class SupportInverses:
             self._waiting = 0
 
     def enter(self, columns: Tensor, chosen: Tensor) -> None:
-        """Add inputs `columns` (R, a) to each neuron's support where `chosen` (R, a) bool, in free slots."""
+        """Add inputs `columns` (R, a) to each neuron's support where `chosen` (R, a) bool, in free slots.
+
+        A neuron for which the new block cannot be factored in the working precision takes none of them, and `worn` is
+        set: its inverse has lost its digits and wants to be computed afresh.
+        """
         self.settle()
         free = torch.argsort(self.live.to(torch.int8), dim=1, stable=True)[:, : columns.shape[1]]
         if bool((self.live.gather(1, free) & chosen).any()):
@@ -123,8 +137,13 @@ class SupportInverses:
         schur.baddbmm_((facing * live[:, :, None]).mT, lift, alpha=-1)
         schur.diagonal(dim1=1, dim2=2).add_(torch.where(chosen, RIDGE[schur.dtype], 1.0))
         slope = self.cross.gather(1, columns) - torch.matmul(facing.mT, self.weights[..., None])[..., 0]
+        root, failed = torch.linalg.cholesky_ex(schur)
+        if bool(failed.any()):
+            self.worn = True
+            fine = failed == 0
+            root = torch.where(fine[:, None, None], root, torch.eye(root.shape[1], dtype=root.dtype, device=root.device))
+            chosen, new, lift = chosen & fine[:, None], new * fine[:, None], lift * fine[:, None, None]
         lift[self.neurons[:, None], free, torch.arange(free.shape[1], device=free.device)] -= new
-        root = torch.linalg.cholesky(schur)
         half = torch.linalg.solve_triangular(root, lift.mT, upper=False)  # (R, a, slots)
         gain = torch.linalg.solve_triangular(root, (slope * new)[..., None], upper=False)
         self.weights -= torch.matmul(half.mT, gain)[..., 0]

@@ -13,9 +13,8 @@ import torch
 from torch import Tensor
 
 from convexprune.problem import SparseLeastSquares
+from convexprune.solvers.support import DEAD, ridge_of
 
-DEAD = 1e-12  # of the largest diagonal entry: an input below it is constantly zero
-RIDGE = 1e-10  # of the unit diagonal: which of many least-squares solutions is taken, where H is singular
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,6 +62,6 @@ class Scaled:
 def _least_squares(gram: Tensor, cross: Tensor, dense: Tensor) -> Tensor:
     if float((dense @ gram - cross).abs().max()) <= 1e-12 * float(cross.abs().max()):
         return dense
-    damped = gram + RIDGE * torch.eye(len(gram), dtype=gram.dtype)
-    factor = torch.linalg.cholesky(damped)
-    return torch.cholesky_solve((cross + RIDGE * dense).T, factor).T
+    ridge = ridge_of(gram)
+    factor = torch.linalg.cholesky(gram + ridge * torch.eye(len(gram), dtype=gram.dtype))
+    return torch.cholesky_solve((cross + ridge * dense).T, factor).T

@@ -1,7 +1,9 @@
 """Least squares on given supports: each neuron's best weights where its mask allows them.
 
-Where a support's Gram matrix is singular many weights are best; a ridge of RIDGE in coordinates with unit diagonal takes
-those nearest to the dense ones. Inputs that are constantly zero get weight 0.
+Where a support's Gram matrix is singular many weights are best; a ridge of 1e-10 in coordinates with unit diagonal takes
+those nearest to the dense ones. Moments that were stored in float32 may be indefinite by their rounding: the ridge is then
+1e-10 more than twice the most negative eigenvalue, and moments that are worse than that are refused. Inputs that are
+constantly zero get weight 0.
 """
 
 from __future__ import annotations
@@ -10,8 +12,9 @@ import torch
 from torch import Tensor
 
 RIDGE = 1e-10
+INDEFINITE = 1e-4  # eigenvalues below minus this are no rounding errors
 DEAD = 1e-12  # of the largest diagonal entry
-MEMORY = 5e8  # bytes of a batch of Gram matrices
+MEMORY = 2**24  # bytes of a batch of Gram matrices: what the factorisations read then stays in the cache
 
 
 def best_on_support(gram: Tensor, cross: Tensor, mask: Tensor, target: Tensor) -> Tensor:
@@ -25,7 +28,8 @@ def best_on_support(gram: Tensor, cross: Tensor, mask: Tensor, target: Tensor) -
     live = diagonal > DEAD * diagonal.max()
     scale = torch.where(live, diagonal, 1.0).sqrt()
     unit = gram / (scale[:, None] * scale)
-    right = (cross / scale + RIDGE * target * scale) * live
+    ridge = ridge_of(torch.where(live[:, None] & live, unit, torch.eye(len(unit), dtype=unit.dtype, device=unit.device)))
+    right = (cross / scale + ridge * target * scale) * live
     out = torch.zeros_like(target)
     supports, owner = torch.unique(mask & live, dim=0, return_inverse=True)
     if len(supports) == len(mask):  # no two are alike: keep the order
@@ -34,7 +38,7 @@ def best_on_support(gram: Tensor, cross: Tensor, mask: Tensor, target: Tensor) -
         index, held = _padded(supports[which])
         block = unit[index[:, :, None], index[:, None, :]]
         block.mul_(held[:, :, None]).mul_(held[:, None, :])
-        block.diagonal(dim1=1, dim2=2).copy_(torch.where(held, 1 + RIDGE, 1.0))
+        block.diagonal(dim1=1, dim2=2).copy_(torch.where(held, 1 + ridge, 1.0))
         factor = torch.linalg.cholesky(block)
         neurons, of = _sharing(owner, which)
         places = index[of]
@@ -42,6 +46,23 @@ def best_on_support(gram: Tensor, cross: Tensor, mask: Tensor, target: Tensor) -
         found = _solved(factor, of, wanted) * held[of]
         out[neurons] = torch.zeros_like(right[neurons]).scatter_add_(1, places, found)
     return out / scale
+
+
+def ridge_of(unit: Tensor) -> float:
+    """The ridge with which a Gram matrix (N, N) of unit diagonal, and every principal part of it, is positive definite.
+
+    Raises torch.linalg.LinAlgError for a matrix that is indefinite by more than rounding.
+    """
+    damped = unit + RIDGE * torch.eye(len(unit), dtype=unit.dtype, device=unit.device)
+    if not bool(torch.linalg.cholesky_ex(damped).info):
+        return RIDGE
+    least = float(torch.linalg.eigvalsh(unit)[0])
+    if least < -INDEFINITE:
+        raise torch.linalg.LinAlgError(
+            f"the Gram matrix has the eigenvalue {least:.1e} in coordinates with unit diagonal: it is no matrix of second "
+            "moments; check the layer's moments"
+        )
+    return RIDGE + 2 * abs(least)
 
 
 def _sharing(owner: Tensor, which: Tensor) -> tuple[Tensor, Tensor]:

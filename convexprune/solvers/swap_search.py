@@ -120,7 +120,9 @@ class _Search:
             gained = float((held[2] - self.values[active]).sum())
             if gained > self.options.eps_rel * float(self.values[rows].sum()):
                 moved = (held[0] != self.mask[active]).any(1)
-                if kept and float(moved.float().mean()) > 0.7 and (count + 1) % REFRESH:
+                if kept and (count + 1) % REFRESH and not any(part.inverses.worn for part in parts):
+                    if float(moved.float().mean()) < 0.7:
+                        parts, active = _narrowed(parts, moved, active), active[moved]
                     continue
                 active = active[moved]
             elif len(active) < len(rows):
@@ -203,6 +205,17 @@ class _Part(NamedTuple):
 
     rows: Tensor
     inverses: SupportInverses
+
+
+def _narrowed(parts: list[_Part], moved: Tensor, active: Tensor) -> list[_Part]:
+    """The parts of those neurons `active` that have `moved`."""
+    going = active[moved]
+    found = []
+    for rows, inverses in parts:
+        which = torch.isin(rows, going).nonzero()[:, 0]
+        if len(which):
+            found.append(_Part(rows[which], inverses.narrowed(which)))
+    return found
 
 
 def _first_supports(problem: SparseLeastSquares, scaled: Scaled, start: Tensor | None) -> tuple[Tensor, Tensor]:
