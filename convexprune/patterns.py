@@ -166,7 +166,7 @@ def select(
     """(M, N) bool: of the masks that the pattern allows, the one with the largest sum of `scores` (M, N) >= 0.
 
     `always` (M, N) bool marks weights that stay whatever their score; they count as kept. Ties go to the lower index.
-    `grow` > 1 keeps that many times the pattern's count, rounded up: a support to start from and to shrink.
+    `grow` > 1 keeps that many times the pattern's count, rounded: a support to start from and to shrink.
 
     Raises ValueError where `always` holds more than the pattern keeps, or scores are NaN.
     """
@@ -181,7 +181,7 @@ def select(
         if crowded > quota:
             raise ValueError(f"{crowded} weights of a group must stay, but {pattern} keeps only {quota}")
         cells = torch.where(fixed, math.inf, cells)
-    chosen = _largest(cells, min(math.ceil(quota * grow), cells.shape[1])) & (cells >= 0)
+    chosen = _largest(cells, min(round(quota * grow), cells.shape[1])) & (cells >= 0)
     return pattern.unfolded(chosen, shape, kernel)
 
 

@@ -72,6 +72,13 @@ class SupportInverses:
         return blank.scatter_add_(1, self.index, self.live.to(torch.int8)).bool()
 
     @property
+    def spare(self) -> int:
+        """How many entries every neuron has free slots for."""
+        if self.live.shape[1] == self.cross.shape[1]:
+            return self.live.shape[1]  # a slot for every input
+        return int(self.live.shape[1] - self.live.sum(1).max())
+
+    @property
     def scattered(self) -> Tensor:
         """(R, N): the weights now."""
         return torch.zeros_like(self.cross).scatter_add_(1, self.index, self.weights * self.live)

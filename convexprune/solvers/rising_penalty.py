@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -24,7 +23,6 @@ from convexprune.solution import Attempt, Status
 from convexprune.solvers.scaled import Scaled
 from convexprune.solvers.support import best_on_support
 
-EVERY = 3  # steps between two changes of rho
 CHANGED = (0.1, 0.005)  # of the support: above the first rho rises fastest, below the second slowest
 
 
@@ -35,6 +33,7 @@ class RisingPenalty:
     grow        how many times the pattern's count the support may have: above 1, a start for `SwapSearch`
     rho         the first penalty
     rises       the factors of rho while the support changes by >= 10%, by >= 0.5%, by less
+    every       steps between two changes of rho
     max_iter    ADMM steps
     time_limit  seconds, or None
     device, dtype  where and in what the steps run; the last least squares is float64
@@ -43,6 +42,7 @@ class RisingPenalty:
     grow: float = 1.0
     rho: float = 0.1
     rises: tuple[float, float, float] = (1.3, 1.2, 1.1)
+    every: int = 3
     max_iter: int = 300
     time_limit: float | None = None
     device: str = "cpu"
@@ -53,40 +53,44 @@ class RisingPenalty:
             raise ValueError(f"rho is {self.rho}; it must be a finite number > 0")
         if not all(1 < rise < math.inf for rise in self.rises):
             raise ValueError(f"rises are {self.rises}; each factor must be > 1, or rho never settles the support")
-        if self.max_iter < 1:
-            raise ValueError(f"max_iter is {self.max_iter}; it must be at least 1")
+        for name in ("every", "max_iter"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if not 1 <= self.grow < math.inf:
+            raise ValueError(f"grow is {self.grow}; it must be at least 1")
 
     def solve(self, problem: SparseLeastSquares, start: Tensor | None = None) -> Attempt:
         """Least squares on ADMM's support. ADMM begins at the dense weights; `start` is not used."""
         scaled = Scaled.of(problem, self.device, self.dtype)
-        mask, steps, status = self.descend(scaled, lambda scores: problem.select(scores, self.grow))
+        sparse, steps, status = self.descend(problem, scaled)
+        mask = sparse != 0
         weights = best_on_support(problem.gram, problem.cross, mask.cpu(), problem.target)
         return Attempt(problem.completed(weights), None, status, steps)
 
-    def descend(self, scaled: Scaled, select: Callable[[Tensor], Tensor]) -> tuple[Tensor, int, Status]:
-        """The support (M, N) where ADMM settles, the steps, why it stopped. `select` picks a support by scores."""
+    def descend(self, problem: SparseLeastSquares, scaled: Scaled) -> tuple[Tensor, int, Status]:
+        """The scaled weights (M, N) where ADMM settles, zero outside their support; the steps; why it stopped."""
         deadline = math.inf if self.time_limit is None else time.perf_counter() + self.time_limit
         inverse = _Resolvent(scaled.gram, len(scaled.optimum))
         rho, sparse = self.rho, scaled.dense
         price = torch.zeros_like(sparse)
-        mask = seen = select(sparse.square())
+        mask = seen = problem.select(sparse.square(), self.grow)
         sparse = sparse * mask
         for step in range(1, self.max_iter + 1):
             weights = inverse.apply(torch.add(scaled.cross - price, sparse, alpha=rho), rho)
             free = torch.add(weights, price, alpha=1 / rho)
-            mask = select(free.square())
+            mask = problem.select(free.square(), self.grow)
             sparse = free * mask
             price = (free - sparse).mul_(rho)
             if time.perf_counter() > deadline:
-                return mask, step, Status.TIME_LIMIT
-            if step % EVERY == 0:
+                return sparse, step, Status.TIME_LIMIT
+            if step % self.every == 0:
                 moved = int((mask ^ seen).sum()) / 2
                 if moved < 1:
-                    return mask, step, Status.CONVERGED
+                    return sparse, step, Status.CONVERGED
                 share = moved / max(int(mask.sum()), 1)
                 rho *= self.rises[0 if share >= CHANGED[0] else 1 if share >= CHANGED[1] else 2]
                 seen = mask
-        return mask, self.max_iter, Status.MAX_ITER
+        return sparse, self.max_iter, Status.MAX_ITER
 
 
 class _Resolvent:
@@ -95,7 +99,7 @@ class _Resolvent:
     def __init__(self, gram: Tensor, rows: int) -> None:
         self.values, self.vectors = torch.linalg.eigh(gram)
         self.values.clamp_(min=0)
-        self.shared = len(gram) < 3 * rows  # one N^3 for EVERY steps of M N^2
+        self.shared = len(gram) < 3 * rows  # one N^3 for some steps of M N^2
         self.rho, self.inverse = 0.0, gram
 
     def apply(self, right: Tensor, rho: float) -> Tensor:

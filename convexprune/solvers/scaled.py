@@ -27,7 +27,7 @@ class Scaled:
     gram64: Tensor  # (N, N)
     optimum64: Tensor  # (M, N): least squares with all weights
     scale: Tensor  # (N,)
-    live: Tensor  # (N,) bool
+    live: Tensor  # (N,) bool, on the working device
     gram: Tensor
     optimum: Tensor
     cross: Tensor  # optimum H
@@ -47,7 +47,7 @@ class Scaled:
         optimum = _least_squares(gram, cross, dense)
         cross = optimum @ gram
         work = [tensor.to(device, dtype) for tensor in (gram, optimum, cross, dense)]
-        return cls(gram, optimum, scale, live, *work)
+        return cls(gram, optimum, scale, live.to(device), *work)
 
     def restored(self, weights: Tensor) -> Tensor:
         """(M, N), float64: the problem's own weights."""

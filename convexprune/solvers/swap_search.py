@@ -27,21 +27,26 @@ from convexprune.solvers.support import best_on_support
 
 SPREAD = 3.0  # a neuron takes at most this many times the average number of entries
 REFRESH = 6  # rounds between two factorisations from scratch: float32 updates drift
+LEAST = 1e-3  # of the weights: a search that is down to this has settled
 WASTE = 1.3  # padding that neurons of one part may cost, in slots
 
 
 @dataclass(frozen=True)
 class SwapSearch:
-    """Swaps of `grow` times the support at once, until a round gains less than `eps_rel` of the value.
+    """Rounds of swaps, until one gains less than `eps_rel` of the value.
 
     Begins at `start`'s support, shrunk to the pattern where it is larger; without one, at the largest weights. Returns
     least squares on the best support seen: never a larger value than that of a feasible start.
 
-    memory  bytes for the inverses; neurons that do not fit are searched in turns, each turn with its share of the count
+    rounds   at most this many
+    enter    how many weights enter in the first round, as a fraction of all weights
+    cooling  each round lets in this many times those of the round before
+    memory   bytes for the inverses; neurons that do not fit are searched in turns, each turn with its share of the count
     """
 
-    rounds: int = 8
-    grow: float = 0.1
+    rounds: int = 12
+    enter: float = 0.06
+    cooling: float = 0.85
     eps_rel: float = 1e-4
     time_limit: float | None = None
     memory: float = 2e9
@@ -49,31 +54,44 @@ class SwapSearch:
     dtype: torch.dtype = torch.float32
 
     def __post_init__(self) -> None:
-        if not 0 < self.grow < math.inf:
-            raise ValueError(f"grow is {self.grow}; it must be a finite number > 0")
+        if not 0 < self.enter <= 1:
+            raise ValueError(f"enter is {self.enter}; it must be a fraction of the weights in (0, 1]")
+        if not 0 < self.cooling <= 1:
+            raise ValueError(f"cooling is {self.cooling}; it must be a factor in (0, 1]")
         if self.rounds < 0:
             raise ValueError(f"rounds is {self.rounds}; it must be at least 0")
 
     def solve(self, problem: SparseLeastSquares, start: Tensor | None = None) -> Attempt:
         """Search from the support of `start` (M, P)."""
-        deadline = math.inf if self.time_limit is None else time.perf_counter() + self.time_limit
         scaled = Scaled.of(problem, self.device, self.dtype)
-        search = _Search(problem, scaled, start, self)
-        steps = search.run(deadline)
-        mask = search.mask.cpu()
-        weights = best_on_support(problem.gram, problem.cross, mask, problem.target)
-        x = problem.completed(weights)
+        weights = scaled.dense
+        if start is not None:
+            weights = (start.detach().cpu()[:, : len(scaled.scale)] * scaled.scale).to(scaled.dense)
+        mask, _, rounds, status = self.improve(problem, scaled, weights)
+        x = problem.completed(best_on_support(problem.gram, problem.cross, mask.cpu(), problem.target))
         if start is not None and problem.violation(start) == 0 and problem.value(start) < problem.value(x):
             x = start.detach().cpu().double()
+        return Attempt(x, None, status, rounds)
+
+    def improve(
+        self, problem: SparseLeastSquares, scaled: Scaled, weights: Tensor
+    ) -> tuple[Tensor, Tensor, int, Status]:
+        """From scaled weights (M, N), zero outside their support: the support and weights found, rounds, why it stopped."""
+        deadline = math.inf if self.time_limit is None else time.perf_counter() + self.time_limit
+        search = _Search(problem, scaled, weights, self)
+        try:
+            rounds = search.run(deadline)
+        except torch.linalg.LinAlgError:
+            return search.mask, search.weights, 0, Status.NUMERICAL
         status = Status.TIME_LIMIT if time.perf_counter() > deadline else search.status
-        return Attempt(x, None, status, steps)
+        return search.mask, search.weights, rounds, status
 
 
 class _Search:
     """The best supports so far with their weights (scaled, in the working dtype), improved turn by turn."""
 
     def __init__(
-        self, problem: SparseLeastSquares, scaled: Scaled, start: Tensor | None, options: SwapSearch
+        self, problem: SparseLeastSquares, scaled: Scaled, start: Tensor, options: SwapSearch
     ) -> None:
         self.scaled, self.options = scaled, options
         shape, device = (problem.target.shape[0], problem.target.shape[1]), scaled.gram.device
@@ -98,7 +116,7 @@ class _Search:
         """The neurons, so grouped that the inverses of a group fit the memory."""
         counts = self.mask.sum(1)
         order = counts.argsort()
-        slots = counts[order] * (1 + SPREAD * self.options.grow)
+        slots = counts[order] + SPREAD * self.options.enter * self.mask.shape[1]
         need = (3 * self.scaled.gram.element_size() * slots.double().square()).cumsum(0)
         turn = (need / self.options.memory).long()
         return [order[turn == t] for t in turn.unique()]
@@ -108,18 +126,19 @@ class _Search:
         parts = self._parts(rows)
         self._shrink(parts, int(self.allowed[rows].sum()))
         self._adopt(parts)
-        grow, active = self.options.grow, rows
+        share, active = self.options.enter, rows
         for count in range(self.options.rounds):
-            if time.perf_counter() > deadline or grow < 1e-3:
+            if time.perf_counter() > deadline or share < LEAST:
                 return count
             held = self.mask[active], self.weights[active], self.values[active]
-            self._enter(parts, active, grow)
+            self._enter(parts, active, share)
             self._shrink(parts, int(held[0].sum()))
             self._adopt(parts)
             kept = self._settled(active, *held)
+            share *= self.options.cooling if kept else 0.5
             gained = float((held[2] - self.values[active]).sum())
-            if gained > self.options.eps_rel * float(self.values[rows].sum()):
-                moved = (held[0] != self.mask[active]).any(1)
+            moved = (held[0] != self.mask[active]).any(1)
+            if gained > self.options.eps_rel * float(self.values[rows].sum()) and bool(moved.any()):
                 if kept and (count + 1) % REFRESH and not any(part.inverses.worn for part in parts):
                     if float(moved.float().mean()) < 0.7:
                         parts, active = _narrowed(parts, moved, active), active[moved]
@@ -129,8 +148,6 @@ class _Search:
                 active = rows  # the price has moved meanwhile: ask everyone once more
             elif kept:
                 return count + 1
-            else:
-                grow, active = grow / 2, rows
             parts = self._parts(active)
         self.status = Status.MAX_ITER
         return self.options.rounds
@@ -139,26 +156,31 @@ class _Search:
         """The inverses of some neurons, those of similar size together."""
         counts = self.mask[rows].sum(1)
         order = counts.argsort()
-        spare = math.ceil(SPREAD * self.options.grow * float(counts.sum()) / len(rows)) + 2
-        sizes = (counts[order] + spare).tolist()
+        sizes = (counts[order] + self._spare()).tolist()
         parts, begun = [], 0
         for end in range(1, len(sizes) + 1):
             if end == len(sizes) or sizes[end] > WASTE * sizes[begun] + 16:
-                which = rows[order[begun:end]]
-                pinned = None if self.pinned is None else self.pinned[which]
-                inverses = SupportInverses(self.scaled.gram, self.scaled.cross[which], self.mask[which], spare, pinned)
-                parts.append(_Part(which, inverses))
+                parts.append(self._part(rows[order[begun:end]]))
                 begun = end
         return parts
 
-    def _enter(self, parts: list[_Part], active: Tensor, grow: float) -> None:
+    def _part(self, rows: Tensor) -> _Part:
+        pinned = None if self.pinned is None else self.pinned[rows]
+        inverses = SupportInverses(self.scaled.gram, self.scaled.cross[rows], self.mask[rows], self._spare(), pinned)
+        return _Part(rows, inverses)
+
+    def _spare(self) -> int:
+        """Slots for the most entries that a neuron can take in one round."""
+        return math.ceil(SPREAD * self.options.enter * self.mask.shape[1]) + 1
+
+    def _enter(self, parts: list[_Part], active: Tensor, share: float) -> None:
         """Let the most promising weights outside the supports enter."""
         mask = self.mask[active]
         slope = self.scaled.cross[active] - self.weights[active] @ self.scaled.gram
-        gains = torch.where(mask | ~self.scaled.live.to(mask.device), 0.0, slope.square() / self.room)
-        wanted = math.ceil(grow * int(mask.sum()))
+        gains = torch.where(mask | ~self.scaled.live, 0.0, slope.square() / self.room)
+        wanted = math.ceil(share * mask.numel())
         if self.group is None:
-            most = min(math.ceil(SPREAD * grow * int(mask.sum()) / len(active)) + 1, gains.shape[1])
+            most = min(math.ceil(SPREAD * share * mask.shape[1]) + 1, gains.shape[1])
             best, columns = torch.topk(gains, most, dim=1)
             floor = best.flatten().topk(min(wanted, best.numel())).values[-1]
         else:
@@ -169,9 +191,11 @@ class _Search:
         chosen = (best >= floor) & (best > 0)
         place = torch.empty_like(self.values, dtype=torch.long)
         place[active] = torch.arange(len(active), device=active.device)
-        for part in parts:
+        for i, part in enumerate(parts):
             own = place[part.rows]
             width = int(chosen[own].sum(1).max())
+            if width > part.inverses.spare:  # neurons have grown at the cost of others
+                parts[i] = part = self._part(part.rows)
             if width:
                 part.inverses.enter(columns[own, :width], chosen[own, :width])
 
@@ -218,16 +242,15 @@ def _narrowed(parts: list[_Part], moved: Tensor, active: Tensor) -> list[_Part]:
     return found
 
 
-def _first_supports(problem: SparseLeastSquares, scaled: Scaled, start: Tensor | None) -> tuple[Tensor, Tensor]:
+def _first_supports(problem: SparseLeastSquares, scaled: Scaled, start: Tensor) -> tuple[Tensor, Tensor]:
     """(M, N) bool: the supports to begin with, and how the pattern's count divides among the neurons."""
-    weights = problem.target if start is None else start.detach().cpu().double()[:, : problem.target.shape[1]]
-    scores = (weights * scaled.scale).square() / _room(scaled.gram64)
-    spread = scaled.optimum64.square()
-    begun = weights != 0 if start is not None else torch.zeros_like(scores, dtype=torch.bool)
-    # what the start has comes first; what it leaves of the count goes to large weights
-    allowed = problem.select(torch.where(begun, 1 + scores / scores.max().clamp(min=1e-300), spread / (1e-300 + spread.max() * 2)))
-    device = scaled.gram.device
-    return ((allowed | begun) & scaled.live).to(device), (allowed & scaled.live).to(device)
+    begun = start != 0
+    # what the start has comes first, by its size; what that leaves of the count goes to large weights
+    own = start.square() / _room(scaled.gram)
+    other = scaled.optimum.square()
+    top = own.max().clamp(min=1e-30), other.max().clamp(min=1e-30)
+    allowed = problem.select(torch.where(begun, 1 + own / top[0], 0.5 * other / top[1]))
+    return (allowed | begun) & scaled.live, allowed & scaled.live
 
 
 def _room(gram: Tensor) -> Tensor:
