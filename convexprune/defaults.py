@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from convexprune.problems import L1Reconstruction, NetTrim
+from convexprune.problems import L1Reconstruction, NetTrim, Reconstruction
 from convexprune.solve import set_default
-from convexprune.solvers import ADMM
+from convexprune.solvers import ADMM, Balanced
 
 set_default(NetTrim, ADMM)
 set_default(L1Reconstruction, ADMM)
+set_default(Reconstruction, Balanced)

@@ -54,9 +54,12 @@ class Formulation:
 
 
 class Solver(Protocol):
-    """A small frozen object whose options are its fields."""
+    """A small frozen object whose options are its fields.
 
-    def solve(self, problem: Problem, start: Tensor | None = None) -> Attempt:
+    One that takes only some problems says so in a class attribute `takes`, a protocol of this module.
+    """
+
+    def solve(self, problem: Any, start: Tensor | None = None) -> Attempt:
         """Propose a point; `start` (M, P) is where to begin, if the algorithm can use it."""
 
 
@@ -103,7 +106,7 @@ class LassoProblem(Protocol):
 
 
 @runtime_checkable
-class SparseLeastSquares(Protocol):
+class SparseLeastSquares(Problem, Protocol):
     """Minimise tr(W G W^T) - 2 <C, W> + sum(energies) over W (M, N) with a support in the pattern.
 
     A solver works on W; `completed` makes the problem's point of it.

@@ -41,6 +41,9 @@ def solve(problem: Problem, solver: Solver | None = None, *, start: Tensor | Non
     if start is not None and tuple(start.shape) != problem.shape:
         raise ValueError(f"start has shape {tuple(start.shape)}, expected {problem.shape}")
     solver = default_solver(problem) if solver is None else solver
+    takes = getattr(solver, "takes", Problem)
+    if not isinstance(problem, takes):
+        raise TypeError(f"{type(solver).__name__} takes {takes.__name__} problems; {type(problem).__name__} is none")
     begun = time.perf_counter()
     attempt = solver.solve(problem, start)
     seconds = time.perf_counter() - begun

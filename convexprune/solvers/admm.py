@@ -9,8 +9,9 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from convexprune.problem import Problem, judge
+from convexprune.problem import Problem, SparseLeastSquares, judge
 from convexprune.solution import Attempt, Certificate, Status, TracePoint
+from convexprune.solvers.rising_penalty import RisingPenalty
 from convexprune.solvers.splitting import Splitting, splitting
 from convexprune.solvers.working_set import WorkingSet
 
@@ -23,6 +24,9 @@ DIVERGED = 1e4  # a lower bound this many times the dense layer's value: no feas
 @dataclass(frozen=True)
 class ADMM:
     """Over-relaxed ADMM with adaptive rho that ends in a sparse and feasible point.
+
+    For a problem with a sparsity pattern, which is not convex: `RisingPenalty` with the same max_iter, time_limit,
+    device and dtype; the other options do not apply.
 
     eps_abs, eps_rel  stop when the certificate has violation <= eps_abs and relative gap <= eps_rel
     max_iter          first-order steps
@@ -56,6 +60,10 @@ class ADMM:
 
     def solve(self, problem: Problem, start: Tensor | None = None) -> Attempt:
         """Propose a point (M, P) and a witness; `start` is a warm start."""
+        if isinstance(problem, SparseLeastSquares):
+            return RisingPenalty(
+                max_iter=self.max_iter, time_limit=self.time_limit, device=self.device, dtype=self.dtype
+            ).solve(problem)
         begun = time.perf_counter()
         deadline = math.inf if self.time_limit is None else begun + self.time_limit
         trivial = _zero_if_feasible(problem)

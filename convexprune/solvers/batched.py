@@ -3,14 +3,16 @@
     [A  B^T]^-1    [A^-1 + Y S^-1 Y^T   -Y S^-1]
     [B  C  ]    =  [-S^-1 Y^T            S^-1  ],     Y = A^-1 B^T,   S = C - B Y
 
-applied recursively. A library's batched Cholesky takes the matrices one after the other: on two cores this is three times
-faster.
+applied recursively. A library's batched Cholesky takes the matrices one after the other: on two cores this is three
+times faster.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+NotDefinite: type[Exception] = torch.linalg.LinAlgError  # type: ignore[attr-defined]
 
 SMALL = 32  # matrices this small go to Cholesky
 

@@ -5,7 +5,7 @@ For a neuron with support S, P = (H_SS)^-1 and w = P c_S are its least-squares w
     leaving    q:  w <- w - p w_q / P_qq,     P <- P - p p^T / P_qq,         the value rises by w_q^2 / P_qq
     entering   A:  Y = P H_SA - I_A,  Z = (H_AA - H_AS P H_SA)^-1,  w <- w - Y Z r_A,  P <- P + Y Z Y^T,  r = c - H w
 
-Removals are gathered and applied to P as one matrix product (`BLOCK` at a time): the algorithm is memory-bound otherwise.
+Removals are gathered and applied to P as one matrix product, `BLOCK` at a time: one by one they are memory-bound.
 Source: Hassibi, Stork 1993; Frantar, Singh, Alistarh 2022, eq. 4; the block inverse.
 """
 
@@ -32,9 +32,7 @@ class SupportInverses:
     Raises torch.linalg.LinAlgError where a support's Gram matrix cannot be factored.
     """
 
-    def __init__(
-        self, gram: Tensor, cross: Tensor, mask: Tensor, spare: int = 0, pinned: Tensor | None = None
-    ) -> None:
+    def __init__(self, gram: Tensor, cross: Tensor, mask: Tensor, spare: int = 0, pinned: Tensor | None = None) -> None:
         self.gram, self.cross, self.pinned = gram, cross, pinned
         self.neurons = torch.arange(len(mask), device=gram.device)
         counts = mask.sum(1)
@@ -55,8 +53,9 @@ class SupportInverses:
         neurons, slots = self.index.shape
         inverse = self.gram.new_empty(neurons, slots, slots)
         # a few neurons at a time: what the products read then stays in the cache
-        for part in torch.arange(neurons).split(max(1, CACHE // (self.gram.element_size() * slots * slots + 1))):
-            which = slice(int(part[0]), int(part[-1]) + 1)
+        few = max(1, CACHE // (self.gram.element_size() * slots * slots + 1))
+        for begin in range(0, neurons, few):
+            which = slice(begin, begin + few)
             index, live = self.index[which], self.live[which]
             block = self.gram[index[:, :, None], index[:, None, :]]
             real = live.to(block.dtype)
@@ -85,7 +84,7 @@ class SupportInverses:
 
     @property
     def costs(self) -> Tensor:
-        """(R, slots): what each weight's removal would add to the neuron's value; inf in free slots and where pinned."""
+        """(R, slots): what each weight's removal adds to the neuron's value; inf in free slots and where pinned."""
         may = self.live if self.pinned is None else self.live & ~self.pinned.gather(1, self.index)
         return torch.where(may, self.weights.square() / self.diagonal, torch.inf)
 
@@ -148,7 +147,9 @@ class SupportInverses:
         if bool(failed.any()):
             self.worn = True
             fine = failed == 0
-            root = torch.where(fine[:, None, None], root, torch.eye(root.shape[1], dtype=root.dtype, device=root.device))
+            root = torch.where(
+                fine[:, None, None], root, torch.eye(root.shape[1], dtype=root.dtype, device=root.device)
+            )
             chosen, new, lift = chosen & fine[:, None], new * fine[:, None], lift * fine[:, None, None]
         lift[self.neurons[:, None], free, torch.arange(free.shape[1], device=free.device)] -= new
         half = torch.linalg.solve_triangular(root, lift.mT, upper=False)  # (R, a, slots)

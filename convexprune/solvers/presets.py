@@ -8,6 +8,7 @@ Best      the same with the full ADMM, swaps until they no longer pay, and exact
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -30,6 +31,8 @@ class Fast:
     flops   what the ADMM steps may cost: small layers get the full schedule, large ones one that rises faster
     polish  conjugate-gradient steps on the support
     """
+
+    takes: ClassVar[type] = SparseLeastSquares
 
     flops: float = 5e9
     polish: int = 8
@@ -56,6 +59,8 @@ class Balanced:
     rounds  of swaps after the elimination
     """
 
+    takes: ClassVar[type] = SparseLeastSquares
+
     grow: float = 1.05
     rounds: int = 1
     device: str = "cpu"
@@ -81,6 +86,8 @@ class Best:
     grow    how much too large ADMM's support is
     rounds  of swaps after the elimination
     """
+
+    takes: ClassVar[type] = SparseLeastSquares
 
     grow: float = 1.15
     rounds: int = 12

@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -38,6 +39,8 @@ class RisingPenalty:
     time_limit  seconds, or None
     device, dtype  where and in what the steps run; the last least squares is float64
     """
+
+    takes: ClassVar[type] = SparseLeastSquares
 
     grow: float = 1.0
     rho: float = 0.1
@@ -105,7 +108,8 @@ class _Resolvent:
     def apply(self, right: Tensor, rho: float) -> Tensor:
         """right (H + rho I)^-1."""
         if not self.shared:
-            return ((right @ self.vectors) / (self.values + rho)) @ self.vectors.T
+            out: Tensor = ((right @ self.vectors) / (self.values + rho)) @ self.vectors.T
+            return out
         if rho != self.rho:
             self.rho, self.inverse = rho, (self.vectors / (self.values + rho)) @ self.vectors.T
         return right @ self.inverse

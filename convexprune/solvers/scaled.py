@@ -16,7 +16,6 @@ from convexprune.problem import SparseLeastSquares
 from convexprune.solvers.support import DEAD, ridge_of
 
 
-
 @dataclass(frozen=True, eq=False)
 class Scaled:
     """The moments (M, N) and (N, N) in float64 on the CPU, and in `dtype` on the device the solver works on.

@@ -1,15 +1,17 @@
 """Least squares on given supports: each neuron's best weights where its mask allows them.
 
-Where a support's Gram matrix is singular many weights are best; a ridge of 1e-10 in coordinates with unit diagonal takes
-those nearest to the dense ones. Moments that were stored in float32 may be indefinite by their rounding: the ridge is then
-1e-10 more than twice the most negative eigenvalue, and moments that are worse than that are refused. Inputs that are
-constantly zero get weight 0.
+Where a support's Gram matrix is singular many weights are best; a ridge of 1e-10 in coordinates with unit diagonal
+takes those nearest to the dense ones. Moments that were stored in float32 may be indefinite by their rounding: the
+ridge is then 1e-10 more than twice the most negative eigenvalue, and moments that are worse than that are refused.
+Inputs that are constantly zero get weight 0.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+from convexprune.solvers.batched import NotDefinite
 
 RIDGE = 1e-10
 INDEFINITE = 1e-4  # eigenvalues below minus this are no rounding errors
@@ -28,7 +30,9 @@ def best_on_support(gram: Tensor, cross: Tensor, mask: Tensor, target: Tensor) -
     live = diagonal > DEAD * diagonal.max()
     scale = torch.where(live, diagonal, 1.0).sqrt()
     unit = gram / (scale[:, None] * scale)
-    ridge = ridge_of(torch.where(live[:, None] & live, unit, torch.eye(len(unit), dtype=unit.dtype, device=unit.device)))
+    ridge = ridge_of(
+        torch.where(live[:, None] & live, unit, torch.eye(len(unit), dtype=unit.dtype, device=unit.device))
+    )
     right = (cross / scale + ridge * target * scale) * live
     out = torch.zeros_like(target)
     supports, owner = torch.unique(mask & live, dim=0, return_inverse=True)
@@ -58,9 +62,9 @@ def ridge_of(unit: Tensor) -> float:
         return RIDGE
     least = float(torch.linalg.eigvalsh(unit)[0])
     if least < -INDEFINITE:
-        raise torch.linalg.LinAlgError(
-            f"the Gram matrix has the eigenvalue {least:.1e} in coordinates with unit diagonal: it is no matrix of second "
-            "moments; check the layer's moments"
+        raise NotDefinite(
+            f"the Gram matrix has the eigenvalue {least:.1e} in coordinates with unit diagonal: it is no matrix of "
+            "second moments; check the layer's moments"
         )
     return RIDGE + 2 * abs(least)
 

@@ -1,9 +1,9 @@
 """Local search on the support: in each round some weights enter, and as many leave, at exact costs.
 
-Weights enter where (c - H w)_j^2 / d_j is largest, their gain if d_j were the exact Schur complement 1 - H_jS H_SS^-1 H_Sj;
-d_j = 1 / sqrt([H^-1]_jj) lies between its two limits. The inverses then say exactly what each removal costs, and the
-cheapest weights leave, of the whole layer or of each group, as the pattern binds them. A round that does not pay is
-taken back.
+Weights enter where (c - H w)_j^2 / d_j is largest, their gain if d_j were the exact Schur complement
+1 - H_jS H_SS^-1 H_Sj; d_j = 1 / sqrt([H^-1]_jj) lies between its two limits. The inverses then say exactly what each
+removal costs, and the cheapest weights leave, of the whole layer or of each group, as the pattern binds them. A round
+that does not pay is taken back.
 Source: the oscillating search of Somol, Pudil, Pattern Recognition 2000, with the exact costs of Hassibi, Stork 1993.
 """
 
@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from torch import Tensor
 from convexprune.patterns import Support
 from convexprune.problem import SparseLeastSquares
 from convexprune.solution import Attempt, Status
+from convexprune.solvers.batched import NotDefinite
 from convexprune.solvers.inverses import SupportInverses
 from convexprune.solvers.leaving import groups_of, shrink_groups, shrink_layer
 from convexprune.solvers.scaled import Scaled
@@ -41,8 +42,10 @@ class SwapSearch:
     rounds   at most this many
     enter    how many weights enter in the first round, as a fraction of all weights
     cooling  each round lets in this many times those of the round before
-    memory   bytes for the inverses; neurons that do not fit are searched in turns, each turn with its share of the count
+    memory   bytes for the inverses; neurons that do not fit are searched in turns, each with its share of the count
     """
+
+    takes: ClassVar[type] = SparseLeastSquares
 
     rounds: int = 12
     enter: float = 0.06
@@ -76,12 +79,12 @@ class SwapSearch:
     def improve(
         self, problem: SparseLeastSquares, scaled: Scaled, weights: Tensor
     ) -> tuple[Tensor, Tensor, int, Status]:
-        """From scaled weights (M, N), zero outside their support: the support and weights found, rounds, why it stopped."""
+        """From scaled weights (M, N), zero outside their support: support, weights, rounds, why it stopped."""
         deadline = math.inf if self.time_limit is None else time.perf_counter() + self.time_limit
         search = _Search(problem, scaled, weights, self)
         try:
             rounds = search.run(deadline)
-        except torch.linalg.LinAlgError:
+        except NotDefinite:
             return search.mask, search.weights, 0, Status.NUMERICAL
         status = Status.TIME_LIMIT if time.perf_counter() > deadline else search.status
         return search.mask, search.weights, rounds, status
@@ -90,9 +93,7 @@ class SwapSearch:
 class _Search:
     """The best supports so far with their weights (scaled, in the working dtype), improved turn by turn."""
 
-    def __init__(
-        self, problem: SparseLeastSquares, scaled: Scaled, start: Tensor, options: SwapSearch
-    ) -> None:
+    def __init__(self, problem: SparseLeastSquares, scaled: Scaled, start: Tensor, options: SwapSearch) -> None:
         self.scaled, self.options = scaled, options
         shape, device = (problem.target.shape[0], problem.target.shape[1]), scaled.gram.device
         group = groups_of(problem.pattern, shape, problem.kernel)
@@ -119,7 +120,7 @@ class _Search:
         slots = counts[order] + SPREAD * self.options.enter * self.mask.shape[1]
         need = (3 * self.scaled.gram.element_size() * slots.double().square()).cumsum(0)
         turn = (need / self.options.memory).long()
-        return [order[turn == t] for t in turn.unique()]
+        return [order[turn == t] for t in range(int(turn.max()) + 1) if bool((turn == t).any())]
 
     def _turn(self, rows: Tensor, deadline: float) -> int:
         """Search among some neurons, with the count that they hold together; returns the rounds."""
