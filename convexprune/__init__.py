@@ -5,17 +5,21 @@ from convexprune.layer import Layer
 from convexprune.network import capture, load, save
 from convexprune.patterns import NM, Blocks, PerRow, Support, Unstructured
 from convexprune.problem import judge
-from convexprune.problems import L1Reconstruction, NetTrim, Reconstruction
+from convexprune.problems import L1Reconstruction, NetTrim, OptimalBrainSurgeon, Reconstruction
 from convexprune.prune import prune
 from convexprune.solution import Certificate, Solution, Status
 from convexprune.solve import solve
 from convexprune.solvers import (
     ADMM,
     CVXPY,
+    KKT,
     ActivationMagnitude,
     Balanced,
     Best,
     BestOf,
+    Bounded,
+    BranchAndBound,
+    ClosedForm,
     ColumnSweep,
     ExactOBS,
     Fast,
@@ -31,13 +35,17 @@ from convexprune.solvers import (
 __all__ = [
     "ADMM",
     "CVXPY",
+    "KKT",
     "NM",
     "ActivationMagnitude",
     "Balanced",
     "Best",
     "BestOf",
     "Blocks",
+    "Bounded",
+    "BranchAndBound",
     "Certificate",
+    "ClosedForm",
     "ColumnSweep",
     "ExactOBS",
     "Fast",
@@ -46,6 +54,7 @@ __all__ = [
     "LayerwiseOBS",
     "Magnitude",
     "NetTrim",
+    "OptimalBrainSurgeon",
     "PerRow",
     "Reconstruction",
     "Refit",

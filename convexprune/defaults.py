@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from convexprune.problems import L1Reconstruction, NetTrim, Reconstruction
+from convexprune.problems import L1Reconstruction, NetTrim, OptimalBrainSurgeon, Reconstruction
 from convexprune.solve import set_default
-from convexprune.solvers import ADMM, Balanced
+from convexprune.solvers import ADMM, Balanced, ClosedForm
 
 set_default(NetTrim, ADMM)
 set_default(L1Reconstruction, ADMM)
+set_default(OptimalBrainSurgeon, ClosedForm)
 set_default(Reconstruction, Balanced)

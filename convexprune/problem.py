@@ -147,6 +147,31 @@ class SparseLeastSquares(Problem, Protocol):
         """(M, P), float64: the weights with the best bias as the last column, if the layer has one."""
 
 
+@runtime_checkable
+class PerspectiveProblem(SparseLeastSquares, Protocol):
+    """Sparse least squares whose bound is the perspective relaxation's."""
+
+    def perspective_point(self, witness: Tensor) -> Tensor:
+        """(M, N): the minimiser of the bound's inner problem at a witness (M, N)."""
+
+
+@runtime_checkable
+class EqualityQuadratic(Problem, Protocol):
+    """Minimise tr(x G x^T) - 2 <C, x> + energy over x (M, P) that is zero where `removed`."""
+
+    @property
+    def gram(self) -> Tensor:
+        """G (P, P), float64."""
+
+    @property
+    def cross(self) -> Tensor:
+        """C (M, P), float64."""
+
+    @property
+    def removed(self) -> Tensor:
+        """(M, P) bool."""
+
+
 def judge(problem: Problem, x: Tensor, witness: Any = None) -> Certificate:
     """The problem's verdict on x, whoever proposed it."""
     return Certificate(problem.value(x), problem.lower_bound(witness), problem.violation(x))

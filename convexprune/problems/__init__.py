@@ -2,6 +2,7 @@
 
 from convexprune.problems.l1_reconstruction import L1Reconstruction
 from convexprune.problems.net_trim import NetTrim
+from convexprune.problems.optimal_brain_surgeon import OptimalBrainSurgeon, increase, saliencies
 from convexprune.problems.reconstruction import Reconstruction
 
-__all__ = ["L1Reconstruction", "NetTrim", "Reconstruction"]
+__all__ = ["L1Reconstruction", "NetTrim", "OptimalBrainSurgeon", "Reconstruction", "increase", "saliencies"]

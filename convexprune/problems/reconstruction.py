@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from convexprune.layer import Layer
-from convexprune.patterns import Pattern, excess, select
+from convexprune.patterns import Pattern, Support, excess, select
 from convexprune.problem import Formulation
 
 
@@ -92,7 +92,7 @@ class Reconstruction:
 
     def value(self, x: Tensor) -> float:
         """E|x u - y|^2, summed over the outputs."""
-        return float(self._errors(x).sum())
+        return max(float(self._errors(x).sum()), 0.0)  # a sum of squares, but for the rounding of its terms
 
     def violation(self, x: Tensor) -> float:
         """Weights (or blocks) kept beyond the pattern, as a fraction of the layer's weights."""
@@ -106,12 +106,110 @@ class Reconstruction:
         return math.sqrt(self.layer.samples * max(self.value(x), 0.0))
 
     def lower_bound(self, witness: Tensor | None) -> float:
-        """TODO."""
-        return 0.0
+        """The perspective bound at the witness v (M, N), or at the dense weights without one; at least 0.
+
+        With d >= 0 such that R = G - diag(d) is positive semidefinite, for any v and any W with support S
+
+            value >= energies - v R v^T - sum_{i in S} (C - v R)_i^2 / d_i
+
+        and the largest such sum over the pattern's supports is a choice of scores. Tight only where G is well
+        conditioned: d is the smallest eigenvalue of G, in units of its diagonal or not, whichever serves better.
+        """
+        v = self.target if witness is None else self._checked(witness)
+        if v is None:
+            return 0.0
+        return max(0.0, *(self._perspective(v, d) for d in self._diagonals))
+
+    def perspective_point(self, witness: Tensor) -> Tensor:
+        """(M, N): the minimiser of the bound's inner problem at v, towards which v improves its bound."""
+        d = max(self._diagonals, key=lambda each: self._perspective(witness, each))
+        slope = self.cross - witness @ self.gram + witness * d
+        scores = torch.where(d > 0, slope.square() / d.clamp(min=1e-300), 0.0)
+        return torch.where(self.select(scores) & (d > 0), slope / d.clamp(min=1e-300), 0.0)
 
     def to_cvxpy(self) -> Formulation:
-        """TODO."""
-        raise NotImplementedError
+        """The same problem with a boolean for every cell: a mixed-integer quadratic program.
+
+        |W_ij| is at most what the ellipsoid value <= energies allows, so no optimum is cut off.
+        Raises ValueError where the Gram matrix is singular and there is no such limit.
+        """
+        import cvxpy as cp
+
+        values, vectors = torch.linalg.eigh(self.layer.affine_gram)
+        if float(values[0]) <= 1e-10 * float(values[-1]):
+            raise ValueError(f"layer {self.layer.name!r}: its Gram matrix is singular; use layer.damped(1e-6) or so")
+        root = (vectors * values.sqrt()).numpy()
+        out, width = self.target.shape
+        cells = self._cells()
+        x, kept = cp.Variable(self.shape, name="x"), cp.Variable(int(cells.max()) + 1, boolean=True, name="kept")
+        weight = x[:, :width]
+        spread = kept[cells.flatten().numpy()]
+        limit = self._limits().flatten().numpy()
+        flat = cp.reshape(weight, (out * width,), order="C")
+        constraints = [cp.abs(flat) <= cp.multiply(limit, spread)]
+        if isinstance(self.pattern, Support):
+            constraints.append(spread == self.pattern.mask.flatten().numpy().astype(float))
+        else:
+            grouped = cp.reshape(kept, (self._groups, (int(cells.max()) + 1) // self._groups), order="C")
+            constraints.append(cp.sum(grouped, axis=1) <= self.pattern.quota((out, width), self.kernel))
+        if self.always is not None:
+            constraints.append(spread[self.always.flatten().nonzero()[:, 0].numpy()] == 1)
+        smooth = cp.sum_squares(x @ root) - 2 * cp.sum(cp.multiply(self.layer.affine_cross.numpy(), x))
+        program = cp.Problem(cp.Minimize(smooth + self.layer.energy), constraints)
+        return Formulation(program, x, lambda: torch.from_numpy(x.value[:, :width]))
+
+    @cached_property
+    def _diagonals(self) -> tuple[Tensor, ...]:
+        """Two choices of d (N,) with G - diag(d) positive semidefinite, rounding included."""
+        diagonal = self.gram.diagonal()
+        live = diagonal > 1e-12 * diagonal.max()
+        scale = torch.where(live, diagonal, 1.0).sqrt()
+        part = self.gram[live][:, live]
+        found = []
+        for unit in (torch.ones_like(scale), scale):
+            matrix = part / (unit[live][:, None] * unit[live])
+            values = torch.linalg.eigvalsh(matrix)
+            # eigenvalues are computed to a few units in the last place of the largest
+            least = float(values[0]) - 8 * len(matrix) * 2.0**-53 * float(values[-1])
+            found.append(torch.where(live, max(least, 0.0) * unit.square(), 0.0))
+        return tuple(found)
+
+    def _perspective(self, v: Tensor, d: Tensor) -> float:
+        through = v @ self.gram - v * d
+        slope = self.cross - through
+        scores = torch.where(d > 0, slope.square() / d.clamp(min=1e-300), 0.0)
+        # an input with d = 0 may take any weight: unless its slope vanishes there is no bound
+        if bool(((d == 0) & (slope.abs() > 1e-12 * (self.cross.abs() + through.abs()).clamp(min=1e-300))).any()):
+            return -math.inf
+        gain = float(scores[self.select(scores)].sum())
+        curved = float((v * through).sum())
+        rounding = 64 * len(d) * 2.0**-53 * (float(self.energies.abs().sum()) + abs(curved) + gain)
+        return float(self.energies.sum()) - curved - gain - rounding
+
+    def _checked(self, witness: Tensor) -> Tensor | None:
+        width = self.target.shape[1]
+        if tuple(witness.shape) not in (self.shape, tuple(self.target.shape)):
+            raise ValueError(f"witness has shape {tuple(witness.shape)}, expected {tuple(self.target.shape)}")
+        v = witness.detach().cpu().double()[:, :width]
+        return v if bool(torch.isfinite(v).all()) else None
+
+    @property
+    def _groups(self) -> int:
+        return len(self.pattern.folded(torch.zeros_like(self.target), self.kernel))
+
+    def _cells(self) -> Tensor:
+        """(M, N): the cell that each weight belongs to, numbered group by group."""
+        shape = (self.target.shape[0], self.target.shape[1])
+        numbers = torch.arange(self.pattern.folded(torch.zeros_like(self.target), self.kernel).numel())
+        return self.pattern.unfolded(numbers.reshape(self._groups, -1), shape, self.kernel)
+
+    def _limits(self) -> Tensor:
+        """(M, N): how large a weight can be where value <= energies."""
+        inverse = torch.linalg.inv(self.gram)
+        optimum = self.cross @ inverse
+        drop = (self.cross * optimum).sum(1).clamp(min=0)  # energies less the least value
+        limits: Tensor = optimum.abs() + (drop[:, None] * inverse.diagonal().clamp(min=0)).sqrt()
+        return limits
 
     @property
     def _mean(self) -> Tensor | None:

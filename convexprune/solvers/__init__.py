@@ -2,10 +2,14 @@
 
 from convexprune.solvers.activation_magnitude import ActivationMagnitude
 from convexprune.solvers.admm import ADMM
+from convexprune.solvers.bounded import Bounded
+from convexprune.solvers.branch_and_bound import BranchAndBound
+from convexprune.solvers.closed_form import ClosedForm
 from convexprune.solvers.column_sweep import ColumnSweep
 from convexprune.solvers.combinators import BestOf, Refit, Then
 from convexprune.solvers.cvxpy import CVXPY
 from convexprune.solvers.exact_obs import ExactOBS, Traces
+from convexprune.solvers.kkt import KKT
 from convexprune.solvers.layerwise_obs import LayerwiseOBS
 from convexprune.solvers.magnitude import Magnitude
 from convexprune.solvers.presets import Balanced, Best, Fast
@@ -16,10 +20,14 @@ from convexprune.solvers.working_set import WorkingSet
 __all__ = [
     "ADMM",
     "CVXPY",
+    "KKT",
     "ActivationMagnitude",
     "Balanced",
     "Best",
     "BestOf",
+    "Bounded",
+    "BranchAndBound",
+    "ClosedForm",
     "ColumnSweep",
     "ExactOBS",
     "Fast",

@@ -108,6 +108,12 @@ class CVXPY:
         if _takes(self.solver, program):
             return
         able = [other for other in _installed() if _takes(other, program)]
+        if not able:
+            kind = "a mixed-integer quadratic program" if program.is_mixed_integer() else "of its kind"
+            raise TypeError(
+                f"{self.solver} cannot take a {name} problem, which is {kind}, and no installed solver can; "
+                "install one that does (SCIP, GUROBI, ...), or use the solvers of this package"
+            )
         raise TypeError(f"{self.solver} cannot take a {name} problem; these installed solvers can: {', '.join(able)}")
 
 

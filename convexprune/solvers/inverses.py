@@ -60,7 +60,7 @@ class SupportInverses:
             block = self.gram[index[:, :, None], index[:, None, :]]
             real = live.to(block.dtype)
             block.mul_(real[:, :, None]).mul_(real[:, None, :])
-            block.diagonal(dim1=1, dim2=2).copy_(torch.where(live, 1 + RIDGE[block.dtype], 1.0))
+            block.diagonal(dim1=1, dim2=2).copy_(1 + RIDGE[block.dtype] * real)
             inverse[which] = spd_inverse(block).mul_(real[:, :, None]).mul_(real[:, None, :])
         return inverse
 
@@ -141,7 +141,7 @@ class SupportInverses:
         lift = torch.matmul(self.inverse, facing)  # P H_SA
         schur = self.gram[columns[:, :, None], columns[:, None, :]].mul_(new[:, :, None]).mul_(new[:, None])
         schur.baddbmm_((facing * live[:, :, None]).mT, lift, alpha=-1)
-        schur.diagonal(dim1=1, dim2=2).add_(torch.where(chosen, RIDGE[schur.dtype], 1.0))
+        schur.diagonal(dim1=1, dim2=2).add_(1 + (RIDGE[schur.dtype] - 1) * new)
         slope = self.cross.gather(1, columns) - torch.matmul(facing.mT, self.weights[..., None])[..., 0]
         root, failed = torch.linalg.cholesky_ex(schur)
         if bool(failed.any()):

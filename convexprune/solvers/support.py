@@ -1,6 +1,6 @@
 """Least squares on given supports: each neuron's best weights where its mask allows them.
 
-Where a support's Gram matrix is singular many weights are best; a ridge of 1e-10 in coordinates with unit diagonal
+Where the Gram matrix is nearly singular many weights are best; a ridge of 1e-10 in coordinates with unit diagonal
 takes those nearest to the dense ones. Moments that were stored in float32 may be indefinite by their rounding: the
 ridge is then 1e-10 more than twice the most negative eigenvalue, and moments that are worse than that are refused.
 Inputs that are constantly zero get weight 0.
@@ -14,6 +14,7 @@ from torch import Tensor
 from convexprune.solvers.batched import NotDefinite
 
 RIDGE = 1e-10
+WELL = 1e-4  # a matrix whose Cholesky pivots are all larger needs no ridge
 INDEFINITE = 1e-4  # eigenvalues below minus this are no rounding errors
 DEAD = 1e-12  # of the largest diagonal entry
 MEMORY = 2**24  # bytes of a batch of Gram matrices: what the factorisations read then stays in the cache
@@ -42,7 +43,7 @@ def best_on_support(gram: Tensor, cross: Tensor, mask: Tensor, target: Tensor) -
         index, held = _padded(supports[which])
         block = unit[index[:, :, None], index[:, None, :]]
         block.mul_(held[:, :, None]).mul_(held[:, None, :])
-        block.diagonal(dim1=1, dim2=2).copy_(torch.where(held, 1 + ridge, 1.0))
+        block.diagonal(dim1=1, dim2=2).copy_(1 + ridge * held.double())
         factor = torch.linalg.cholesky(block)
         neurons, of = _sharing(owner, which)
         places = index[of]
@@ -57,6 +58,9 @@ def ridge_of(unit: Tensor) -> float:
 
     Raises torch.linalg.LinAlgError for a matrix that is indefinite by more than rounding.
     """
+    factor, failed = torch.linalg.cholesky_ex(unit)
+    if not bool(failed) and float(factor.diagonal().min()) > WELL:
+        return 0.0
     damped = unit + RIDGE * torch.eye(len(unit), dtype=unit.dtype, device=unit.device)
     if not bool(torch.linalg.cholesky_ex(damped).info):
         return RIDGE

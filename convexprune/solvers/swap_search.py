@@ -110,6 +110,7 @@ class _Search:
     def run(self, deadline: float) -> int:
         """Search turn by turn; returns the rounds."""
         if self.still:
+            self.mask = self.allowed
             return 0
         return sum(self._turn(rows, deadline) for rows in self._turns())
 

@@ -1,0 +1,158 @@
+"""Optimal Brain Surgeon: what the other weights do best when given ones are removed.
+
+    minimise  E|x u - y|^2 = tr(x G x^T) - 2 <C, x> + energy   subject to   x_q = 0 for q in the removed set Q
+
+G = E[u u^T] over the inputs u (the constant 1 included where the layer has a bias), C = E[y u^T]. From the dense
+weights theta, with P = G^-1:
+
+    one weight    the value rises by theta_q^2 / P_qq            x = theta - theta_q P e_q / P_qq
+    a set Q       by theta_Q^T (P_QQ)^-1 theta_Q                 x = theta - P_{:,Q} (P_QQ)^-1 theta_Q
+
+Source: Hassibi, Stork, NIPS 1993; Dong, Chen, Pan, NIPS 2017. The latter write theta_q^2 / (2 [H^-1]_qq) with H = G,
+but the Hessian of this value is 2 G: the constants here are the exact ones.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from convexprune.layer import Layer
+from convexprune.problem import Formulation
+
+
+@dataclass(frozen=True, eq=False)
+class OptimalBrainSurgeon:
+    """The equality-constrained quadratic of a layer; `removed` is a boolean mask (M, N), or (M, P) with the bias last.
+
+    Raises ValueError for a mask of another shape or type.
+    """
+
+    layer: Layer
+    removed: Tensor
+
+    def __post_init__(self) -> None:
+        shapes = (tuple(self.layer.weight.shape), self.shape)
+        if self.removed.dtype != torch.bool or tuple(self.removed.shape) not in shapes:
+            raise ValueError(
+                f"removed is {self.removed.dtype} {tuple(self.removed.shape)}; expected a boolean mask {shapes[0]}"
+            )
+        if tuple(self.removed.shape) != self.shape:  # the bias stays
+            stays = torch.zeros(self.shape[0], 1, dtype=torch.bool)
+            object.__setattr__(self, "removed", torch.cat([self.removed.cpu(), stays], 1))
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(M, P)."""
+        return tuple(self.dense.shape)  # type: ignore[return-value]
+
+    @property
+    def dense(self) -> Tensor:
+        """(M, P): the dense layer's weights, the bias as the last column."""
+        return self.layer.affine_weight
+
+    @cached_property
+    def gram(self) -> Tensor:
+        """G (P, P)."""
+        return self.layer.affine_gram
+
+    @cached_property
+    def cross(self) -> Tensor:
+        """C (M, P)."""
+        return self.layer.affine_cross
+
+    def value(self, x: Tensor) -> float:
+        """E|x u - y|^2, summed over the outputs."""
+        return max(float(self._errors(x.detach().cpu().double()).sum()), 0.0)  # a sum of squares, but for rounding
+
+    def violation(self, x: Tensor) -> float:
+        """The largest |x_q| of a removed weight, relative to the largest dense weight."""
+        if not bool(torch.isfinite(x).all()):
+            return math.inf
+        held = x.detach().cpu().double()[self.removed]
+        return float(held.abs().max()) / max(float(self.dense.abs().max()), 1e-300) if len(held) else 0.0
+
+    def output_error(self, x: Tensor) -> float:
+        """sqrt(samples E|x u - y|^2) >= || act(X x^T) - act(Y) ||_F for a 1-Lipschitz activation."""
+        return math.sqrt(self.layer.samples * max(self.value(x), 0.0))
+
+    def lower_bound(self, witness: Tensor | None) -> float:
+        """value(v) - sum_i g_i^2 / (4 mu G_ii) for the witness v (M, P), its removed weights set to 0; at least 0.
+
+        g is the gradient at v over the weights that are free, mu the smallest eigenvalue of G in coordinates with unit
+        diagonal: no step from v can gain more.
+        """
+        if witness is None:
+            return 0.0
+        if tuple(witness.shape) != self.shape:
+            raise ValueError(f"witness has shape {tuple(witness.shape)}, expected {self.shape}")
+        v = torch.where(self.removed, 0.0, witness.detach().cpu().double())
+        if not bool(torch.isfinite(v).all()):
+            return 0.0
+        scale, least = self._curvature
+        slope = torch.where(self.removed, 0.0, 2 * (v @ self.gram - self.cross)) / scale
+        gain = float(slope.square().sum()) / (4 * least) if least > 0 else math.inf * float(slope.abs().sum() > 0)
+        value = float(self._errors(v).sum())
+        rounding = 64 * len(scale) * 2.0**-53 * (self.layer.energy + abs(value))
+        bound = value - gain - rounding
+        return max(bound, 0.0) if math.isfinite(bound) else 0.0
+
+    def to_cvxpy(self) -> Formulation:
+        """The same quadratic program with its equalities."""
+        import cvxpy as cp
+
+        values, vectors = torch.linalg.eigh(self.gram)
+        root = (vectors * values.clamp(min=0).sqrt()).numpy()
+        x = cp.Variable(self.shape, name="x")
+        objective = cp.sum_squares(x @ root) - 2 * cp.sum(cp.multiply(self.cross.numpy(), x)) + self.layer.energy
+        gone = cp.multiply(self.removed.numpy().astype(float), x) == 0
+        return Formulation(cp.Problem(cp.Minimize(objective), [gone]), x, lambda: torch.from_numpy(x.value))
+
+    @cached_property
+    def _curvature(self) -> tuple[Tensor, float]:
+        """sqrt(diag G) and the smallest eigenvalue in those units, less what rounding can add to it."""
+        scale = self.gram.diagonal().clamp(min=1e-300).sqrt()
+        values = torch.linalg.eigvalsh(self.gram / (scale[:, None] * scale))
+        return scale, float(values[0]) - 8 * len(scale) * 2.0**-53 * float(values[-1])
+
+    def _errors(self, x: Tensor) -> Tensor:
+        """E (x_m u - y_m)^2 for each neuron."""
+        return ((x @ self.gram) * x).sum(1) - 2 * (self.cross * x).sum(1) + self.layer.energies
+
+
+def saliencies(layer: Layer) -> Tensor:
+    """(M, P), float64: theta_q^2 / [G^-1]_qq, by how much the value rises when one weight is removed.
+
+    An input that is constantly zero costs nothing. Raises ValueError where G is singular otherwise: damp the layer.
+    """
+    gram, theta = layer.affine_gram, layer.affine_weight
+    diagonal = gram.diagonal()
+    live = diagonal > 1e-12 * diagonal.max()
+    pivots = torch.full_like(diagonal, math.inf)
+    pivots[live] = _inverse(layer, gram[live][:, live]).diagonal()
+    return theta.square() / pivots
+
+
+def increase(layer: Layer, removed: Tensor) -> Tensor:
+    """(M,), float64: theta_Q^T ([G^-1]_QQ)^-1 theta_Q for each neuron, by how much removing `removed` (M, P) raises it.
+
+    Raises ValueError where G is singular.
+    """
+    inverse, theta = _inverse(layer, layer.affine_gram), layer.affine_weight
+    rises = []
+    for gone, weights in zip(removed, theta, strict=True):
+        part = weights[gone]
+        rises.append(part @ torch.linalg.solve(inverse[gone][:, gone], part) if len(part) else part.sum())
+    return torch.stack(rises)
+
+
+def _inverse(layer: Layer, gram: Tensor) -> Tensor:
+    scale = gram.diagonal().clamp(min=1e-300).sqrt()
+    factor, failed = torch.linalg.cholesky_ex(gram / (scale[:, None] * scale))
+    if bool(failed) or float(factor.diagonal().min()) < 1e-6:
+        raise ValueError(f"layer {layer.name!r}: its Gram matrix is singular; use layer.damped(1e-6) or so")
+    return torch.cholesky_inverse(factor) / (scale[:, None] * scale)

@@ -1,0 +1,78 @@
+"""Optimal Brain Surgeon: closed form = KKT = OSQP, exact constants, bounds (the laws of test_problems.py hold too)."""
+
+import pytest
+import torch
+from instances import cascade_layer, random_layer
+from table import OBS, PROBLEMS, some
+
+from convexprune.layer import Layer
+from convexprune.problems import OptimalBrainSurgeon, increase, saliencies
+from convexprune.solution import Status
+from convexprune.solve import solve
+from convexprune.solvers import CVXPY, KKT, ClosedForm
+
+
+@pytest.mark.parametrize("name", OBS)
+def test_closed_form_is_the_kkt_system_and_osqp(name):
+    problem = PROBLEMS[name]()
+    x = solve(problem, ClosedForm()).x
+    torch.testing.assert_close(x, solve(problem, KKT()).x, rtol=1e-10, atol=1e-10)
+    tight = solve(problem, CVXPY("OSQP", eps_abs=1e-10, eps_rel=1e-10, max_iter=100000)).x
+    torch.testing.assert_close(x, tight, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_saliency_is_the_exact_increase_of_one_removal(bias):
+    layer = random_layer(1, bias=bias)
+    exact = saliencies(layer)
+    for q in range(exact.shape[1]):
+        removed = torch.zeros(exact.shape, dtype=torch.bool)
+        removed[:, q] = True
+        errors = OptimalBrainSurgeon(layer, removed)._errors(solve(OptimalBrainSurgeon(layer, removed)).x)
+        torch.testing.assert_close(exact[:, q], errors, rtol=1e-8, atol=1e-10)
+        torch.testing.assert_close(increase(layer, removed), exact[:, q])
+
+
+def test_increase_of_a_set_is_the_value_of_the_optimum():
+    layer = random_layer(2)
+    problem = OptimalBrainSurgeon(layer, some(0.5))
+    assert float(increase(layer, problem.removed).sum()) == pytest.approx(solve(problem).certificate.value)
+
+
+def test_the_optimum_certifies_itself():
+    for layer in (random_layer(3), cascade_layer(4)):
+        certificate = solve(OptimalBrainSurgeon(layer, some(0.4))).certificate
+        assert certificate.violation == 0
+        assert certificate.relative_gap <= 1e-9
+
+
+def test_neurons_with_the_same_mask_and_none_removed():
+    layer = random_layer(5)
+    whole = solve(OptimalBrainSurgeon(layer, torch.zeros(4, 6, dtype=torch.bool)))
+    torch.testing.assert_close(whole.x, layer.affine_weight)
+    empty = solve(OptimalBrainSurgeon(layer, torch.ones(4, 6, dtype=torch.bool)))
+    torch.testing.assert_close(empty.x[:, 6], layer.target_mean)
+    assert (empty.x[:, :6] == 0).all()
+
+
+def test_a_singular_gram_matrix():
+    x = torch.randn(30, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    x[:, 2], x[:, 4] = 0.0, x[:, 5]
+    layer = Layer.from_samples(torch.ones(3, 6), x, activation=None)
+    removed = torch.zeros(3, 6, dtype=torch.bool)
+    removed[:, 4] = True
+    solution = solve(OptimalBrainSurgeon(layer, removed))
+    assert solution.certificate.value == pytest.approx(0, abs=1e-9 * layer.energy)  # its twin takes over
+    assert solve(OptimalBrainSurgeon(layer, removed), KKT()).status in (Status.NUMERICAL, Status.CONVERGED)
+    with pytest.raises(ValueError, match="singular"):
+        saliencies(layer)
+    assert torch.isfinite(saliencies(layer.damped(1e-3))).all()
+
+
+def test_bad_masks_are_refused():
+    with pytest.raises(ValueError, match="removed is"):
+        OptimalBrainSurgeon(random_layer(), torch.zeros(4, 6))
+    with pytest.raises(ValueError, match="removed is"):
+        OptimalBrainSurgeon(random_layer(), torch.zeros(4, 5, dtype=torch.bool))
+    with pytest.raises(ValueError, match="KKT is for up to"):
+        solve(OptimalBrainSurgeon(random_layer(), some(0.5)), KKT(max_inputs=3))
