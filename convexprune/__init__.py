@@ -2,7 +2,7 @@
 
 from convexprune import defaults as defaults
 from convexprune.layer import Layer
-from convexprune.network import capture, load, save
+from convexprune.network import MaskKeeper, capture, load, reestimate_batch_norm, save
 from convexprune.patterns import NM, Blocks, PerRow, Support, Unstructured
 from convexprune.problem import judge
 from convexprune.problems import L1Reconstruction, NetTrim, OptimalBrainSurgeon, Reconstruction
@@ -53,6 +53,7 @@ __all__ = [
     "Layer",
     "LayerwiseOBS",
     "Magnitude",
+    "MaskKeeper",
     "NetTrim",
     "OptimalBrainSurgeon",
     "PerRow",
@@ -70,6 +71,7 @@ __all__ = [
     "judge",
     "load",
     "prune",
+    "reestimate_batch_norm",
     "save",
     "solve",
 ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -96,9 +97,8 @@ def _layers(
             aimed, inputs, targets = (None if part is None else part[group] for part in parts)
             behind = told.get(name, told.get(module, found))
             bias = None if biases is None else biases[group]
-            layers.append(
-                Layer.from_sums(weights[group], totals.read[group], bias, behind, name, aimed, inputs, targets)  # type: ignore[arg-type]
-            )
+            layer = Layer.from_sums(weights[group], totals.read[group], bias, behind, name, aimed, inputs, targets)  # type: ignore[arg-type]
+            layers.append(replace(layer, kernel=stack.kernel))
     return layers
 
 

@@ -5,6 +5,7 @@ A further kind of module is one more small subclass of `Stack` and one more line
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Hashable
 from typing import Any
@@ -27,6 +28,11 @@ class Stack(ABC):
     @abstractmethod
     def width(self) -> int:
         """The number of inputs of one matrix, without the bias."""
+
+    @property
+    def kernel(self) -> int:
+        """How many inputs of a matrix belong to one channel: the kernel's positions, or 1."""
+        return 1
 
     @property
     @abstractmethod
@@ -124,6 +130,11 @@ class ConvolutionStack(Stack):
         return int(self.module.weight[0].numel())
 
     @property
+    def kernel(self) -> int:
+        """The kernel's positions."""
+        return math.prod(self.module.kernel_size)
+
+    @property
     def unfolding(self) -> Hashable:
         """Everything that decides which pixels make a row."""
         m = self.module
@@ -144,9 +155,8 @@ class ConvolutionStack(Stack):
     def input_rows(self, items: Tensor) -> Tensor:
         """(items, channels, *pixels) -> (items, positions, groups, in), by torch's unfold."""
         m = self.module
-        mode = "constant" if m.padding_mode == "zeros" else m.padding_mode
-        x = F.pad(items, self._padding(), mode=mode)
-        kernel, stride, dilation = m.kernel_size, m.stride, m.dilation
+        x, stride = self._spread(items)
+        kernel, dilation = m.kernel_size, m.dilation
         if self.planes == 1:  # an image one pixel high
             x, kernel, stride, dilation = x[:, :, None], (1, *kernel), (1, *stride), (1, *dilation)
         columns = F.unfold(x, kernel, dilation=dilation, stride=stride)  # (items, channels * kernel, positions)
@@ -164,6 +174,12 @@ class ConvolutionStack(Stack):
         y = self.items(y)
         return (len(y), *y.shape[2:])
 
+    def _spread(self, items: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+        """The padded images, and the stride with which the kernel moves over them."""
+        m = self.module
+        mode = "constant" if m.padding_mode == "zeros" else m.padding_mode
+        return F.pad(items, self._padding(), mode=mode), m.stride
+
     def _padding(self) -> list[int]:
         # F.pad takes (before, after) pairs, the last dimension first; "same" puts an odd pixel after, as torch does
         m, pads = self.module, []
@@ -178,10 +194,54 @@ class ConvolutionStack(Stack):
         return pads
 
 
+class TransposedStack(ConvolutionStack):
+    """nn.ConvTranspose1d and nn.ConvTranspose2d, as the convolution that they are.
+
+    The input with stride - 1 zeros between its pixels, padded by dilation (kernel - 1) - padding, meets the kernel
+    turned around: a row holds zeros where no pixel meets a kernel position. in = in_channels / groups * kernel size.
+    """
+
+    @property
+    def width(self) -> int:
+        """in_channels / groups * kernel size."""
+        return int(self.module.in_channels // self.groups) * self.kernel
+
+    @property
+    def unfolding(self) -> Hashable:
+        """Everything that decides which pixels make a row."""
+        return ("transposed", *super().unfolding, self.module.output_padding)  # type: ignore[misc]
+
+    def pack(self, weight: Tensor) -> Tensor:
+        """(in_channels, out_channels / groups, *kernel) -> (groups, out, in)."""
+        turned = weight.flip(tuple(range(2, weight.ndim)))
+        parts = turned.reshape(self.groups, -1, turned.shape[1], self.kernel)  # (groups, in, out, kernel)
+        return parts.transpose(1, 2).reshape(self.groups, turned.shape[1], -1)
+
+    def unpack(self, matrices: Tensor) -> Tensor:
+        """(groups, out, in) -> (in_channels, out_channels / groups, *kernel)."""
+        shape = self.module.weight.shape
+        parts = matrices.reshape(self.groups, shape[1], -1, self.kernel).transpose(1, 2)
+        return parts.reshape(shape).flip(tuple(range(2, len(shape))))
+
+    def _spread(self, items: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+        m = self.module
+        size = [(pixels - 1) * stride + 1 for pixels, stride in zip(items.shape[2:], m.stride, strict=True)]
+        apart = items.new_zeros(*items.shape[:2], *size)
+        pixels_of: tuple[slice, ...] = tuple(slice(None, None, stride) for stride in m.stride)
+        apart[(slice(None), slice(None), *pixels_of)] = items
+        pads: list[int] = []
+        for axis in reversed(range(self.planes)):
+            before = m.dilation[axis] * (m.kernel_size[axis] - 1) - m.padding[axis]
+            pads += [before, before + m.output_padding[axis]]
+        return F.pad(apart, pads), (1,) * self.planes
+
+
 _KINDS: dict[type[nn.Module], type[Any]] = {
     nn.Linear: LinearStack,
     nn.Conv1d: ConvolutionStack,
     nn.Conv2d: ConvolutionStack,
+    nn.ConvTranspose1d: TransposedStack,
+    nn.ConvTranspose2d: TransposedStack,
 }
 KIND_NAMES = ", ".join(kind.__name__ for kind in _KINDS)
 
