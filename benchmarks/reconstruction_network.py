@@ -33,15 +33,15 @@ SOLVERS = {
 LENET = {"6.7/20/65": (0.067, 0.20, 0.65), "1/4/54": (0.01, 0.04, 0.54)}
 
 
-def pruned(model, batches, pattern_of, solver, damping, mode="cascade", **options):
-    """The pruned network and how long it took; pattern_of(layer) is a pattern, or None to leave a layer dense."""
+def pruned(model, batches, pattern_of, solver, damping, importance=None, **options):
+    """The pruned network, its report, the seconds; pattern_of(layer) is a pattern, importance(layer) its outputs'."""
 
     def build(layer):
-        pattern = pattern_of(layer)
-        return None if pattern is None else cp.Reconstruction(layer.damped(damping), pattern)
+        counts = None if importance is None else importance(layer)
+        return cp.Reconstruction(layer.damped(damping), pattern_of(layer), importance=counts)
 
     begun = time.perf_counter()
-    network, report = cp.prune(model, batches, build, solver, mode=mode, keep_inputs=False, **options)
+    network, report = cp.prune(model, batches, build, solver, mode="cascade", keep_inputs=False, **options)
     return network, report, time.perf_counter() - begun
 
 
@@ -59,24 +59,30 @@ def lenet(folder, options):
     model, data = trained_lenet300(folder / "lenet300.npz"), mnist(folder / "mnist.npz")
     batches = list(images(folder, options.images or 60_000).split(10_000))
     print(f"LeNet-300-100, dense test error {100 * error_rate(model, data.x_test, data.y_test):.2f}%")
+    behind = {"fc1": model.fc2, "fc2": model.fc3}
+
+    def importance(layer):
+        """An output matters as much as the next layer makes of it."""
+        return behind[layer.name].weight.detach().norm(dim=0) if layer.name in behind else None
+
     rows = []
     for name in options.solvers:
         for label, fractions in LENET.items():
             pattern = dict(zip(("fc1", "fc2", "fc3"), fractions, strict=True))
             network, report, seconds = pruned(
-                model, batches, lambda layer, p=pattern: cp.Unstructured(p[layer.name]), SOLVERS[name], options.damping
+                model,
+                batches,
+                lambda layer, p=pattern: cp.Unstructured(p[layer.name]),
+                SOLVERS[name],
+                options.damping,
+                importance,
             )
-            row = [
-                name,
-                label,
-                f"{100 * kept(report):.2f}%",
-                f"{100 * error_rate(network, data.x_test, data.y_test):.2f}%",
-            ]
-            if options.steps and label == "6.7/20/65":
+            before, after = percent(error_rate(network, data.x_test, data.y_test)), "-"
+            if options.steps:
                 retrain(network, data, options.steps)
-                row.append(f"{100 * error_rate(network, data.x_test, data.y_test):.2f}%")
-            print(row, flush=True)
-            rows.append([*row, "-", f"{seconds:.0f}"][: 5 + 1] if len(row) == 4 else [*row, f"{seconds:.0f}"])
+                after = percent(error_rate(network, data.x_test, data.y_test))
+            rows.append([name, label, percent(kept(report)), before, after, f"{seconds:.0f}"])
+            print(rows[-1], flush=True)
     head = ["solver", "kept, by layer", "kept", "test error", f"after {options.steps} steps", "seconds"]
     print(table(head, rows))
 
@@ -107,11 +113,9 @@ def resnet(folder, options):
                 model, list(x.split(128)), lambda layer, s=sparsity: cp.Unstructured(1 - s),
                 SOLVERS[name], options.damping, names="*conv*",
             )  # fmt: skip
-            accuracy = 100 * (1 - error_rate(network, x_test, y_test))
+            accuracy = percent(1 - error_rate(network, x_test, y_test))
             solving = sum(row.seconds or 0 for row in report.rows)
-            rows.append(
-                [name, sparsity, f"{100 * kept(report):.2f}%", f"{accuracy:.2f}%", f"{seconds:.0f}", f"{solving:.1f}"]
-            )
+            rows.append([name, sparsity, percent(kept(report)), accuracy, f"{seconds:.0f}", f"{solving:.1f}"])
             print(rows[-1], flush=True)
     print(table(["solver", "sparsity", "kept", "accuracy", "seconds", "of them solving"], rows))
 
@@ -136,7 +140,7 @@ def transformer(folder, options):
                 [
                     name,
                     label,
-                    f"{100 * kept(report):.2f}%",
+                    percent(kept(report)),
                     f"{float(cosine):.4f}",
                     f"{seconds / 60:.1f}",
                     f"{peak:.2f}",

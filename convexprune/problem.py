@@ -149,10 +149,11 @@ class SparseLeastSquares(Problem, Protocol):
 
 @runtime_checkable
 class PerspectiveProblem(SparseLeastSquares, Protocol):
-    """Sparse least squares whose bound is the perspective relaxation's."""
+    """Sparse least squares whose `lower_bound` takes a witness (v, d) of the perspective bound: v (M, N), d (N,)."""
 
-    def perspective_point(self, witness: Tensor) -> Tensor:
-        """(M, N): the minimiser of the bound's inner problem at a witness (M, N)."""
+    @property
+    def diagonal(self) -> Tensor:
+        """(N,): a d >= 0 with G - diag(d) positive semidefinite, from which to look for a better one."""
 
 
 @runtime_checkable

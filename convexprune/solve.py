@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from convexprune.problem import Problem, Solver, judge
-from convexprune.solution import Certificate, Solution, Status
+from convexprune.solution import Attempt, Certificate, Solution, Status
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -45,7 +45,11 @@ def solve(problem: Problem, solver: Solver | None = None, *, start: Tensor | Non
     if not isinstance(problem, takes):
         raise TypeError(f"{type(solver).__name__} takes {takes.__name__} problems; {type(problem).__name__} is none")
     begun = time.perf_counter()
-    attempt = solver.solve(problem, start)
+    try:
+        attempt = solver.solve(problem, start)
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+        # a matrix that should have been positive definite was not: the dense layer, and the status says why
+        attempt = Attempt(problem.dense, None, Status.NUMERICAL, 0)
     seconds = time.perf_counter() - begun
     x, status = attempt.x.detach().cpu().double(), attempt.status
     if tuple(x.shape) != problem.shape:

@@ -69,6 +69,25 @@ def test_a_singular_gram_matrix():
     assert torch.isfinite(saliencies(layer.damped(1e-3))).all()
 
 
+def test_zero_inputs_cost_nothing_and_leave_the_bound_alone():
+    x = torch.randn(40, 6, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    x[:, 3] = 0.0
+    layer = Layer.from_samples(torch.ones(4, 6), x, torch.ones(4))
+    removed = torch.cat([some(0.5), torch.zeros(4, 1, dtype=torch.bool)], 1)
+    certificate = solve(OptimalBrainSurgeon(layer, removed)).certificate
+    assert certificate.relative_gap <= 1e-9
+    assert float(increase(layer, removed).sum()) == pytest.approx(certificate.value)
+    assert (saliencies(layer)[:, 3] == 0).all()
+
+
+def test_a_singular_gram_matrix_has_the_trivial_bound():
+    x = torch.ones(20, 4, dtype=torch.float64)
+    problem = OptimalBrainSurgeon(Layer.from_samples(torch.ones(2, 4), x), torch.eye(4, dtype=torch.bool)[:2])
+    for seed in range(5):
+        v = torch.randn(2, 4, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        assert problem.lower_bound(v) == 0
+
+
 def test_bad_masks_are_refused():
     with pytest.raises(ValueError, match="removed is"):
         OptimalBrainSurgeon(random_layer(), torch.zeros(4, 6))

@@ -84,7 +84,8 @@ class OptimalBrainSurgeon:
         """value(v) - sum_i g_i^2 / (4 mu G_ii) for the witness v (M, P), its removed weights set to 0; at least 0.
 
         g is the gradient at v over the weights that are free, mu the smallest eigenvalue of G in coordinates with unit
-        diagonal: no step from v can gain more.
+        diagonal, inputs that are constantly zero left out: no step from v can gain more. Where G is singular otherwise
+        the bound is 0; `layer.damped(1e-6)` or so gives it back.
         """
         if witness is None:
             return 0.0
@@ -94,8 +95,11 @@ class OptimalBrainSurgeon:
         if not bool(torch.isfinite(v).all()):
             return 0.0
         scale, least = self._curvature
-        slope = torch.where(self.removed, 0.0, 2 * (v @ self.gram - self.cross)) / scale
-        gain = float(slope.square().sum()) / (4 * least) if least > 0 else math.inf * float(slope.abs().sum() > 0)
+        slope = torch.where(self.removed, 0.0, 2 * (v @ self.gram - self.cross))
+        live = scale > 0
+        gain = float((slope[:, live] / scale[live]).square().sum()) / (4 * least) if least > 0 else math.inf
+        if bool(slope[:, ~live].any()):  # no second moment, but a first: these are no moments of anything
+            gain = math.inf
         value = float(self._errors(v).sum())
         rounding = 64 * len(scale) * 2.0**-53 * (self.layer.energy + abs(value))
         bound = value - gain - rounding
@@ -115,9 +119,11 @@ class OptimalBrainSurgeon:
     @cached_property
     def _curvature(self) -> tuple[Tensor, float]:
         """sqrt(diag G) and the smallest eigenvalue in those units, less what rounding can add to it."""
-        scale = self.gram.diagonal().clamp(min=1e-300).sqrt()
-        values = torch.linalg.eigvalsh(self.gram / (scale[:, None] * scale))
-        return scale, float(values[0]) - 8 * len(scale) * 2.0**-53 * float(values[-1])
+        scale = self.gram.diagonal().clamp(min=0).sqrt()
+        live = scale > 0
+        values = torch.linalg.eigvalsh(self.gram[live][:, live] / (scale[live][:, None] * scale[live]))
+        rounding = 8 * len(values) * 2.0**-53 * float(values[-1:].sum())
+        return scale, float(values[0]) - rounding if len(values) else math.inf
 
     def _errors(self, x: Tensor) -> Tensor:
         """E (x_m u - y_m)^2 for each neuron."""
@@ -129,30 +135,31 @@ def saliencies(layer: Layer) -> Tensor:
 
     An input that is constantly zero costs nothing. Raises ValueError where G is singular otherwise: damp the layer.
     """
-    gram, theta = layer.affine_gram, layer.affine_weight
-    diagonal = gram.diagonal()
-    live = diagonal > 1e-12 * diagonal.max()
-    pivots = torch.full_like(diagonal, math.inf)
-    pivots[live] = _inverse(layer, gram[live][:, live]).diagonal()
-    return theta.square() / pivots
+    live, inverse = _inverse(layer)
+    pivots = torch.full((len(live),), math.inf, dtype=torch.float64)
+    pivots[live] = inverse.diagonal()
+    return layer.affine_weight.square() / pivots
 
 
 def increase(layer: Layer, removed: Tensor) -> Tensor:
     """(M,), float64: theta_Q^T ([G^-1]_QQ)^-1 theta_Q for each neuron, by how much removing `removed` (M, P) raises it.
 
-    Raises ValueError where G is singular.
+    An input that is constantly zero costs nothing. Raises ValueError where G is singular otherwise: damp the layer.
     """
-    inverse, theta = _inverse(layer, layer.affine_gram), layer.affine_weight
+    live, inverse = _inverse(layer)
     rises = []
-    for gone, weights in zip(removed, theta, strict=True):
+    for gone, weights in zip(removed[:, live], layer.affine_weight[:, live], strict=True):
         part = weights[gone]
         rises.append(part @ torch.linalg.solve(inverse[gone][:, gone], part) if len(part) else part.sum())
     return torch.stack(rises)
 
 
-def _inverse(layer: Layer, gram: Tensor) -> Tensor:
-    scale = gram.diagonal().clamp(min=1e-300).sqrt()
-    factor, failed = torch.linalg.cholesky_ex(gram / (scale[:, None] * scale))
+def _inverse(layer: Layer) -> tuple[Tensor, Tensor]:
+    """The inputs that are not constantly zero (P,) bool, and the inverse of their G."""
+    gram = layer.affine_gram
+    live = gram.diagonal() > 1e-12 * gram.diagonal().max()
+    scale = gram.diagonal()[live].sqrt()
+    factor, failed = torch.linalg.cholesky_ex(gram[live][:, live] / (scale[:, None] * scale))
     if bool(failed) or float(factor.diagonal().min()) < 1e-6:
         raise ValueError(f"layer {layer.name!r}: its Gram matrix is singular; use layer.damped(1e-6) or so")
-    return torch.cholesky_inverse(factor) / (scale[:, None] * scale)
+    return live, torch.cholesky_inverse(factor) / (scale[:, None] * scale)

@@ -1,9 +1,10 @@
 """The best least-squares reconstruction of a layer under a sparsity pattern.
 
-    minimise  E|W u + b - y|^2   over W with a support in the pattern, and any b
-           =  tr(W G W^T) - 2 <C, W> + energy      for the best b
+    minimise  sum_m a_m E(W_m u + b_m - y_m)^2   over W with a support in the pattern, and any b
+           =  tr(V G V^T) - 2 <C, V> + energy      for the best b, with V = sqrt(a) W
 
-G = Cov[u], C = Cov[y, u] where the layer has a bias (the best one is E[y] - W E[u]), else the raw moments.
+G = Cov[u], C = Cov[sqrt(a) y, u] where the layer has a bias (the best one is E[y] - W E[u]), else the raw moments. The
+importance a of the outputs is 1 unless given. Solvers see V: neurons then differ only in their moments.
 Source: Hassibi, Stork 1993; Dong, Chen, Pan, NIPS 2017; Frantar, Singh, Alistarh 2022, eq. 1.
 """
 
@@ -20,10 +21,15 @@ from convexprune.layer import Layer
 from convexprune.patterns import Pattern, Support, excess, select
 from convexprune.problem import Formulation
 
+CONSTANT = 1e-13  # a variance that small, relative to the second moment, is the rounding of a constant
+
 
 @dataclass(frozen=True, eq=False)
 class Reconstruction:
-    """Least squares with a support in `pattern`; `always` (M, N) bool marks weights that must stay in the support.
+    """Least squares with a support in `pattern`.
+
+    always      (M, N) bool: weights that must stay in the support
+    importance  (M,) > 0: how much an output's error counts; the norms of the next layer's columns, say
 
     Raises ValueError where the pattern does not fit the layer.
     """
@@ -31,8 +37,15 @@ class Reconstruction:
     layer: Layer
     pattern: Pattern
     always: Tensor | None = None
+    importance: Tensor | None = None
 
     def __post_init__(self) -> None:
+        out = len(self.layer.weight)
+        if self.importance is not None and (
+            tuple(self.importance.shape) != (out,)
+            or not bool(torch.isfinite(self.importance).all() & (self.importance > 0).all())
+        ):
+            raise ValueError(f"importance must be {out} finite numbers > 0, one for each output of the layer")
         shape = (self.layer.weight.shape[0], self.layer.weight.shape[1])
         if self.always is not None and (self.always.dtype != torch.bool or tuple(self.always.shape) != shape):
             raise ValueError(
@@ -52,8 +65,8 @@ class Reconstruction:
 
     @property
     def target(self) -> Tensor:
-        """(M, N): the dense layer's weights."""
-        return self.layer.weight
+        """(M, N): the dense layer's weights, each row times the root of its importance."""
+        return self.layer.weight * self._root[:, None]
 
     @property
     def kernel(self) -> int:
@@ -63,36 +76,42 @@ class Reconstruction:
     @cached_property
     def gram(self) -> Tensor:
         """G (N, N), float64: what is left of the Gram matrix when the bias is at its best."""
-        mean = self._mean
-        return self.layer.gram if mean is None else self.layer.gram - torch.outer(mean, mean)
+        mean, raw = self._mean, self.layer.gram
+        return raw if mean is None else torch.where(self._varies[:, None] & self._varies, raw - mean[:, None] * mean, 0)
 
     @cached_property
     def cross(self) -> Tensor:
         """C (M, N), float64."""
         mean, aim = self._mean, self.layer.target_mean
-        return self.layer.cross if mean is None or aim is None else self.layer.cross - torch.outer(aim, mean)
+        if mean is None or aim is None:
+            return self.layer.cross * self._root[:, None]
+        return torch.where(self._varies, self.layer.cross - torch.outer(aim, mean), 0.0) * self._root[:, None]
 
     @cached_property
     def energies(self) -> Tensor:
-        """(M,): E[y^2], less E[y]^2 where there is a bias."""
+        """(M,): a E[y^2], less a E[y]^2 where there is a bias."""
         aim = self.layer.target_mean
-        return self.layer.energies if self._mean is None or aim is None else self.layer.energies - aim.square()
+        left = self.layer.energies if self._mean is None or aim is None else self.layer.energies - aim.square()
+        return left * self._root.square()
 
     def select(self, scores: Tensor, grow: float = 1.0) -> Tensor:
         """(M, N) bool: the support in the pattern with the largest sum of scores (M, N) >= 0; see `patterns.select`."""
         return select(self.pattern, scores, self.layer.kernel, self.always, grow)
 
     def completed(self, weight: Tensor) -> Tensor:
-        """(M, P), float64: the weights (M, N) with the best bias as the last column, if the layer has one."""
-        weight = weight.detach().cpu().double()
+        """(M, P), float64: W for V (M, N), with the best bias as the last column, if the layer has one."""
+        weight = weight.detach().cpu().double() / self._root[:, None]
         mean, aim = self._mean, self.layer.target_mean
         if mean is None or aim is None:
             return weight
         return torch.cat([weight, (aim - weight @ mean)[:, None]], 1)
 
     def value(self, x: Tensor) -> float:
-        """E|x u - y|^2, summed over the outputs."""
-        return max(float(self._errors(x).sum()), 0.0)  # a sum of squares, but for the rounding of its terms
+        """sum_m a_m E (x_m u - y_m)^2."""
+        weighted = self._errors(x) * self._root.square()
+        total, size = float(weighted.sum()), float((self.layer.energies * self._root.square()).sum())
+        # a sum of squares: what is below 0 by more than the rounding of its terms comes of impossible moments
+        return total if total < -1e-9 * size else max(total, 0.0)
 
     def violation(self, x: Tensor) -> float:
         """Weights (or blocks) kept beyond the pattern, as a fraction of the layer's weights."""
@@ -103,29 +122,30 @@ class Reconstruction:
 
     def output_error(self, x: Tensor) -> float:
         """sqrt(samples E|x u - y|^2) >= || act(X x^T) - act(Y) ||_F for a 1-Lipschitz activation."""
-        return math.sqrt(self.layer.samples * max(self.value(x), 0.0))
+        return math.sqrt(self.layer.samples * max(float(self._errors(x).sum()), 0.0))
 
-    def lower_bound(self, witness: Tensor | None) -> float:
-        """The perspective bound at the witness v (M, N), or at the dense weights without one; at least 0.
+    def lower_bound(self, witness: Tensor | tuple[Tensor, Tensor] | None) -> float:
+        """The perspective bound at the witness v (M, N), or (v, d) with d (N,); v is the dense weights without one.
 
         With d >= 0 such that R = G - diag(d) is positive semidefinite, for any v and any W with support S
 
             value >= energies - v R v^T - sum_{i in S} (C - v R)_i^2 / d_i
 
-        and the largest such sum over the pattern's supports is a choice of scores. Tight only where G is well
-        conditioned: d is the smallest eigenvalue of G, in units of its diagonal or not, whichever serves better.
+        and the largest such sum over the pattern's supports is a choice of scores. A witness's d is shrunk until R is
+        certain to be semidefinite; d is also tried as the smallest eigenvalue of G, in units of its diagonal and not.
+        At least 0, which is all there is where G is singular. Raises ValueError for other shapes.
         """
-        v = self.target if witness is None else self._checked(witness)
+        v, d = witness if isinstance(witness, tuple) else (witness, None)
+        v = self.target if v is None else self._checked(v)
         if v is None:
             return 0.0
-        return max(0.0, *(self._perspective(v, d) for d in self._diagonals))
+        diagonals = self._diagonals if d is None else (*self._diagonals, self._repaired(d))
+        return max(0.0, *(self._perspective(v, each) for each in diagonals))
 
-    def perspective_point(self, witness: Tensor) -> Tensor:
-        """(M, N): the minimiser of the bound's inner problem at v, towards which v improves its bound."""
-        d = max(self._diagonals, key=lambda each: self._perspective(witness, each))
-        slope = self.cross - witness @ self.gram + witness * d
-        scores = torch.where(d > 0, slope.square() / d.clamp(min=1e-300), 0.0)
-        return torch.where(self.select(scores) & (d > 0), slope / d.clamp(min=1e-300), 0.0)
+    @property
+    def diagonal(self) -> Tensor:
+        """(N,): a d with G - diag(d) positive semidefinite; positive where an input varies, unless G is singular."""
+        return self._diagonals[1]
 
     def to_cvxpy(self) -> Formulation:
         """The same problem with a boolean for every cell: a mixed-integer quadratic program.
@@ -154,25 +174,47 @@ class Reconstruction:
             constraints.append(cp.sum(grouped, axis=1) <= self.pattern.quota((out, width), self.kernel))
         if self.always is not None:
             constraints.append(spread[self.always.flatten().nonzero()[:, 0].numpy()] == 1)
-        smooth = cp.sum_squares(x @ root) - 2 * cp.sum(cp.multiply(self.layer.affine_cross.numpy(), x))
-        program = cp.Problem(cp.Minimize(smooth + self.layer.energy), constraints)
-        return Formulation(program, x, lambda: torch.from_numpy(x.value[:, :width]))
+        scaled = cp.multiply(self._root[:, None].numpy(), x)
+        cross = (self.layer.affine_cross * self._root[:, None]).numpy()
+        smooth = cp.sum_squares(scaled @ root) - 2 * cp.sum(cp.multiply(cross, scaled))
+        energy = float((self.layer.energies * self._root.square()).sum())
+        program = cp.Problem(cp.Minimize(smooth + energy), constraints)
+        return Formulation(program, x, lambda: torch.from_numpy(x.value[:, :width]) * self._root[:, None])
 
     @cached_property
-    def _diagonals(self) -> tuple[Tensor, ...]:
-        """Two choices of d (N,) with G - diag(d) positive semidefinite, rounding included."""
-        diagonal = self.gram.diagonal()
-        live = diagonal > 1e-12 * diagonal.max()
-        scale = torch.where(live, diagonal, 1.0).sqrt()
-        part = self.gram[live][:, live]
-        found = []
-        for unit in (torch.ones_like(scale), scale):
-            matrix = part / (unit[live][:, None] * unit[live])
-            values = torch.linalg.eigvalsh(matrix)
-            # eigenvalues are computed to a few units in the last place of the largest
-            least = float(values[0]) - 8 * len(matrix) * 2.0**-53 * float(values[-1])
-            found.append(torch.where(live, max(least, 0.0) * unit.square(), 0.0))
-        return tuple(found)
+    def _diagonals(self) -> tuple[Tensor, Tensor]:
+        """Two choices of d (N,): the smallest eigenvalue of G for each input, and the same in units of G's diagonal."""
+        live = self.gram.diagonal() > 0
+        plain = max(_least_eigenvalue(self.gram[live][:, live]), 0.0)
+        return plain * live.double(), max(self._curvature, 0.0) * self.gram.diagonal() * live
+
+    def _repaired(self, d: Tensor) -> Tensor:
+        """(N,): the largest t d, t <= 1, for which G - diag(t d) is certain to be positive semidefinite."""
+        if tuple(d.shape) != tuple(self.gram.diagonal().shape):
+            raise ValueError(f"witness has a d of shape {tuple(d.shape)}, expected {tuple(self.gram.diagonal().shape)}")
+        d = d.detach().cpu().double()
+        live = self.gram.diagonal() > 0
+        if not bool(torch.isfinite(d).all()) or bool((d < 0).any()):
+            return torch.zeros_like(d)
+        scale = self.gram.diagonal()[live].sqrt()
+        least = _least_eigenvalue((self.gram[live][:, live] - torch.diag(d[live])) / (scale[:, None] * scale))
+        # G - t D = (1 - t) G + t (G - D), and the least eigenvalues of the two are known
+        whole = max(self._curvature, 0.0)
+        share = 1.0 if least >= 0 else whole / (whole - least)
+        return torch.where(live, share * d, 0.0)
+
+    @cached_property
+    def _curvature(self) -> float:
+        """The smallest eigenvalue of G in coordinates with unit diagonal, constant inputs left out."""
+        live = self.gram.diagonal() > 0
+        scale = self.gram.diagonal()[live].sqrt()
+        return _least_eigenvalue(self.gram[live][:, live] / (scale[:, None] * scale))
+
+    @cached_property
+    def _varies(self) -> Tensor:
+        """(N,) bool: inputs that are not constant; of a constant one the bias takes all, but for rounding."""
+        raw, mean = self.layer.gram.diagonal(), self._mean
+        return raw > 0 if mean is None else raw - mean.square() > CONSTANT * raw
 
     def _perspective(self, v: Tensor, d: Tensor) -> float:
         through = v @ self.gram - v * d
@@ -204,12 +246,20 @@ class Reconstruction:
         return self.pattern.unfolded(numbers.reshape(self._groups, -1), shape, self.kernel)
 
     def _limits(self) -> Tensor:
-        """(M, N): how large a weight can be where value <= energies."""
+        """(M, N): how large a weight W can be where value <= energies."""
         inverse = torch.linalg.inv(self.gram)
         optimum = self.cross @ inverse
         drop = (self.cross * optimum).sum(1).clamp(min=0)  # energies less the least value
         limits: Tensor = optimum.abs() + (drop[:, None] * inverse.diagonal().clamp(min=0)).sqrt()
+        limits = limits / self._root[:, None]
         return limits
+
+    @cached_property
+    def _root(self) -> Tensor:
+        """(M,): sqrt(a)."""
+        if self.importance is None:
+            return torch.ones(len(self.layer.weight), dtype=torch.float64)
+        return self.importance.detach().cpu().double().sqrt()
 
     @property
     def _mean(self) -> Tensor | None:
@@ -220,3 +270,11 @@ class Reconstruction:
         x = x.detach().cpu().double()
         gram, cross = self.layer.affine_gram, self.layer.affine_cross
         return ((x @ gram) * x).sum(1) - 2 * (cross * x).sum(1) + self.layer.energies
+
+
+def _least_eigenvalue(matrix: Tensor) -> float:
+    """A lower bound of the smallest eigenvalue of a symmetric matrix: the computed one less what rounding can add."""
+    if not len(matrix):
+        return 0.0
+    values = torch.linalg.eigvalsh(matrix)
+    return float(values[0]) - 8 * len(matrix) * 2.0**-53 * float(values.abs().max())

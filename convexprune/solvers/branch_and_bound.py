@@ -1,9 +1,9 @@
 """The exact optimum of a small reconstruction: best subsets by branch and bound, joined over the neurons.
 
 For one neuron, f(k) = the least value with k weights. A node has decided some inputs, in or out; with the undecided
-ones all in, least squares gives a lower bound of everything below it, and all nodes of a level are solved in one
-batch. The neurons meet only in their counts: for a pattern over the whole layer an exact dynamic program over the
-neurons divides the budget.
+ones all in, least squares gives a lower bound of everything below it, and thousands of nodes are solved in one batch.
+The neurons meet only in their counts: for a pattern over the whole layer an exact dynamic program over the neurons
+divides the budget.
 Source: Furnival, Wilson, Technometrics 1974 (leaps and bounds).
 """
 
@@ -20,6 +20,7 @@ from torch import Tensor
 from convexprune.patterns import Support
 from convexprune.problem import SparseLeastSquares
 from convexprune.solution import Attempt, Status
+from convexprune.solvers.batched import NotDefinite
 from convexprune.solvers.leaving import groups_of
 from convexprune.solvers.support import best_on_support, ridge_of
 
@@ -46,17 +47,16 @@ class BranchAndBound:
         deadline = math.inf if self.time_limit is None else time.perf_counter() + self.time_limit
         always = torch.zeros(out, width, dtype=torch.bool) if problem.always is None else problem.always
         quota = problem.pattern.quota((out, width), problem.kernel)
-        if isinstance(problem.pattern, Support):
-            mask, nodes = problem.pattern.mask, 1
-        elif group is None:
-            most = min(quota, width)
-            found = [_Neuron(problem, m, always[m], deadline).every_count(most) for m in range(out)]
-            mask, nodes = _joined(found, quota), sum(each.nodes for each in found)
-        else:
-            neurons = [_Neuron(problem, m, always[m], deadline) for m in range(out)]
-            mask = torch.stack([neuron.best(group, quota) for neuron in neurons])
-            nodes = sum(neuron.nodes for neuron in neurons)
-        weights = best_on_support(problem.gram, problem.cross, mask, problem.target)
+        try:
+            if isinstance(problem.pattern, Support):
+                mask, nodes = problem.pattern.mask, 1
+            else:
+                neurons = [_Neuron(problem, m, always[m], deadline) for m in range(out)]
+                mask = _joined(neurons, quota) if group is None else _apart(neurons, group, quota)
+                nodes = sum(neuron.nodes for neuron in neurons)
+            weights = best_on_support(problem.gram, problem.cross, mask, problem.target)
+        except NotDefinite:
+            return Attempt(problem.completed(problem.target), None, Status.NUMERICAL, 0)
         late = time.perf_counter() > deadline
         return Attempt(problem.completed(weights), None, Status.TIME_LIMIT if late else Status.CONVERGED, nodes)
 
@@ -86,46 +86,53 @@ class _Neuron:
         found: Tensor = -half.square().sum((1, 2))
         return found
 
-    def every_count(self, most: int) -> _Neuron:
+    def every_count(self, most: int) -> None:
         """Fill `values` and `masks` for every count up to `most`, by one search a count."""
         group = torch.zeros(len(self.cross), dtype=torch.long)
         for count in range(int(self.always.sum()), most + 1):
             mask = self.best(group, count)
             self.masks[count], self.values[count] = mask, self.value(mask[None])[0]
-        return self
 
     def best(self, group: Tensor, quota: int) -> Tensor:
         """(N,) bool: the best support with at most `quota` inputs of each group."""
-        order = self._order()
         best = self._greedy(group, quota)
         least = float(self.value(best[None])[0])
-        # a node: (inputs decided in, inputs still possible); level by level over `order`, most damaging input first
-        inside = self.always[None].clone()
-        possible = torch.ones_like(inside)
-        for input_ in order.tolist():
-            if time.perf_counter() > self.deadline:
-                return best
-            if bool(self.always[input_]):
-                continue
-            with_, without = inside.clone(), possible.clone()
-            with_[:, input_], without[:, input_] = True, False
-            inside, possible = torch.cat([with_, inside]), torch.cat([possible, without])
-            full = _counts(inside, group)
-            fits = (full <= quota).all(1)
-            inside, possible = inside[fits], possible[fits]
-            # a group whose quota is reached takes no more: its undecided inputs are out
-            closed = (_counts(inside, group) >= quota)[:, group]
-            possible = torch.where(closed, inside, possible)
-            bounds = torch.cat([self.value(part) for part in possible.split(BATCH)])  # type: ignore[no-untyped-call]
+        # a node: inputs decided in, inputs still possible, and its bound; the most damaging input is decided first.
+        # Depth first and in batches, so that memory stays small: those with the best bounds are on top of the stack
+        order = [each for each in self._order().tolist() if not bool(self.always[each])]
+        root = torch.ones_like(self.always)[None]
+        stack = [(0, self.always[None], root, self.value(root))]
+        stack = stack if float(stack[0][3]) < least else []
+        while stack and time.perf_counter() < self.deadline:
+            level, inside, possible, bounds = stack.pop()
+            inside, possible, bounds = self._children(order[level], inside, possible, bounds, group, quota)
             done = (_counts(possible, group) <= quota).all(1)
             if bool(done.any()) and float(bounds[done].min()) < least:
                 least = float(bounds[done].min())
                 best = possible[done][bounds[done].argmin()]
-            open_ = ~done & (bounds < least)
-            inside, possible = inside[open_], possible[open_]
-            if not len(inside):
-                break
+            worst_first = bounds.argsort(descending=True)
+            open_ = worst_first[(~done & (bounds < least))[worst_first]]
+            parts = torch.split(open_, BATCH) if len(open_) else ()
+            stack += [(level + 1, inside[part], possible[part], bounds[part]) for part in parts]
         return best
+
+    def _children(
+        self, input_: int, inside: Tensor, possible: Tensor, bounds: Tensor, group: Tensor, quota: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The nodes with one more input decided: in, then out."""
+        with_, without = inside.clone(), possible.clone()
+        with_[:, input_], without[:, input_] = True, False
+        inside, before = torch.cat([with_, inside]), torch.cat([possible, possible])
+        possible, bounds = torch.cat([possible, without]), torch.cat([bounds, bounds])
+        # a group whose quota is reached takes no more: its undecided inputs are out
+        full = _counts(inside, group)
+        possible = torch.where((full >= quota)[:, group], inside, possible)
+        fits = (full <= quota).all(1) & (inside <= possible).all(1)
+        inside, possible, before, bounds = inside[fits], possible[fits], before[fits], bounds[fits]
+        changed = (possible != before).any(1).nonzero()[:, 0]
+        for part in torch.split(changed, BATCH):
+            bounds[part] = self.value(possible[part])
+        return inside, possible, bounds
 
     def _order(self) -> Tensor:
         """Inputs whose absence costs most come first: the branch without them dies early."""
@@ -150,8 +157,15 @@ def _counts(masks: Tensor, group: Tensor) -> Tensor:
     return counts.index_add_(1, group, masks.long())
 
 
+def _apart(neurons: list[_Neuron], group: Tensor, quota: int) -> Tensor:
+    """(M, N) bool: each neuron by itself."""
+    return torch.stack([neuron.best(group, quota) for neuron in neurons])
+
+
 def _joined(neurons: list[_Neuron], budget: int) -> Tensor:
     """(M, N) bool: the division of the budget with the least sum of values, by dynamic programming over the neurons."""
+    for neuron in neurons:
+        neuron.every_count(min(budget, len(neuron.cross)))
     best = torch.zeros(1, dtype=torch.float64)
     choices = []
     for neuron in neurons:

@@ -18,6 +18,7 @@ from torch import Tensor
 from convexprune.patterns import NM, Pattern, PerRow, Unstructured, select
 from convexprune.problem import SparseLeastSquares
 from convexprune.solution import Attempt, Status
+from convexprune.solvers.batched import NotDefinite
 from convexprune.solvers.scaled import Scaled
 
 
@@ -44,12 +45,15 @@ class ColumnSweep:
             raise ValueError(f"block is {self.block}; it must be at least 1")
 
     def solve(self, problem: SparseLeastSquares, start: Tensor | None = None) -> Attempt:
-        """The start is not used."""
-        scaled = Scaled.of(problem, self.device, self.dtype)
-        # the published damping is uniform in the inputs' own units
-        ridge = self.damping * float(problem.gram.diagonal().mean()) / scaled.scale.square()
-        inverse = torch.cholesky_inverse(torch.linalg.cholesky(scaled.gram64 + torch.diag(ridge)))
-        factor = torch.linalg.cholesky(inverse, upper=True).to(scaled.gram)
+        """The start is not used. Status NUMERICAL where the Gram matrix with its damping is not positive definite."""
+        try:
+            scaled = Scaled.of(problem, self.device, self.dtype)
+            # the published damping is uniform in the inputs' own units
+            ridge = self.damping * float(problem.gram.diagonal().mean()) / scaled.scale.square()
+            inverse = torch.cholesky_inverse(torch.linalg.cholesky(scaled.gram64 + torch.diag(ridge)))
+            factor = torch.linalg.cholesky(inverse, upper=True).to(scaled.gram)
+        except NotDefinite:
+            return Attempt(problem.completed(problem.target), None, Status.NUMERICAL, 0)
         weights = scaled.optimum.T.contiguous()  # (N, M): an input's weights lie together
         mask = _whole_mask(problem, weights, factor)
         width = len(weights)

@@ -117,4 +117,4 @@ class ExactOBS:
     def _whole(self, problem: SparseLeastSquares, scaled: Scaled, rows: Tensor) -> SupportInverses:
         full = scaled.live.expand(len(rows), -1)
         pinned = None if problem.always is None else problem.always[rows].to(full.device)
-        return SupportInverses(scaled.gram, scaled.cross[rows.to(full.device)], full, pinned=pinned)
+        return SupportInverses(scaled.gram, scaled.cross[rows.to(full.device)], full, scaled.ridge, pinned=pinned)

@@ -20,20 +20,26 @@ from convexprune.solvers.batched import spd_inverse
 
 CACHE = 2**23  # bytes
 BLOCK = 32  # removals that wait before P is updated
-# of the unit diagonal: what the working precision needs for its Cholesky factors, far below what changes a choice
-RIDGE = {torch.float32: 1e-4, torch.float64: 1e-9}
 
 
 class SupportInverses:
     """P and w of R neurons in slots: slot j of neuron i holds input `index[i, j]` where `live[i, j]`.
 
-    gram (N, N) with unit diagonal, cross (R, N), mask (R, N) bool; `spare` slots are left free for entries, and weights
-    in `pinned` (R, N) bool never leave.
+    gram (N, N) with unit diagonal, cross (R, N), mask (R, N) bool. `ridge` is added to every diagonal; `spare` slots are
+    left free for entries; weights in `pinned` (R, N) bool never leave.
     Raises torch.linalg.LinAlgError where a support's Gram matrix cannot be factored.
     """
 
-    def __init__(self, gram: Tensor, cross: Tensor, mask: Tensor, spare: int = 0, pinned: Tensor | None = None) -> None:
-        self.gram, self.cross, self.pinned = gram, cross, pinned
+    def __init__(
+        self,
+        gram: Tensor,
+        cross: Tensor,
+        mask: Tensor,
+        ridge: float,
+        spare: int = 0,
+        pinned: Tensor | None = None,
+    ) -> None:
+        self.gram, self.cross, self.pinned, self.ridge = gram, cross, pinned, ridge
         self.neurons = torch.arange(len(mask), device=gram.device)
         counts = mask.sum(1)
         slots = min(int(counts.max()) + spare, mask.shape[1])
@@ -60,7 +66,7 @@ class SupportInverses:
             block = self.gram[index[:, :, None], index[:, None, :]]
             real = live.to(block.dtype)
             block.mul_(real[:, :, None]).mul_(real[:, None, :])
-            block.diagonal(dim1=1, dim2=2).copy_(1 + RIDGE[block.dtype] * real)
+            block.diagonal(dim1=1, dim2=2).copy_(1 + self.ridge * real)
             inverse[which] = spd_inverse(block).mul_(real[:, :, None]).mul_(real[:, None, :])
         return inverse
 
@@ -141,7 +147,7 @@ class SupportInverses:
         lift = torch.matmul(self.inverse, facing)  # P H_SA
         schur = self.gram[columns[:, :, None], columns[:, None, :]].mul_(new[:, :, None]).mul_(new[:, None])
         schur.baddbmm_((facing * live[:, :, None]).mT, lift, alpha=-1)
-        schur.diagonal(dim1=1, dim2=2).add_(1 + (RIDGE[schur.dtype] - 1) * new)
+        schur.diagonal(dim1=1, dim2=2).add_(1 + (self.ridge - 1) * new)
         slope = self.cross.gather(1, columns) - torch.matmul(facing.mT, self.weights[..., None])[..., 0]
         root, failed = torch.linalg.cholesky_ex(schur)
         if bool(failed.any()):

@@ -83,9 +83,12 @@ def _sharing(owner: Tensor, which: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _solved(factor: Tensor, of: Tensor, right: Tensor) -> Tensor:
-    """Row i of right (R, k) solved with factor[of[i]]."""
+    """Row i of right (R, k) solved with factor[of[i]]; `of` is sorted and names every factor."""
     if len(factor) == 1:
         return torch.cholesky_solve(right.T, factor[0]).T
+    if 8 * len(of) * right.shape[1] ** 2 > 2 * MEMORY:  # few supports, many neurons: a factor at a time
+        parts = zip(factor, torch.split(right, torch.bincount(of).tolist()), strict=True)
+        return torch.cat([torch.cholesky_solve(part.T, one).T for one, part in parts])
     if len(of) > len(factor):
         factor = factor[of]
     # two triangular solves are ten times faster on a CPU batch than torch.cholesky_solve

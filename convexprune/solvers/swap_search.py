@@ -104,7 +104,7 @@ class _Search:
         self.still = isinstance(problem.pattern, Support)
         self.weights = torch.zeros_like(scaled.optimum)
         self.values = torch.zeros_like(scaled.optimum[:, 0])
-        self.room = _room(scaled.gram)
+        self.room = _room(scaled.gram, scaled.ridge)
         self.status = Status.CONVERGED
 
     def run(self, deadline: float) -> int:
@@ -168,7 +168,9 @@ class _Search:
 
     def _part(self, rows: Tensor) -> _Part:
         pinned = None if self.pinned is None else self.pinned[rows]
-        inverses = SupportInverses(self.scaled.gram, self.scaled.cross[rows], self.mask[rows], self._spare(), pinned)
+        inverses = SupportInverses(
+            self.scaled.gram, self.scaled.cross[rows], self.mask[rows], self.scaled.ridge, self._spare(), pinned
+        )
         return _Part(rows, inverses)
 
     def _spare(self) -> int:
@@ -248,17 +250,17 @@ def _first_supports(problem: SparseLeastSquares, scaled: Scaled, start: Tensor) 
     """(M, N) bool: the supports to begin with, and how the pattern's count divides among the neurons."""
     begun = start != 0
     # what the start has comes first, by its size; what that leaves of the count goes to large weights
-    own = start.square() / _room(scaled.gram)
+    own = start.square() / _room(scaled.gram, scaled.ridge)
     other = scaled.optimum.square()
     top = own.max().clamp(min=1e-30), other.max().clamp(min=1e-30)
     allowed = problem.select(torch.where(begun, 1 + own / top[0], 0.5 * other / top[1]))
     return (allowed | begun) & scaled.live, allowed & scaled.live
 
 
-def _room(gram: Tensor) -> Tensor:
+def _room(gram: Tensor, ridge: float) -> Tensor:
     """(N,): the geometric mean of the least and the largest Schur complement that an input can have."""
-    ridge = 1e-6 * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-    return torch.cholesky_inverse(torch.linalg.cholesky(gram + ridge)).diagonal().rsqrt()
+    damped = gram + ridge * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    return torch.cholesky_inverse(torch.linalg.cholesky(damped)).diagonal().rsqrt()
 
 
 def _best_of_groups(gains: Tensor, group: Tensor) -> Tensor:
