@@ -25,8 +25,8 @@ BLOCK = 32  # removals that wait before P is updated
 class SupportInverses:
     """P and w of R neurons in slots: slot j of neuron i holds input `index[i, j]` where `live[i, j]`.
 
-    gram (N, N) with unit diagonal, cross (R, N), mask (R, N) bool. `ridge` is added to every diagonal; `spare` slots are
-    left free for entries; weights in `pinned` (R, N) bool never leave.
+    gram (N, N) with unit diagonal, cross (R, N), mask (R, N) bool. `ridge` is added to every diagonal; `spare` slots
+    are left free for entries; weights in `pinned` (R, N) bool never leave.
     Raises torch.linalg.LinAlgError where a support's Gram matrix cannot be factored.
     """
 
