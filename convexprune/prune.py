@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from convexprune.bounds import ChainBound, cascade_bound, parallel_bound
 from convexprune.layer import Layer
-from convexprune.network import capture, chain, read, write
+from convexprune.network import capture, chain, count_calls, read, write
 from convexprune.network.forward import run, tensors_in, undisturbed
 from convexprune.problem import Problem, Solver
 from convexprune.progress import Progress
@@ -109,13 +109,17 @@ def _layers(
         layers = capture(model, batches, names, progress=taken(None), **options)
         yield from ((len(layers), layer) for layer in layers)
         return
-    # one batch tells the order
-    first = list(itertools.islice(batches, 1))
-    order = [layer.name for layer in capture(model, first, names, **{**options, "keep_inputs": False})]
-    # a grouped convolution "conv" is the layers "conv[0]", "conv[1]", ..., which read the same tensor
-    for module, group in itertools.groupby(order, lambda name: name.partition("[")[0]):
-        for layer in capture(pruned, batches, list(group), dense=model, progress=taken(module), **options):
-            yield len(order), layer
+    # one batch tells the order, what is behind each layer, and which layers read the same tensor: those go together
+    first = capture(model, itertools.islice(batches, 1), names, **{**options, "keep_inputs": False})
+    # a grouped convolution "conv" is the layers "conv[0]", "conv[1]", ...
+    modules = {layer.name: layer.name.partition("[")[0] for layer in first}
+    tensor = {modules[layer.name]: id(layer.gram) for layer in reversed(first)}  # by a module's first layer
+    counts = count_calls(model, batches, tensor)
+    known = {**options, "activations": {layer.name: layer.activation for layer in first}, "calls": counts}
+    for _, group in itertools.groupby(first, lambda layer: tensor[modules[layer.name]]):
+        together = [layer.name for layer in group]
+        for layer in capture(pruned, batches, together, dense=model, progress=taken(modules[together[0]]), **known):
+            yield len(first), layer
 
 
 def _written(pruned: nn.Module, name: str, problem: Problem, solver: Solver | None) -> Solution:

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 import convexprune.network.accumulate as accumulate
 from convexprune.layer import Layer
-from convexprune.network import capture, read, write
+from convexprune.network import capture, count_calls, read, write
 from convexprune.network.matrices import stack_of
 
 
@@ -503,3 +503,34 @@ def test_resnet20_is_captured_and_written_back_exactly(data):
         write(model, layer.name, layer.affine_weight)
     with torch.no_grad():
         assert torch.equal(model(x), before)
+
+
+class Twice(nn.Module):
+    """Calls a layer twice, and swallows every Exception on the way."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 3)
+
+    def forward(self, x):
+        try:
+            return self.c(self.b(self.a(self.b(x)).relu()))
+        except Exception:
+            return x
+
+
+def test_a_pass_ends_after_the_last_wanted_call():
+    torch.manual_seed(0)
+    model, batches, late = Twice(), [torch.randn(5, 4), torch.randn(3, 4)], []
+    model.c.register_forward_hook(lambda *_: late.append(1))
+    counts = count_calls(model, batches, ["a", "b"])
+    assert counts == [{"a": 1, "b": 2}] * 2
+    late.clear()
+    (whole,) = capture(model, batches, ["b"], dense=model)
+    assert len(late) == 4
+    late.clear()
+    (short,) = capture(model, batches, ["b"], dense=model, calls=counts, activations={"b": None})
+    assert not late
+    assert torch.equal(short.gram, whole.gram)
+    assert torch.equal(short.cross, whole.cross)
+    assert short.samples == whole.samples == 16

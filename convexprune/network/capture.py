@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -33,6 +33,7 @@ def capture(
     positions: int | None = None,
     seed: int = 0,
     activations: Mapping[str, str | None] | None = None,
+    calls: Sequence[Mapping[str, int]] | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> list[Layer]:
     """The layers of a model with the moments of their inputs, in forward order: one forward pass for each batch.
@@ -46,6 +47,8 @@ def capture(
     mask         batch -> bool tensor (batch, tokens): only the rows where it is True count
     positions    at most so many output positions of each image of a convolution, drawn with `seed`
     activations  layer name -> "relu" or None, where what tracing finds is not what you want
+    calls        how often each module is called in each batch (`count_calls`): a pass ends with the last call that
+                 is wanted, where `activations` tell what is behind it
     progress     called with the index of each batch when it is done
 
     Layers that read the same tensor share one `gram` array. A module called several times in a pass counts all the
@@ -58,32 +61,51 @@ def capture(
     told = _told(model, activations)
     if dense is not None:
         _check_dense(dense, modules)
-    account, first = Account(keep_inputs, positions, seed), None
+    wanted = {layer for pairs in requests.values() for _, layer in pairs}
+    account, first, seen = Account(keep_inputs, positions, seed), None, False
     with undisturbed(model, *(() if dense is None else (dense,))):
         for index, batch in enumerate(batches):
             account.begin()
-            targets = {} if dense is None else _outputs(dense, batch, modules)
+            last = None if calls is None else {name: calls[index].get(name, 0) for name in modules}
+            targets = {} if dense is None else _outputs(dense, batch, modules, last)
             keep = None if mask is None else _mask(mask, batch)
             into = partial(_add, account, keep, None if dense is None else targets)
-            recorder = Recorder(model) if first is None else None
-            # hooked first, so that what the hooks do falls inside the layer's own step and is not recorded
-            with _hooked(modules, into), recorder or nullcontext():
-                output = run(model, batch)
-            if recorder is not None:
+            if seen or wanted <= told.keys():
+                _run_until(model, batch, modules, into, last)
+            else:
+                # hooked first, so that what the hooks do falls inside the layer's own step and is not recorded
+                with _hooked(modules, into), Recorder(model) as recorder:
+                    output = run(model, batch)
                 first = Record(tuple(recorder.steps), recorder.numbers(output))
-            del output
+                del output
+            seen = True
             account.end()
             _check_calls(account, targets)
             if progress is not None:
                 progress(index)
-    if first is None:
+    if not seen:
         raise ValueError("no batches; give at least one (an iterator that was used up before gives none)")
-    wanted = _called(requests, account)
-    found = {module: activation(first, module) for module in account.slots}
+    _check_called(requests, account)
+    found = {module: None if first is None else activation(first, module) for module in account.slots}
     layers: list[Layer] = []
     for module in account.slots:
         layers += _layers(module, modules[module], account, wanted, told, found[module])
     return layers
+
+
+def count_calls(model: nn.Module, batches: Iterable[Any], names: Iterable[str]) -> list[dict[str, int]]:
+    """How often each of the modules `names` is called in each batch."""
+    modules = {name: _stack(model, name) for name in names}
+    counts: list[dict[str, int]] = []
+
+    def count(name: str, _stack: Stack, _x: Tensor, _y: Tensor) -> None:
+        counts[-1][name] = counts[-1].get(name, 0) + 1
+
+    with undisturbed(model), _hooked(modules, count):
+        for batch in batches:
+            counts.append({})
+            run(model, batch)
+    return counts
 
 
 def _layers(
@@ -127,15 +149,38 @@ def _add(
     account.add(name, stack, x, y, dense, mask)
 
 
-def _outputs(dense: nn.Module, batch: Any, modules: Mapping[str, Stack]) -> dict[str, list[Tensor]]:
+class _Enough(BaseException):  # no Exception: a model that catches those must not catch this
+    """The last wanted call has been made."""
+
+
+def _run_until(
+    model: nn.Module, batch: Any, modules: Mapping[str, Stack], hook: Hook, last: Mapping[str, int] | None
+) -> None:
+    """Run a batch, as far as the last call that is wanted where `last` says how many there are of each module."""
+    left = None if last is None else sum(last.values())
+
+    def counted(name: str, stack: Stack, x: Tensor, y: Tensor) -> None:
+        nonlocal left
+        hook(name, stack, x, y)
+        if left is not None:
+            left -= 1
+            if left == 0:
+                raise _Enough
+
+    with _hooked(modules, counted), suppress(_Enough):
+        run(model, batch)
+
+
+def _outputs(
+    dense: nn.Module, batch: Any, modules: Mapping[str, Stack], last: Mapping[str, int] | None
+) -> dict[str, list[Tensor]]:
     # copies: a ReLU may overwrite the output in place
     outputs: dict[str, list[Tensor]] = {}
 
     def collect(name: str, _stack: Stack, _x: Tensor, y: Tensor) -> None:
         outputs.setdefault(name, []).append(y.detach().clone())
 
-    with _hooked({name: _stack(dense, name) for name in modules}, collect):
-        run(dense, batch)
+    _run_until(dense, batch, {name: _stack(dense, name) for name in modules}, collect, last)
     return outputs
 
 
@@ -180,14 +225,13 @@ def _check_calls(account: Account, targets: Mapping[str, list[Tensor]]) -> None:
             )
 
 
-def _called(requests: Mapping[str, list[tuple[str, str]]], account: Account) -> set[str]:
+def _check_called(requests: Mapping[str, list[tuple[str, str]]], account: Account) -> None:
     for request, pairs in requests.items():
         if not any(module in account.slots for module, _ in pairs):
             raise ValueError(
                 f"{request!r}: no such layer was called in the forward pass (a module whose weights are used directly, "
                 "as in nn.MultiheadAttention, cannot be captured)"
             )
-    return {layer for pairs in requests.values() for _, layer in pairs}
 
 
 def _told(model: nn.Module, activations: Mapping[str, str | None] | None) -> Mapping[str, str | None]:
