@@ -1,4 +1,4 @@
-"""Whole networks by Reconstruction in cascade mode: no labels, no retraining unless it is said.
+"""Whole networks by Reconstruction, layer after layer: no labels, no retraining unless it is said.
 
 python benchmarks/reconstruction_network.py --part lenet --data DIR      LeNet-300-100 at 6.7/20/65 and 1/4/54 % kept
 python benchmarks/reconstruction_network.py --part resnet                ResNet-20, every 3x3 convolution alike
@@ -41,7 +41,7 @@ def pruned(model, batches, pattern_of, solver, damping, importance=None, **optio
         return cp.Reconstruction(layer.damped(damping), pattern_of(layer), importance=counts)
 
     begun = time.perf_counter()
-    network, report = cp.prune(model, batches, build, solver, mode="cascade", keep_inputs=False, **options)
+    network, report = cp.prune(model, batches, build, solver, keep_inputs=False, **options)
     return network, report, time.perf_counter() - begun
 
 
@@ -76,10 +76,11 @@ def lenet(folder, options):
                 SOLVERS[name],
                 options.damping,
                 importance,
+                mode=options.mode,
             )
             before, after = percent(error_rate(network, data.x_test, data.y_test)), "-"
             if options.steps:
-                retrain(network, data, options.steps)
+                retrain(network, model, data, options.steps)
                 after = percent(error_rate(network, data.x_test, data.y_test))
             rows.append([name, label, percent(kept(report)), before, after, f"{seconds:.0f}"])
             print(rows[-1], flush=True)
@@ -87,16 +88,26 @@ def lenet(folder, options):
     print(table(head, rows))
 
 
-def retrain(network, data, steps, seed=0):
-    """Light retraining with labels; the masks are kept."""
+def retrain(network, dense, data, steps, seed=0, temperature=2.0):
+    """Light retraining, the masks kept: labels and the dense network's outputs, half of the batches shifted a pixel."""
     generator = torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.Adam(network.parameters(), lr=1e-4)
+    optimizer = torch.optim.Adam(network.parameters(), lr=1e-3)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    functional = torch.nn.functional
     with cp.MaskKeeper(network, optimizer):
         for _ in range(steps):
-            pick = torch.randint(len(data.x_train), (512,), generator=generator)
+            pick = torch.randint(len(data.x_train), (1024,), generator=generator)
+            x, y = data.x_train[pick], data.y_train[pick]
+            if torch.rand((), generator=generator) < 0.5:
+                down, right = torch.randint(-1, 2, (2,), generator=generator).tolist()
+                x = x.reshape(-1, 28, 28).roll((down, right), (1, 2)).flatten(1)
+            with torch.no_grad():
+                wanted = functional.log_softmax(dense(x) / temperature, 1)
             optimizer.zero_grad()
-            torch.nn.functional.cross_entropy(network(data.x_train[pick]), data.y_train[pick]).backward()
+            found = network(x)
+            soft = functional.log_softmax(found / temperature, 1)
+            distance = functional.kl_div(soft, wanted, log_target=True, reduction="batchmean")
+            (0.5 * functional.cross_entropy(found, y) + 0.5 * temperature**2 * distance).backward()
             optimizer.step()
             schedule.step()
 
@@ -111,7 +122,7 @@ def resnet(folder, options):
         for sparsity in options.sparsities:
             network, report, seconds = pruned(
                 model, list(x.split(128)), lambda layer, s=sparsity: cp.Unstructured(1 - s),
-                SOLVERS[name], options.damping, names="*conv*",
+                SOLVERS[name], options.damping, names="*conv*", mode=options.mode,
             )  # fmt: skip
             accuracy = percent(1 - error_rate(network, x_test, y_test))
             solving = sum(row.seconds or 0 for row in report.rows)
@@ -132,7 +143,7 @@ def transformer(folder, options):
         for label, pattern in (("50%", cp.Unstructured(0.5)), ("2:4", cp.NM(2, 4))):
             network, report, seconds = pruned(
                 encoder.model, batches, lambda _, p=pattern: p, SOLVERS[name], options.damping,
-                names=names, mask=minilm.token_mask,
+                names=names, mask=minilm.token_mask, mode=options.mode,
             )  # fmt: skip
             cosine = torch.nn.functional.cosine_similarity(encoder.embeddings(network, held_out), dense).mean()
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
@@ -159,6 +170,7 @@ def main():
     parser.add_argument("--data", default=None)
     parser.add_argument("--model", default=None, help="the sentence encoder's folder")
     parser.add_argument("--solvers", nargs="+", choices=[*SOLVERS], default=["balanced"])
+    parser.add_argument("--mode", choices=["cascade", "residual"], default="cascade")
     parser.add_argument("--images", type=int, default=None, help="calibration images or paragraphs")
     parser.add_argument("--sparsities", type=float, nargs="+", default=[0.8, 0.9, 0.95])
     parser.add_argument("--damping", type=float, default=0.0)

@@ -1,11 +1,12 @@
 """Prune trained neural networks by solving, for each layer, a problem that is written down, with certificates."""
 
 from convexprune import defaults as defaults
+from convexprune.curve import Curve
 from convexprune.layer import Layer
 from convexprune.network import MaskKeeper, capture, load, reestimate_batch_norm, save
 from convexprune.patterns import NM, Blocks, PerRow, Support, Unstructured
 from convexprune.problem import judge
-from convexprune.problems import L1Reconstruction, NetTrim, OptimalBrainSurgeon, Reconstruction
+from convexprune.problems import L1Reconstruction, NetTrim, OptimalBrainSurgeon, Reconstruction, SparsityAllocation
 from convexprune.prune import prune
 from convexprune.solution import Certificate, Solution, Status
 from convexprune.solve import solve
@@ -13,6 +14,7 @@ from convexprune.solvers import (
     ADMM,
     CVXPY,
     KKT,
+    LAMP,
     ActivationMagnitude,
     Balanced,
     Best,
@@ -21,14 +23,21 @@ from convexprune.solvers import (
     BranchAndBound,
     ClosedForm,
     ColumnSweep,
+    DynamicProgramming,
+    ErdosRenyiKernel,
     ExactOBS,
     Fast,
+    GlobalMagnitude,
+    LagrangianPrice,
     LayerwiseOBS,
     Magnitude,
+    MinimalCore,
     Refit,
     RisingPenalty,
     SwapSearch,
     Then,
+    Uniform,
+    UniformPlus,
     WorkingSet,
 )
 
@@ -36,6 +45,7 @@ __all__ = [
     "ADMM",
     "CVXPY",
     "KKT",
+    "LAMP",
     "NM",
     "ActivationMagnitude",
     "Balanced",
@@ -47,13 +57,19 @@ __all__ = [
     "Certificate",
     "ClosedForm",
     "ColumnSweep",
+    "Curve",
+    "DynamicProgramming",
+    "ErdosRenyiKernel",
     "ExactOBS",
     "Fast",
+    "GlobalMagnitude",
     "L1Reconstruction",
+    "LagrangianPrice",
     "Layer",
     "LayerwiseOBS",
     "Magnitude",
     "MaskKeeper",
+    "MinimalCore",
     "NetTrim",
     "OptimalBrainSurgeon",
     "PerRow",
@@ -61,10 +77,13 @@ __all__ = [
     "Refit",
     "RisingPenalty",
     "Solution",
+    "SparsityAllocation",
     "Status",
     "Support",
     "SwapSearch",
     "Then",
+    "Uniform",
+    "UniformPlus",
     "Unstructured",
     "WorkingSet",
     "capture",

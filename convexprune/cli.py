@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from convexprune.examples import Images
     from convexprune.layer import Layer
-    from convexprune.problem import Problem
+    from convexprune.problem import LayerProblem
     from convexprune.progress import Progress
     from convexprune.report import Report
 
@@ -89,7 +89,7 @@ def demo(
     if weights is not None and data is None:
         raise click.UsageError("--weights needs --data: the images that the network was trained on")
 
-    def build(layer: Layer) -> Problem:
+    def build(layer: Layer) -> LayerProblem:
         return NetTrim(layer, epsilon) if mode == "parallel" else NetTrim.cascade(layer, epsilon, gamma)
 
     with _reported():

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from convexprune.problems import L1Reconstruction, NetTrim, OptimalBrainSurgeon, Reconstruction
+from convexprune.problems import L1Reconstruction, NetTrim, OptimalBrainSurgeon, Reconstruction, SparsityAllocation
 from convexprune.solve import set_default
-from convexprune.solvers import ADMM, Balanced, ClosedForm
+from convexprune.solvers import ADMM, Balanced, ClosedForm, MinimalCore
 
 set_default(NetTrim, ADMM)
 set_default(L1Reconstruction, ADMM)
 set_default(OptimalBrainSurgeon, ClosedForm)
 set_default(Reconstruction, Balanced)
+set_default(SparsityAllocation, MinimalCore)

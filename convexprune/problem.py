@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
+from convexprune.curve import Curve
 from convexprune.patterns import Pattern
 from convexprune.solution import Attempt, Certificate
 
@@ -37,11 +38,16 @@ class Problem(Protocol):
     def lower_bound(self, witness: Any) -> float:
         """A number <= value(x) for every feasible x, for any witness at all; None gives the trivial bound."""
 
-    def output_error(self, x: Tensor) -> float:
-        """An upper bound of || act(X x^T) - act(Y) ||_F over the calibration samples."""
-
     def to_cvxpy(self) -> Formulation:
         """The same problem, readable, for CVXPY."""
+
+
+@runtime_checkable
+class LayerProblem(Problem, Protocol):
+    """A problem over the weights of a layer, which `prune` can write back."""
+
+    def output_error(self, x: Tensor) -> float:
+        """An upper bound of || act(X x^T) - act(Y) ||_F over the calibration samples."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -171,6 +177,34 @@ class EqualityQuadratic(Problem, Protocol):
     @property
     def removed(self) -> Tensor:
         """(M, P) bool."""
+
+
+@runtime_checkable
+class KnapsackProblem(Problem, Protocol):
+    """Choose one level for each of G groups: least summed distortion at a summed cost within the budget."""
+
+    @property
+    def curves(self) -> tuple[Curve, ...]:
+        """One for each layer."""
+
+    @property
+    def groups(self) -> tuple[tuple[int, ...], ...]:
+        """The curves that choose together, by their numbers."""
+
+    @property
+    def budget(self) -> float:
+        """In the unit of the costs."""
+
+    @property
+    def cheapest(self) -> float:
+        """What the cheapest choice costs."""
+
+    @property
+    def table(self) -> tuple[Any, Any]:
+        """Cost and distortion (G, K) of the undominated levels by rising cost, padded with inf."""
+
+    def point(self, choice: Any) -> Tensor:
+        """(L, 1): the point of a choice (G,) among those levels."""
 
 
 def judge(problem: Problem, x: Tensor, witness: Any = None) -> Certificate:

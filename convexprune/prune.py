@@ -1,7 +1,8 @@
 """The walk: capture the layers, build a problem for each, solve, write the weights into a copy, report.
 
 Parallel: all layers are captured on the dense model. Cascade: each layer sees the inputs of the network pruned so far,
-and the dense network's outputs as its targets. `_layers` is the whole difference.
+and the dense network's outputs as its targets. Residual: a cascade in which a layer whose output goes into a residual
+sum aims at the dense sum, so that it repairs what the other branch has lost. `_layers` is the whole difference.
 """
 
 from __future__ import annotations
@@ -20,14 +21,16 @@ from torch import Tensor, nn
 from convexprune.bounds import ChainBound, cascade_bound, parallel_bound
 from convexprune.layer import Layer
 from convexprune.network import capture, chain, count_calls, read, write
+from convexprune.network.branches import summed
 from convexprune.network.forward import run, tensors_in, undisturbed
-from convexprune.problem import Problem, Solver
+from convexprune.network.trace import record
+from convexprune.problem import LayerProblem, Solver
 from convexprune.progress import Progress
 from convexprune.report import NetworkError, Report, Row, Settings, described
 from convexprune.solution import Solution, Status
 from convexprune.solve import rejudged, solve
 
-MODES: Final = ("parallel", "cascade")
+MODES: Final = ("parallel", "cascade", "residual")
 UNSOLVED: Final = (Status.INFEASIBLE, Status.NUMERICAL)  # no point worth writing: the layer stays as it was
 GRID: Final = (300, 800)  # a weight pattern is drawn on at most this many cells
 
@@ -35,7 +38,7 @@ GRID: Final = (300, 800)  # a weight pattern is drawn on at most this many cells
 def prune(
     model: nn.Module,
     batches: Iterable[Any],
-    build: Callable[[Layer], Problem | None],
+    build: Callable[[Layer], LayerProblem | None],
     solver: Solver | None = None,
     mode: str = "parallel",
     *,
@@ -54,7 +57,7 @@ def prune(
     build     states a layer's problem; None leaves the layer dense
     solver    None: each problem's default
     mode      "parallel": every layer is judged on the dense network's inputs; "cascade": on those of the network
-              pruned so far, against the dense network's outputs
+              pruned so far, against the dense network's outputs; "residual": a cascade that repairs residual sums
     names, mask, positions, seed, activations, keep_inputs   as in `capture`
     progress  is called with a `Progress` at each step
 
@@ -115,14 +118,18 @@ def _layers(
     modules = {layer.name: layer.name.partition("[")[0] for layer in first}
     tensor = {modules[layer.name]: id(layer.gram) for layer in reversed(first)}  # by a module's first layer
     counts = count_calls(model, batches, tensor)
+    with undisturbed(model):
+        steps = record(model, next(iter(batches)))
     known = {**options, "activations": {layer.name: layer.activation for layer in first}, "calls": counts}
     for _, group in itertools.groupby(first, lambda layer: tensor[modules[layer.name]]):
         together = [layer.name for layer in group]
-        for layer in capture(pruned, batches, together, dense=model, progress=taken(modules[together[0]]), **known):
+        module = modules[together[0]]
+        known["residual"] = mode == "residual" and len({*map(modules.get, together)}) == 1 and summed(steps, module)
+        for layer in capture(pruned, batches, together, dense=model, progress=taken(module), **known):
             yield len(first), layer
 
 
-def _written(pruned: nn.Module, name: str, problem: Problem, solver: Solver | None) -> Solution:
+def _written(pruned: nn.Module, name: str, problem: LayerProblem, solver: Solver | None) -> Solution:
     """Solve, write the weights, and let the problem judge what is in the model now."""
     solution = solve(problem, solver)
     if solution.status not in UNSOLVED:
@@ -130,7 +137,7 @@ def _written(pruned: nn.Module, name: str, problem: Problem, solver: Solver | No
     return rejudged(solution, problem, read(pruned, name))
 
 
-def _row(layer: Layer, stored: Tensor, problem: Problem | None, solution: Solution | None) -> Row:
+def _row(layer: Layer, stored: Tensor, problem: LayerProblem | None, solution: Solution | None) -> Row:
     kept = stored[:, : layer.weight.shape[1]] != 0
     row = Row(layer.name, (kept.shape[0], kept.shape[1]), int(kept.sum()), pattern=_grid(kept))
     if problem is None or solution is None:
@@ -171,7 +178,7 @@ def _guarantee(
     known = {row.name: row for row in rows}
     weights = [read(pruned, name)[:, : modules[name].in_features] for name in links.layers]
     found = [known.get(name) for name in links.layers]
-    if mode == "cascade":
+    if mode != "parallel":
         return cascade_bound([row.error if row else None for row in found], weights), ""
     # a layer left dense adds no error of its own here, whatever its problem says of it
     return parallel_bound([row.error or 0.0 if row and not row.left_dense else 0.0 for row in found], weights), ""

@@ -55,6 +55,7 @@ class Attempt:
     status: Status
     iterations: int
     trace: tuple[TracePoint, ...] = ()
+    note: str = ""  # what there is to say besides the status
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,3 +73,4 @@ class Solution:
     iterations: int
     solver: str
     trace: tuple[TracePoint, ...] = field(default=(), repr=False)
+    note: str = ""

@@ -59,7 +59,9 @@ def solve(problem: Problem, solver: Solver | None = None, *, start: Tensor | Non
     else:
         status = Status.NUMERICAL
         certificate = Certificate(float("inf"), problem.lower_bound(attempt.witness), float("inf"))
-    return Solution(x, attempt.witness, status, certificate, seconds, attempt.iterations, repr(solver), attempt.trace)
+    return Solution(
+        x, attempt.witness, status, certificate, seconds, attempt.iterations, repr(solver), attempt.trace, attempt.note
+    )
 
 
 def rejudged(solution: Solution, problem: Problem, x: Tensor) -> Solution:

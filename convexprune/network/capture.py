@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from convexprune.layer import ACTIVATIONS, Layer
 from convexprune.network.accumulate import Account
 from convexprune.network.activation import activation
-from convexprune.network.forward import run, undisturbed
+from convexprune.network.branches import repaired
+from convexprune.network.forward import Enough, run, undisturbed
 from convexprune.network.matrices import Stack, stack_of
 from convexprune.network.names import choose, stacks, suggestion
 from convexprune.network.trace import Record, Recorder
@@ -34,6 +35,7 @@ def capture(
     seed: int = 0,
     activations: Mapping[str, str | None] | None = None,
     calls: Sequence[Mapping[str, int]] | None = None,
+    residual: bool = False,
     progress: Callable[[int], None] | None = None,
 ) -> list[Layer]:
     """The layers of a model with the moments of their inputs, in forward order: one forward pass for each batch.
@@ -49,6 +51,8 @@ def capture(
     activations  layer name -> "relu" or None, where what tracing finds is not what you want
     calls        how often each module is called in each batch (`count_calls`): a pass ends with the last call that
                  is wanted, where `activations` tell what is behind it
+    residual     with `dense`: targets that also repair the other branch of the residual sum behind each layer
+                 (`network.branches`); for layers that have one
     progress     called with the index of each batch when it is done
 
     Layers that read the same tensor share one `gram` array. A module called several times in a pass counts all the
@@ -68,6 +72,8 @@ def capture(
             account.begin()
             last = None if calls is None else {name: calls[index].get(name, 0) for name in modules}
             targets = {} if dense is None else _outputs(dense, batch, modules, last)
+            if dense is not None and residual:
+                targets = repaired(dense, model, batch, targets)
             keep = None if mask is None else _mask(mask, batch)
             into = partial(_add, account, keep, None if dense is None else targets)
             if seen or wanted <= told.keys():
@@ -149,10 +155,6 @@ def _add(
     account.add(name, stack, x, y, dense, mask)
 
 
-class _Enough(BaseException):  # no Exception: a model that catches those must not catch this
-    """The last wanted call has been made."""
-
-
 def _run_until(
     model: nn.Module, batch: Any, modules: Mapping[str, Stack], hook: Hook, last: Mapping[str, int] | None
 ) -> None:
@@ -165,9 +167,9 @@ def _run_until(
         if left is not None:
             left -= 1
             if left == 0:
-                raise _Enough
+                raise Enough
 
-    with _hooked(modules, counted), suppress(_Enough):
+    with _hooked(modules, counted), suppress(Enough):
         run(model, batch)
 
 

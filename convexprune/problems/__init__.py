@@ -4,5 +4,14 @@ from convexprune.problems.l1_reconstruction import L1Reconstruction
 from convexprune.problems.net_trim import NetTrim
 from convexprune.problems.optimal_brain_surgeon import OptimalBrainSurgeon, increase, saliencies
 from convexprune.problems.reconstruction import Reconstruction
+from convexprune.problems.sparsity_allocation import SparsityAllocation
 
-__all__ = ["L1Reconstruction", "NetTrim", "OptimalBrainSurgeon", "Reconstruction", "increase", "saliencies"]
+__all__ = [
+    "L1Reconstruction",
+    "NetTrim",
+    "OptimalBrainSurgeon",
+    "Reconstruction",
+    "SparsityAllocation",
+    "increase",
+    "saliencies",
+]

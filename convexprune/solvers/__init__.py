@@ -2,16 +2,20 @@
 
 from convexprune.solvers.activation_magnitude import ActivationMagnitude
 from convexprune.solvers.admm import ADMM
+from convexprune.solvers.allocation_rules import LAMP, ErdosRenyiKernel, GlobalMagnitude, Uniform, UniformPlus
 from convexprune.solvers.bounded import Bounded
 from convexprune.solvers.branch_and_bound import BranchAndBound
 from convexprune.solvers.closed_form import ClosedForm
 from convexprune.solvers.column_sweep import ColumnSweep
 from convexprune.solvers.combinators import BestOf, Refit, Then
 from convexprune.solvers.cvxpy import CVXPY
+from convexprune.solvers.dynamic_programming import DynamicProgramming
 from convexprune.solvers.exact_obs import ExactOBS, Traces
 from convexprune.solvers.kkt import KKT
+from convexprune.solvers.lagrangian_price import LagrangianPrice
 from convexprune.solvers.layerwise_obs import LayerwiseOBS
 from convexprune.solvers.magnitude import Magnitude
+from convexprune.solvers.minimal_core import MinimalCore
 from convexprune.solvers.presets import Balanced, Best, Fast
 from convexprune.solvers.rising_penalty import RisingPenalty
 from convexprune.solvers.swap_search import SwapSearch
@@ -21,6 +25,7 @@ __all__ = [
     "ADMM",
     "CVXPY",
     "KKT",
+    "LAMP",
     "ActivationMagnitude",
     "Balanced",
     "Best",
@@ -29,14 +34,21 @@ __all__ = [
     "BranchAndBound",
     "ClosedForm",
     "ColumnSweep",
+    "DynamicProgramming",
+    "ErdosRenyiKernel",
     "ExactOBS",
     "Fast",
+    "GlobalMagnitude",
+    "LagrangianPrice",
     "LayerwiseOBS",
     "Magnitude",
+    "MinimalCore",
     "Refit",
     "RisingPenalty",
     "SwapSearch",
     "Then",
     "Traces",
+    "Uniform",
+    "UniformPlus",
     "WorkingSet",
 ]

@@ -1,0 +1,153 @@
+"""Multiple-choice knapsack on arrays: the price that divides the budget, and the exact search around it.
+
+    minimise  sum_l d_l(k_l)   subject to   sum_l c_l(k_l) <= budget
+
+With a price p >= 0 on the budget, every choice satisfies
+
+    sum_l d_l(k_l) = L(p) + sum_l r_l(k_l) + p (budget - cost),    r_lk = d_lk + p c_lk - min_k (d_lk + p c_lk) >= 0
+    L(p) = sum_l min_k (d_lk + p c_lk) - p budget
+
+so L(p) is a lower bound, and a choice better than a given value spends at most the difference in sum r + p (budget -
+cost): few levels of each layer can be in it. Costs and distortions are (L, K) arrays, padded with inf.
+Source: Sinha, Zoltners, Oper. Res. 1979; Pisinger, EJOR 1995 (a minimal core).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[np.float64]
+Choice = NDArray[np.int64]
+
+MOST = 2_000_000  # partial choices kept at once
+UNIT = 2.0**-53
+
+
+@dataclass(frozen=True, eq=False)
+class Priced:
+    """The optimal price, and the two choices between which it divides the budget.
+
+    price   p, the maximiser of L
+    bound   L(p), less what rounding may have added
+    under   the choice at that price that costs at most the budget
+    over    the one that costs more; the same as `under` where the budget binds nothing
+    """
+
+    price: float
+    bound: float
+    under: Choice
+    over: Choice
+
+
+def dual(cost: Array, distortion: Array, budget: float, price: float) -> float:
+    """L(p), certainly not above its exact value; -inf for a price that is negative or not finite."""
+    if not (0 <= price < math.inf):
+        return -math.inf
+    least = np.where(np.isfinite(cost), distortion + price * np.where(np.isfinite(cost), cost, 0), np.inf).min(1)
+    size = float(np.abs(least).sum()) + price * budget
+    return float(least.sum()) - price * budget - 4 * (len(cost) + 4) * UNIT * size
+
+
+def divide(cost: Array, distortion: Array, budget: float) -> Priced | None:
+    """The price at which the budget is divided, by the secant of two choices; None where nothing fits the budget."""
+    rows = np.arange(len(cost))
+
+    def at(price: float) -> tuple[Choice, float, float]:
+        # of equals the cheaper: the first one in order of cost
+        choice = np.where(np.isfinite(cost), distortion + price * np.where(np.isfinite(cost), cost, 0), np.inf).argmin(
+            1
+        )
+        return choice, float(cost[rows, choice].sum()), float(distortion[rows, choice].sum())
+
+    over, over_cost, over_loss = at(0.0)
+    if over_cost <= budget:
+        return Priced(0.0, dual(cost, distortion, budget, 0.0), over, over)
+    under = np.where(np.isfinite(cost), cost, np.inf).argmin(1)
+    under_cost, under_loss = float(cost[rows, under].sum()), float(distortion[rows, under].sum())
+    if under_cost > budget:
+        return None
+    price = 0.0
+    while True:
+        # the line through both choices is below the hull's corner that the next price finds, or is its edge
+        price = max((under_loss - over_loss) / (over_cost - under_cost), 0.0)
+        choice, spent, loss = at(price)
+        if spent <= budget and spent > under_cost and loss < under_loss:
+            under, under_cost, under_loss = choice, spent, loss
+        elif spent > budget and spent < over_cost and loss > over_loss:
+            over, over_cost, over_loss = choice, spent, loss
+        else:
+            return Priced(price, dual(cost, distortion, budget, price), under, over)
+
+
+def filled(cost: Array, distortion: Array, budget: float, choice: Choice) -> Choice:
+    """A choice within the budget, improved: the upgrade that saves most for its cost first, while one fits."""
+    choice, rows = choice.copy(), np.arange(len(cost))
+    left = budget - float(cost[rows, choice].sum())
+    while True:
+        spent = cost - cost[rows, choice][:, None]
+        saved = distortion[rows, choice][:, None] - distortion
+        fits = np.isfinite(cost) & (spent <= left) & (saved > 0)
+        if not fits.any():
+            return choice
+        rate = np.where(fits, saved / np.where(fits, np.maximum(spent, 1e-300), 1.0), -1.0)
+        row, level = np.unravel_index(rate.argmax(), rate.shape)
+        left -= float(spent[row, level])
+        choice[row] = level
+
+
+def best_below(cost: Array, distortion: Array, budget: float, price: float, below: float) -> tuple[Choice | None, bool]:
+    """The best choice of value < `below` within the budget, or None; and whether the search was complete.
+
+    Layer by layer the partial choices that can still end below: one that costs no less and loses no less than another
+    is dropped. The search gives up, incomplete, where more than MOST are left.
+    """
+    bound = dual(cost, distortion, budget, price)
+    room = below - bound
+    if not room > 0:
+        return None, True
+    real = np.isfinite(cost)
+    paid = np.where(real, distortion + price * np.where(real, cost, 0), np.inf)
+    least = paid.min(1, keepdims=True)
+    slack = 4 * (len(cost) + 4) * UNIT * float(np.abs(least).sum() + price * budget)
+    reduced = np.where(real, paid - least, np.inf)
+    core = [np.flatnonzero(row <= room + slack) for row in reduced]
+    order = sorted(range(len(core)), key=lambda layer: -len(core[layer]))
+    cheapest = np.array([cost[layer, core[layer]].min() for layer in order])
+    dearest = np.array([cost[layer, core[layer]].max() for layer in order])
+    # what the layers still to come cost, at least and at most
+    low = np.append(cheapest[::-1].cumsum()[::-1][1:], 0.0)
+    high = np.append(dearest[::-1].cumsum()[::-1][1:], 0.0)
+    thrift = (room + slack) / price if price > 0 else math.inf  # what may be left of the budget
+    spent, lost, over = np.zeros(1), np.zeros(1), np.zeros(1)
+    steps: list[tuple[Choice, Choice]] = []
+    for turn, layer in enumerate(order):
+        levels = core[layer]
+        new_spent = (spent[:, None] + cost[layer, levels]).ravel()
+        new_lost = (lost[:, None] + distortion[layer, levels]).ravel()
+        new_over = (over[:, None] + reduced[layer, levels]).ravel()
+        alive = np.flatnonzero(
+            (new_over <= room + slack) & (new_spent + low[turn] <= budget) & (new_spent + high[turn] >= budget - thrift)
+        )
+        alive = alive[np.lexsort((new_lost[alive], new_spent[alive]))]
+        losses = new_lost[alive]
+        first = np.ones(len(alive), dtype=bool)
+        first[1:] = losses[1:] < np.minimum.accumulate(losses)[:-1]
+        alive = alive[first]
+        if len(alive) == 0:
+            return None, True
+        if len(alive) > MOST:
+            return None, False
+        spent, lost, over = new_spent[alive], new_lost[alive], new_over[alive]
+        steps.append((alive // len(levels), levels[alive % len(levels)]))
+    at = int(lost.argmin())
+    if not lost[at] < below:
+        return None, True
+    choice = np.zeros(len(cost), dtype=np.int64)
+    for layer, (parents, levels) in zip(reversed(order), reversed(steps), strict=True):
+        choice[layer] = levels[at]
+        at = int(parents[at])
+    return choice, True
