@@ -1,9 +1,11 @@
 """Prune trained neural networks by solving, for each layer, a problem that is written down, with certificates."""
 
 from convexprune import defaults as defaults
+from convexprune.allocation import Allocation, macs_per_weight
 from convexprune.curve import Curve
+from convexprune.distortion import LayerError, OutputChange, SecondOrder, random_inputs, rate_distortion
 from convexprune.layer import Layer
-from convexprune.network import MaskKeeper, capture, load, reestimate_batch_norm, save
+from convexprune.network import MaskKeeper, capture, load, reestimate_batch_norm, save, sensitivities
 from convexprune.patterns import NM, Blocks, PerRow, Support, Unstructured
 from convexprune.problem import judge
 from convexprune.problems import L1Reconstruction, NetTrim, OptimalBrainSurgeon, Reconstruction, SparsityAllocation
@@ -48,6 +50,7 @@ __all__ = [
     "LAMP",
     "NM",
     "ActivationMagnitude",
+    "Allocation",
     "Balanced",
     "Best",
     "BestOf",
@@ -66,16 +69,19 @@ __all__ = [
     "L1Reconstruction",
     "LagrangianPrice",
     "Layer",
+    "LayerError",
     "LayerwiseOBS",
     "Magnitude",
     "MaskKeeper",
     "MinimalCore",
     "NetTrim",
     "OptimalBrainSurgeon",
+    "OutputChange",
     "PerRow",
     "Reconstruction",
     "Refit",
     "RisingPenalty",
+    "SecondOrder",
     "Solution",
     "SparsityAllocation",
     "Status",
@@ -89,8 +95,12 @@ __all__ = [
     "capture",
     "judge",
     "load",
+    "macs_per_weight",
     "prune",
+    "random_inputs",
+    "rate_distortion",
     "reestimate_batch_norm",
     "save",
+    "sensitivities",
     "solve",
 ]

@@ -18,30 +18,36 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
+from convexprune.allocation import Allocation
 from convexprune.bounds import ChainBound, cascade_bound, parallel_bound
 from convexprune.layer import Layer
 from convexprune.network import capture, chain, count_calls, read, write
 from convexprune.network.branches import summed
 from convexprune.network.forward import run, tensors_in, undisturbed
 from convexprune.network.trace import record
+from convexprune.patterns import Unstructured
 from convexprune.problem import LayerProblem, Solver
+from convexprune.problems import Reconstruction
 from convexprune.progress import Progress
 from convexprune.report import NetworkError, Report, Row, Settings, described
+from convexprune.report_allocation import Shares
 from convexprune.solution import Solution, Status
 from convexprune.solve import rejudged, solve
 
 MODES: Final = ("parallel", "cascade", "residual")
 UNSOLVED: Final = (Status.INFEASIBLE, Status.NUMERICAL)  # no point worth writing: the layer stays as it was
+Build = Callable[..., LayerProblem | None]  # of a layer, and of its count where there is an allocation
 GRID: Final = (300, 800)  # a weight pattern is drawn on at most this many cells
 
 
 def prune(
     model: nn.Module,
     batches: Iterable[Any],
-    build: Callable[[Layer], LayerProblem | None],
+    build: Build | None = None,
     solver: Solver | None = None,
     mode: str = "parallel",
     *,
+    allocation: Allocation | None = None,
     names: Sequence[str] | None = None,
     keep_inputs: bool = True,
     mask: Any = None,
@@ -54,18 +60,20 @@ def prune(
 
     batches   the calibration data, gone through several times: a list or a DataLoader that gives the same samples
               each time (an iterator is read into a list first)
-    build     states a layer's problem; None leaves the layer dense
+    build     states a layer's problem; returning None leaves the layer dense. With an `allocation` it is called with
+              the layer and the number of weights it may keep, and is Reconstruction of that many unless given
     solver    None: each problem's default
     mode      "parallel": every layer is judged on the dense network's inputs; "cascade": on those of the network
               pruned so far, against the dense network's outputs; "residual": a cascade that repairs residual sums
+    allocation   divides a budget among the layers first
     names, mask, positions, seed, activations, keep_inputs   as in `capture`
     progress  is called with a `Progress` at each step
 
     The weights are cast to the model's dtype first and judged then: the certificates speak of what is in the model.
     A layer whose solver ends INFEASIBLE or NUMERICAL is left as it was, and its row says so.
 
-    Raises ValueError for an unknown mode and when `build` stated no problem at all; else what `capture`, `build`
-    and the solver raise.
+    Raises ValueError for an unknown mode, a budget that cannot be met and when `build` stated no problem at all; else
+    what `capture`, `build` and the solver raise.
     """
     if mode not in MODES:
         raise ValueError(f"mode is {mode!r}; it must be one of {MODES}")
@@ -75,11 +83,15 @@ def prune(
     options = {
         "keep_inputs": keep_inputs, "mask": mask, "positions": positions, "seed": seed, "activations": activations,
     }  # fmt: skip
+    shares = None
+    if allocation is not None:
+        shares = allocation.shares(model, batches, names, mask=mask, positions=positions, seed=seed, progress=progress)
+    state = _stated(build, shares)
     rows: list[Row] = []
     used = ""
     for total, layer in _layers(mode, model, pruned, batches, names, options, tell):
         tell(Progress("solve", layer.name, len(rows), total))
-        problem = build(layer)
+        problem = state(layer)
         solution = None if problem is None else _written(pruned, layer.name, problem, solver)
         used = used or (solution.solver if solution else "")
         rows.append(_row(layer, read(pruned, layer.name), problem, solution))
@@ -91,7 +103,24 @@ def prune(
     data, samples = _fingerprint(batches)
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
     settings = Settings(mode, used, samples, data, dtype, seed, torch.get_num_threads(), torch.__version__)
-    return pruned, Report(tuple(rows), network, settings)
+    return pruned, Report(tuple(rows), network, settings, shares)
+
+
+def _stated(build: Build | None, shares: Shares | None) -> Callable[[Layer], LayerProblem | None]:
+    """The recipe as a function of the layer alone."""
+    if shares is None:
+        if build is None:
+            raise TypeError("give a `build`, which states each layer's problem, or an `allocation`")
+        return build
+    counts = shares.counts
+
+    def state(layer: Layer) -> LayerProblem | None:
+        if layer.name not in counts:
+            raise ValueError(f"the allocation's curves have no layer {layer.name!r}; leave it out of `names`")
+        count = counts[layer.name]
+        return Reconstruction(layer, Unstructured(count)) if build is None else build(layer, count)
+
+    return state
 
 
 def _layers(

@@ -12,6 +12,7 @@ from typing import Any, Final
 from torch import Tensor
 
 from convexprune.layer import Layer
+from convexprune.report_allocation import Shares
 from convexprune.solution import Certificate, Status, TracePoint
 
 HEADINGS: Final = (
@@ -136,11 +137,15 @@ class Settings:
 
 @dataclass(frozen=True)
 class Report:
-    """The rows of a run, the network's error, and its settings; `print(report)` is the table."""
+    """The rows of a run, the network's error, its settings, and what an allocation gave each layer if there was one.
+
+    `print(report)` is the table.
+    """
 
     rows: tuple[Row, ...]
     network: NetworkError
     settings: Settings
+    allocation: Shares | None = None
 
     @property
     def kept(self) -> int:
@@ -171,7 +176,14 @@ class Report:
 
     def summary(self) -> tuple[str, ...]:
         """What was kept in all, and the network's guaranteed error beside its measured one."""
-        return (f"kept {self.kept} of {self.total} weights ({self.kept_fraction:.1%})", *self.network.lines())
+        kept = f"kept {self.kept} of {self.total} weights ({self.kept_fraction:.1%})"
+        shares = () if self.allocation is None else self.allocation.lines(self.distortion)
+        return (kept, *self.network.lines(), *shares)
+
+    @property
+    def distortion(self) -> float | None:
+        """E|f(x; W) - f(x; W')|^2 over the calibration samples."""
+        return None if self.network.measured is None else self.network.measured**2 / max(self.settings.samples, 1)
 
     def __str__(self) -> str:
         return "\n".join([self.table(), "", *self.summary()])
@@ -184,6 +196,7 @@ class Report:
             "kept": self.kept,
             "total": self.total,
             "rows": [_row_to_json(row) for row in self.rows],
+            "allocation": self.allocation and self.allocation.to_dict(),
         }
         return json.dumps(content, indent=1, allow_nan=False)
 
@@ -197,6 +210,7 @@ class Report:
             tuple(_row_from_json(row) for row in content["rows"]),
             NetworkError(measured, guaranteed, scale, network["reason"]),
             Settings(**content["settings"]),
+            Shares.from_dict(content["allocation"]) if content.get("allocation") else None,
         )
 
     def save_json(self, path: str | os.PathLike[str]) -> None:

@@ -9,6 +9,7 @@ from html import escape
 from typing import TYPE_CHECKING, Any
 
 from convexprune.report import HEADINGS, LEGEND, WORDS, Report, Row
+from convexprune.report_allocation import curves_plot
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -45,6 +46,7 @@ def page(report: Report) -> str:
     sections = [
         _section("Layers", _table(report.rows) + _list(LEGEND)),
         _section("The network", _network(report)),
+        _section("Allocation", _allocation(report)),
         _section("Kept, and proven gap, by layer", _image(_layers_plot(report.rows), "kept fraction and gap by layer")),
         _section("Convergence", _convergence(report.rows)),
         _section("Weight patterns", _patterns(report.rows)),
@@ -95,6 +97,15 @@ def _network(report: Report) -> str:
     axes.set_xlabel("change of the network's output, Frobenius norm over the calibration samples")
     axes.spines["left"].set_visible(True)
     return words + _image(figure, "guaranteed and measured error of the network")
+
+
+def _allocation(report: Report) -> str:
+    if report.allocation is None:
+        return ""
+    figure = _figure(max(2.4, 0.22 * len(report.allocation.layers) + 1.0))
+    curves_plot(figure, report.allocation, (ACCENT, SECOND))
+    words = "".join(f"<p>{escape(line)}</p>" for line in report.allocation.lines(report.distortion))
+    return words + _image(figure, "rate-distortion curves, and the share of each layer")
 
 
 def _layers_plot(rows: Sequence[Row]) -> Any:

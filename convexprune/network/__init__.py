@@ -4,6 +4,7 @@ from convexprune.network.batch_norm import reestimate_batch_norm
 from convexprune.network.capture import capture, count_calls
 from convexprune.network.chain import Chain, chain
 from convexprune.network.mask_keeper import MaskKeeper
+from convexprune.network.sensitivity import sensitivities
 from convexprune.network.write import load, read, save, write
 
 __all__ = [
@@ -16,5 +17,6 @@ __all__ = [
     "read",
     "reestimate_batch_norm",
     "save",
+    "sensitivities",
     "write",
 ]

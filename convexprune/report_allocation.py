@@ -1,0 +1,85 @@
+"""What an allocation gave each layer, what it predicted, and how that compares with what came of it."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from convexprune.solution import Certificate
+
+
+@dataclass(frozen=True)
+class Share:
+    """One layer: what it may keep, what that was predicted to lose, and its whole curve."""
+
+    name: str
+    kept: int
+    total: int
+    distortion: float
+    fractions: tuple[float, ...] = ()
+    distortions: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
+class Shares:
+    """The layers' shares of the budget, with the certificate of the knapsack.
+
+    dominated  levels that were dropped, because another one of the same curve costs less and loses less
+    """
+
+    layers: tuple[Share, ...]
+    budget: float
+    cost: float
+    certificate: Certificate
+    solver: str
+    dominated: int = 0
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Weights to keep by layer name."""
+        return {share.name: share.kept for share in self.layers}
+
+    def lines(self, measured: float | None = None) -> tuple[str, ...]:
+        """The allocation in a few sentences; `measured` is the network's distortion afterwards, in the curves' unit."""
+        proof = self.certificate
+        found = [
+            f"allocation: {self.cost:,.10g} of a budget of {self.budget:,.10g}, within {proof.relative_gap:.0e} of the "
+            f"best for these curves ({self.dominated} dominated levels dropped)",
+            f"distortion, predicted by the curves: {proof.value:.6g}",
+        ]
+        if measured is not None:
+            ratio = f", {measured / proof.value:.2f} of the prediction" if proof.value > 0 else ""
+            found.append(f"distortion of the network's output, measured: {measured:.6g}{ratio}")
+        return tuple(found)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, content: dict[str, Any]) -> Shares:
+        """The reverse of `to_dict`."""
+        layers = tuple(
+            Share(**{**share, "fractions": tuple(share["fractions"]), "distortions": tuple(share["distortions"])})
+            for share in content["layers"]
+        )
+        return cls(**{**content, "layers": layers, "certificate": Certificate(**content["certificate"])})
+
+
+def curves_plot(figure: Any, shares: Shares, colours: tuple[str, str]) -> None:
+    """The curves of all layers with the levels chosen, on the left; the shares on the right."""
+    line, point = colours
+    left, right = figure.subplots(1, 2)
+    for share in shares.layers:
+        pairs = sorted(zip(share.fractions, share.distortions, strict=True))
+        left.plot([f for f, _ in pairs], [max(d, 1e-12) for _, d in pairs], color=line, linewidth=0.8, alpha=0.6)
+        left.plot(share.kept / max(share.total, 1), max(share.distortion, 1e-12), "o", color=point, markersize=3.5)
+    if any(share.distortion > 0 for share in shares.layers):
+        left.set_yscale("log")
+    left.set_xlabel("kept fraction of the layer")
+    left.set_title("distortion predicted", loc="left", fontsize=10)
+    places = list(range(len(shares.layers)))
+    right.barh(places, [100 * share.kept / max(share.total, 1) for share in shares.layers], color=line, height=0.6)
+    right.set_yticks(places, [share.name for share in shares.layers], fontsize=7)
+    right.invert_yaxis()
+    right.set_xlabel("weights allotted, %")
