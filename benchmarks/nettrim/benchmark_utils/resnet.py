@@ -1,4 +1,4 @@
-"""ResNet-20 for CIFAR-10 (He et al. 2016), and images, from a folder with resnet20.npz and cifar10.npz."""
+"""ResNet-20 and -32 for CIFAR-10 (He et al. 2016), and images, from a folder with resnet20.npz and cifar10.npz."""
 
 import numpy as np
 import torch
@@ -30,7 +30,7 @@ def stage(before, width, stride, blocks):
 
 
 class ResNet(nn.Module):
-    """6 * blocks + 2 layers; 3 blocks a stage make ResNet-20."""
+    """6 * blocks + 2 layers: 3 blocks a stage make ResNet-20, 5 ResNet-32."""
 
     def __init__(self, blocks=3):
         super().__init__()
@@ -45,8 +45,13 @@ class ResNet(nn.Module):
 
 def resnet20(folder):
     """The trained network, in evaluation mode."""
-    model = ResNet()
-    with np.load(folder / "resnet20.npz") as arrays:
+    return resnet(folder, 20)
+
+
+def resnet(folder, depth):
+    """The trained network of 20 or 32 layers, in evaluation mode."""
+    model = ResNet((depth - 2) // 6)
+    with np.load(folder / f"resnet{depth}.npz") as arrays:
         state = {key: torch.from_numpy(arrays[key]) for key in arrays.files}
     # the counters of batches are the only state that the file may lack
     absent = {key: value for key, value in model.state_dict().items() if key.endswith("num_batches_tracked")}
