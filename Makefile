@@ -27,6 +27,7 @@ docs: .venv/docs.stamp
 bench: .venv/bench.stamp
 	$(BIN)/benchopt run benchmarks/nettrim --config benchmarks/nettrim/small.yml --no-display $(ARGS)
 	$(BIN)/benchopt run benchmarks/reconstruction --config benchmarks/reconstruction/small.yml --no-display $(ARGS)
+	$(BIN)/benchopt run benchmarks/allocation --config benchmarks/allocation/small.yml --no-display $(ARGS)
 	$(BIN)/python benchmarks/gpu.py --small
 
 clean:

@@ -5,10 +5,18 @@ from convexprune.allocation import Allocation, macs_per_weight
 from convexprune.curve import Curve
 from convexprune.distortion import LayerError, OutputChange, SecondOrder, random_inputs, rate_distortion
 from convexprune.layer import Layer
-from convexprune.network import MaskKeeper, capture, load, reestimate_batch_norm, save, sensitivities
+from convexprune.merge import merge
+from convexprune.network import MaskKeeper, capture, compact, load, reestimate_batch_norm, save, sensitivities
 from convexprune.patterns import NM, Blocks, PerRow, Support, Unstructured
 from convexprune.problem import judge
-from convexprune.problems import L1Reconstruction, NetTrim, OptimalBrainSurgeon, Reconstruction, SparsityAllocation
+from convexprune.problems import (
+    L1Reconstruction,
+    NetTrim,
+    NeuronMerging,
+    OptimalBrainSurgeon,
+    Reconstruction,
+    SparsityAllocation,
+)
 from convexprune.prune import prune
 from convexprune.solution import Certificate, Solution, Status
 from convexprune.solve import solve
@@ -28,8 +36,10 @@ from convexprune.solvers import (
     DynamicProgramming,
     ErdosRenyiKernel,
     ExactOBS,
+    Exchange,
     Fast,
     GlobalMagnitude,
+    GreedyMerging,
     LagrangianPrice,
     LayerwiseOBS,
     Magnitude,
@@ -64,8 +74,10 @@ __all__ = [
     "DynamicProgramming",
     "ErdosRenyiKernel",
     "ExactOBS",
+    "Exchange",
     "Fast",
     "GlobalMagnitude",
+    "GreedyMerging",
     "L1Reconstruction",
     "LagrangianPrice",
     "Layer",
@@ -75,6 +87,7 @@ __all__ = [
     "MaskKeeper",
     "MinimalCore",
     "NetTrim",
+    "NeuronMerging",
     "OptimalBrainSurgeon",
     "OutputChange",
     "PerRow",
@@ -93,9 +106,11 @@ __all__ = [
     "Unstructured",
     "WorkingSet",
     "capture",
+    "compact",
     "judge",
     "load",
     "macs_per_weight",
+    "merge",
     "prune",
     "random_inputs",
     "rate_distortion",

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
-from convexprune.problems import L1Reconstruction, NetTrim, OptimalBrainSurgeon, Reconstruction, SparsityAllocation
+from convexprune.problems import (
+    L1Reconstruction,
+    NetTrim,
+    NeuronMerging,
+    OptimalBrainSurgeon,
+    Reconstruction,
+    SparsityAllocation,
+)
 from convexprune.solve import set_default
-from convexprune.solvers import ADMM, Balanced, ClosedForm, MinimalCore
+from convexprune.solvers import ADMM, Balanced, ClosedForm, GreedyMerging, MinimalCore
 
 set_default(NetTrim, ADMM)
 set_default(L1Reconstruction, ADMM)
 set_default(OptimalBrainSurgeon, ClosedForm)
 set_default(Reconstruction, Balanced)
 set_default(SparsityAllocation, MinimalCore)
+set_default(NeuronMerging, GreedyMerging)

@@ -207,6 +207,31 @@ class KnapsackProblem(Problem, Protocol):
         """(L, 1): the point of a choice (G,) among those levels."""
 
 
+@runtime_checkable
+class MergingProblem(Problem, Protocol):
+    """Choose survivors among n neurons, and whom each other joins; see NeuronMerging."""
+
+    @property
+    def features(self) -> Tensor:
+        """(n, d), float64: rows whose squared distances are those of the neurons."""
+
+    @property
+    def importance(self) -> Tensor:
+        """(n,): <a_j^2>."""
+
+    @property
+    def outgoing(self) -> Tensor:
+        """(out, n), float64."""
+
+    @property
+    def keep(self) -> int | None:
+        """At most so many survivors, or"""
+
+    @property
+    def max_saliency(self) -> float | None:
+        """the largest sum of saliencies, with as few survivors as can be."""
+
+
 def judge(problem: Problem, x: Tensor, witness: Any = None) -> Certificate:
     """The problem's verdict on x, whoever proposed it."""
     return Certificate(problem.value(x), problem.lower_bound(witness), problem.violation(x))

@@ -215,13 +215,13 @@ class Report:
 
     def save_json(self, path: str | os.PathLike[str]) -> None:
         """Write `to_json()`; the file is there whole or not at all. Raises OSError naming the path."""
-        _write(path, self.to_json() + "\n")
+        write_whole(path, self.to_json() + "\n")
 
     def save_html(self, path: str | os.PathLike[str]) -> None:
         """Write one self-contained page with the table and the plots. Raises OSError naming the path."""
         from convexprune.report_html import page
 
-        _write(path, page(self))
+        write_whole(path, page(self))
 
 
 def described(problem: Any) -> str:
@@ -295,7 +295,7 @@ def _row_from_json(content: dict[str, Any]) -> Row:
     )
 
 
-def _write(path: str | os.PathLike[str], text: str) -> None:
+def write_whole(path: str | os.PathLike[str], text: str) -> None:
     """Write beside the target, then rename: a full disk leaves neither half a file nor a lost old one."""
     target = Path(path)
     beside = target.with_name(f".{target.name}.{os.getpid()}.part")

@@ -47,17 +47,21 @@ def page(report: Report) -> str:
         _section("Layers", _table(report.rows) + _list(LEGEND)),
         _section("The network", _network(report)),
         _section("Allocation", _allocation(report)),
-        _section("Kept, and proven gap, by layer", _image(_layers_plot(report.rows), "kept fraction and gap by layer")),
+        _section("Kept, and proven gap, by layer", image(_layers_plot(report.rows), "kept fraction and gap by layer")),
         _section("Convergence", _convergence(report.rows)),
         _section("Weight patterns", _patterns(report.rows)),
         _section("Settings", _list(vars(report.settings).items())),
     ]
     kept = f"{report.kept:,} of {report.total:,} weights kept: {report.kept_fraction:.1%}."
+    return document("Pruning report", f'<p class="lead">{kept}</p>\n{"".join(sections)}')
+
+
+def document(title: str, body: str) -> str:
+    """A page with this title."""
     return (
-        '<!DOCTYPE html>\n<html lang="en">\n<head><meta charset="utf-8"><title>Pruning report</title>'
+        f'<!DOCTYPE html>\n<html lang="en">\n<head><meta charset="utf-8"><title>{title}</title>'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<style>{STYLE}</style></head>\n<body>\n<h1>Pruning report</h1>\n"
-        f'<p class="lead">{kept}</p>\n{"".join(sections)}</body>\n</html>\n'
+        f"<style>{STYLE}</style></head>\n<body>\n<h1>{title}</h1>\n{body}</body>\n</html>\n"
     )
 
 
@@ -87,8 +91,8 @@ def _network(report: Report) -> str:
     drawn = [(name, value, colour) for name, value, colour in bars if value is not None and math.isfinite(value)]
     if len(drawn) < 2:
         return words
-    figure = _figure(1.5)
-    axes = figure.subplots()
+    drawing = figure(1.5)
+    axes = drawing.subplots()
     for place, (name, value, colour) in enumerate(reversed(drawn)):
         axes.barh(place, value, color=colour, height=0.6)
         axes.annotate(f" {name} {value:.4g}", (value, place), va="center", fontsize=9)
@@ -96,21 +100,21 @@ def _network(report: Report) -> str:
     axes.set_xlim(0, 1.3 * max(value for _, value, _ in drawn))
     axes.set_xlabel("change of the network's output, Frobenius norm over the calibration samples")
     axes.spines["left"].set_visible(True)
-    return words + _image(figure, "guaranteed and measured error of the network")
+    return words + image(drawing, "guaranteed and measured error of the network")
 
 
 def _allocation(report: Report) -> str:
     if report.allocation is None:
         return ""
-    figure = _figure(max(2.4, 0.22 * len(report.allocation.layers) + 1.0))
-    curves_plot(figure, report.allocation, (ACCENT, SECOND))
+    drawing = figure(max(2.4, 0.22 * len(report.allocation.layers) + 1.0))
+    curves_plot(drawing, report.allocation, (ACCENT, SECOND))
     words = "".join(f"<p>{escape(line)}</p>" for line in report.allocation.lines(report.distortion))
-    return words + _image(figure, "rate-distortion curves, and the share of each layer")
+    return words + image(drawing, "rate-distortion curves, and the share of each layer")
 
 
 def _layers_plot(rows: Sequence[Row]) -> Any:
-    figure = _figure(max(1.6, 0.32 * len(rows) + 1.0))
-    left, right = figure.subplots(1, 2, sharey=True)
+    drawing = figure(max(1.6, 0.32 * len(rows) + 1.0))
+    left, right = drawing.subplots(1, 2, sharey=True)
     places = list(range(len(rows)))
     left.barh(places, [100 * row.kept_fraction for row in rows], color=ACCENT, height=0.6)
     left.set_yticks(places, [row.name for row in rows])
@@ -124,11 +128,11 @@ def _layers_plot(rows: Sequence[Row]) -> Any:
     right.set_xlim(FLOOR, 2)
     right.set_xlabel("proven relative gap to the optimum")
     right.grid(axis="x", color=PALE, linewidth=0.5)
-    return figure
+    return drawing
 
 
 def _convergence(rows: Sequence[Row]) -> str:
-    images = "".join(_image(_run_plot(row), f"convergence of {row.name}") for row in rows if len(row.trace) > 1)
+    images = "".join(image(_run_plot(row), f"convergence of {row.name}") for row in rows if len(row.trace) > 1)
     note = (
         "<p>Each look of the solver at the certificate of the point it held: the objective and its proven lower bound, "
         f"then the relative gap between them and the violation of the constraints, drawn at {FLOOR:.0e} where less.</p>"
@@ -137,8 +141,8 @@ def _convergence(rows: Sequence[Row]) -> str:
 
 
 def _run_plot(row: Row) -> Any:
-    figure = _figure(2.1)
-    left, right = figure.subplots(1, 2)
+    drawing = figure(2.1)
+    left, right = drawing.subplots(1, 2)
     seconds = [point.seconds for point in row.trace]
     looks = [point.certificate for point in row.trace]
     left.plot(seconds, [look.value for look in looks], color=ACCENT, label="objective")
@@ -150,7 +154,7 @@ def _run_plot(row: Row) -> Any:
     for axes in (left, right):
         axes.set_xlabel("seconds")
         axes.legend(frameon=False, fontsize=8)
-    return figure
+    return drawing
 
 
 def _patterns(rows: Sequence[Row]) -> str:
@@ -180,23 +184,24 @@ def _png(pattern: Any) -> str:
     return base64.b64encode(file.getvalue()).decode()
 
 
-def _figure(height: float) -> Any:
+def figure(height: float) -> Any:
     """An empty figure of the page's width; matplotlib's global state is not touched."""
     from matplotlib.figure import Figure
 
     return Figure(figsize=(WIDTH, height), layout="constrained")
 
 
-def _image(figure: Any, words: str) -> str:
+def image(drawing: Any, words: str) -> str:
+    """A figure as an element of the page."""
     import matplotlib as mpl
 
-    for axes in figure.axes:
+    for axes in drawing.axes:
         axes.spines[["top", "right"]].set_visible(False)
         axes.spines[["left", "bottom"]].set_color("#888888")
         axes.tick_params(colors="#555555", labelsize=8.5)
         axes.xaxis.label.set(color="#555555", size=9)
     file = io.StringIO()
     with mpl.rc_context({"svg.hashsalt": "convexprune"}):
-        figure.savefig(file, format="svg", metadata={"Date": None})
+        drawing.savefig(file, format="svg", metadata={"Date": None})
     data = base64.b64encode(file.getvalue().encode()).decode()
     return f'<img class="plot" alt="{escape(words)}" src="data:image/svg+xml;base64,{data}">\n'

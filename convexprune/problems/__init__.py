@@ -2,6 +2,7 @@
 
 from convexprune.problems.l1_reconstruction import L1Reconstruction
 from convexprune.problems.net_trim import NetTrim
+from convexprune.problems.neuron_merging import NeuronMerging
 from convexprune.problems.optimal_brain_surgeon import OptimalBrainSurgeon, increase, saliencies
 from convexprune.problems.reconstruction import Reconstruction
 from convexprune.problems.sparsity_allocation import SparsityAllocation
@@ -9,6 +10,7 @@ from convexprune.problems.sparsity_allocation import SparsityAllocation
 __all__ = [
     "L1Reconstruction",
     "NetTrim",
+    "NeuronMerging",
     "OptimalBrainSurgeon",
     "Reconstruction",
     "SparsityAllocation",

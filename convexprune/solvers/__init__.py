@@ -11,6 +11,8 @@ from convexprune.solvers.combinators import BestOf, Refit, Then
 from convexprune.solvers.cvxpy import CVXPY
 from convexprune.solvers.dynamic_programming import DynamicProgramming
 from convexprune.solvers.exact_obs import ExactOBS, Traces
+from convexprune.solvers.exchange import Exchange
+from convexprune.solvers.greedy_merging import GreedyMerging, Merges
 from convexprune.solvers.kkt import KKT
 from convexprune.solvers.lagrangian_price import LagrangianPrice
 from convexprune.solvers.layerwise_obs import LayerwiseOBS
@@ -37,11 +39,14 @@ __all__ = [
     "DynamicProgramming",
     "ErdosRenyiKernel",
     "ExactOBS",
+    "Exchange",
     "Fast",
     "GlobalMagnitude",
+    "GreedyMerging",
     "LagrangianPrice",
     "LayerwiseOBS",
     "Magnitude",
+    "Merges",
     "MinimalCore",
     "Refit",
     "RisingPenalty",

@@ -1,0 +1,203 @@
+"""Data-free neuron merging of whole networks: layer after layer, then the merged neurons are taken out.
+
+Source: Srinivas, Babu, BMVC 2015.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+import torch
+from torch import Tensor, fx, nn
+
+from convexprune.network import capture, compact, write
+from convexprune.network.channels import ChannelGraph, Channels
+from convexprune.network.forward import run, tensors_in, undisturbed
+from convexprune.problem import Solver
+from convexprune.problems import NeuronMerging, OptimalBrainSurgeon
+from convexprune.report_merging import MergedLayer, MergeReport
+from convexprune.solution import Status
+from convexprune.solve import solve
+from convexprune.solvers import GreedyMerging, Merges
+
+# nondecreasing with slope at most 1, as Lemma 1 asks for
+COVERED: Final = (
+    nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.Tanh, nn.Sigmoid, nn.Hardtanh, nn.Hardsigmoid, nn.Softplus, nn.Softsign,
+    nn.Identity, nn.Dropout,
+)  # fmt: skip
+FUNCTIONS: Final = frozenset(("relu", "relu_", "relu6", "leaky_relu", "tanh", "sigmoid", "softplus"))
+
+
+@dataclass(frozen=True, eq=False)
+class _Junction:
+    """A Linear, what covers its outputs, and the Linears that read them."""
+
+    maker: str
+    readers: tuple[str, ...]
+
+
+def merge(
+    model: nn.Module,
+    keep: float | int | Mapping[str, float | int] | None = None,
+    *,
+    max_saliency: float | None = None,
+    names: Iterable[str] | None = None,
+    batches: Iterable[Any] | None = None,
+    refit: bool = False,
+    solver: Solver | None = None,
+) -> tuple[nn.Module, MergeReport]:
+    """A smaller copy of the model, in which neurons of Linear layers have joined others, and the report on it.
+
+    keep          how many neurons of each layer survive, as a fraction or a count; by layer name, where they differ;
+                  None (and no max_saliency): up to the published cut-off, the mode of the saliencies' histogram
+    max_saliency  instead: the largest sum of saliencies of a layer
+    names         of the layers whose neurons may merge; None: every Linear that only Linears read, through activations
+                  that are nondecreasing with slope at most 1
+    batches       calibration data, not needed: saliencies then use the Gram matrix of the inputs, and the report says
+                  how much the outputs really moved
+    refit         the readers' weights by least squares on the batches, instead of added up
+    solver        of NeuronMerging; None: the greedy one
+
+    Layers merge in forward order; the model itself is not changed. Raises ValueError for names that cannot merge, for
+    a model that cannot be traced, and for `refit` without batches.
+    """
+    if refit and batches is None:
+        raise ValueError("refit needs batches: least squares want calibration data")
+    if keep is not None and max_saliency is not None:
+        raise ValueError("give keep or max_saliency, not both")
+    data = None if batches is None else list(batches)
+    small = copy.deepcopy(model)
+    junctions = _junctions(small)
+    wanted = _wanted(junctions, names, keep)
+    rows: list[MergedLayer] = []
+    for junction in junctions:
+        if junction.maker in wanted:
+            rows.append(_merged(small, model, junction, keep, max_saliency, data, refit, solver))
+    measured, size = (None, None) if data is None else _measured(model, small, data)
+    small, compaction = compact(small)
+    return small, MergeReport(tuple(rows), compaction, measured, size)
+
+
+def _merged(
+    small: nn.Module, model: nn.Module, junction: _Junction, keep: Any, max_saliency: float | None,
+    data: list[Any] | None, refit: bool, solver: Solver | None,
+) -> MergedLayer:  # fmt: skip
+    """Merge the neurons of one layer in place."""
+    maker: Any = small.get_submodule(junction.maker)
+    readers: list[Any] = [small.get_submodule(name) for name in junction.readers]
+    incoming = maker.weight.detach()
+    if maker.bias is not None:
+        incoming = torch.cat([incoming, maker.bias.detach()[:, None]], 1)
+    outgoing = torch.cat([reader.weight.detach() for reader in readers])
+    gram = None if data is None else capture(small, data, [junction.maker])[0].affine_gram
+    count = len(incoming)
+    whole = NeuronMerging(incoming, outgoing, keep=1, gram=gram)
+    merges = GreedyMerging().merges(whole)
+    if max_saliency is None:
+        survivors = _survivors(keep, junction.maker, count, merges)
+        problem = NeuronMerging(incoming, outgoing, keep=survivors, gram=gram)
+    else:
+        problem = NeuronMerging(incoming, outgoing, max_saliency=max_saliency, gram=gram)
+    solution = solve(problem, solver)
+    if solution.status in (Status.INFEASIBLE, Status.NUMERICAL) or solution.certificate.violation > 0:
+        raise ValueError(f"layer {junction.maker!r}: the solver's answer is no merging: {solution.status.value}")
+    x = solution.x
+    stays = problem.survivors(x)
+    gone = torch.ones(count, dtype=torch.bool)
+    gone[stays] = False
+    with torch.no_grad():
+        merged, begin = problem.merged(x), 0
+        for reader in readers:
+            reader.weight.copy_(merged[begin : begin + len(reader.weight)])
+            begin += len(reader.weight)
+        if refit and data is not None:
+            _refit(small, model, junction, gone, data)
+        maker.weight[gone.to(maker.weight.device)] = 0
+        if maker.bias is not None:
+            maker.bias[gone.to(maker.bias.device)] = 0
+    return MergedLayer(
+        junction.maker, count, len(stays), float(problem.saliencies(x).sum()), problem.change(x), solution.certificate,
+        tuple(merges.saliency.tolist()), merges.published_cutoff(), gram is not None,
+    )  # fmt: skip
+
+
+def _refit(small: nn.Module, model: nn.Module, junction: _Junction, gone: Tensor, data: list[Any]) -> None:
+    for layer in capture(small, data, list(junction.readers), dense=model):
+        removed = torch.zeros(tuple(layer.affine_weight.shape), dtype=torch.bool)
+        removed[:, : len(gone)] = gone
+        write(small, layer.name, solve(OptimalBrainSurgeon(layer, removed)).x)
+
+
+def _survivors(keep: Any, name: str, count: int, merges: Merges) -> int:
+    share = keep.get(name, 1.0) if isinstance(keep, Mapping) else keep
+    if share is None:
+        return max(count - merges.published_cutoff(), 1)
+    if isinstance(share, bool) or not (0 < share <= 1 if isinstance(share, float) else share >= 1):
+        raise ValueError(f"keep is {share}; it must be a fraction in (0, 1] (a float) or a count >= 1 (an int)")
+    return min(share, count) if isinstance(share, int) else max(1, math.floor(share * count + 0.5))
+
+
+def _wanted(junctions: list[_Junction], names: Iterable[str] | None, keep: Any) -> set[str]:
+    able = [junction.maker for junction in junctions]
+    if not able:
+        raise ValueError("no layer can merge: there is no Linear that only Linears read, through covered activations")
+    chosen = set(able if names is None else names)
+    if names is None and isinstance(keep, Mapping):
+        chosen = set(keep)
+    for name in chosen | (set(keep) if isinstance(keep, Mapping) else set()):
+        if name not in able:
+            raise ValueError(f"the neurons of {name!r} cannot merge; those of {', '.join(map(repr, able))} can")
+    return chosen
+
+
+def _junctions(model: nn.Module) -> list[_Junction]:
+    graph = ChannelGraph(model)
+    found = []
+    for channels in graph.groups:
+        if not channels.frozen and len(channels.makers) == 1 and not channels.passers and channels.readers:
+            maker = channels.makers[0]
+            if isinstance(graph.modules[maker], nn.Linear) and _read_by_linears(graph, channels, maker):
+                readers = tuple(dict.fromkeys(reader.module for reader in channels.readers))
+                found.append(_Junction(maker, readers))
+    return found
+
+
+def _read_by_linears(graph: ChannelGraph, channels: Channels, maker: str) -> bool:
+    paths = set()
+    for reader in channels.readers:
+        if not isinstance(graph.modules[reader.module], nn.Linear) or reader.repeat != 1:
+            return False
+        node, path = reader.node.all_input_nodes[0], []
+        while str(node.target) != maker or node.op != "call_module":
+            if not _covered(graph, node):
+                return False
+            path.append(node)
+            node = node.all_input_nodes[0]
+        paths.add(tuple(path))
+    return len(paths) == 1  # all read the same function of the neurons
+
+
+def _covered(graph: ChannelGraph, node: fx.Node) -> bool:
+    if node.op == "call_module":
+        module = graph.modules[str(node.target)]
+        return isinstance(module, COVERED) and abs(getattr(module, "negative_slope", 0)) <= 1
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    slope = node.kwargs.get("negative_slope", 0.01)
+    return name in FUNCTIONS and (name != "leaky_relu" or (len(node.args) == 1 and 0 <= float(slope) <= 1))  # type: ignore[arg-type]
+
+
+def _measured(model: nn.Module, small: nn.Module, data: list[Any]) -> tuple[float, float]:
+    """Mean square change of the outputs, and their mean square, over samples and outputs."""
+    change = size = 0.0
+    count = 0
+    with undisturbed(model, small):
+        for batch in data:
+            dense, merged = (next(tensors_in(run(each, batch))).double() for each in (model, small))
+            change += float((dense - merged).square().sum())
+            size += float(dense.square().sum())
+            count += dense.numel()
+    return change / count, size / count

@@ -1,0 +1,304 @@
+"""Which modules of a network share a channel, found by tracing its graph with torch.fx.
+
+Every tensor has its channels in the second axis (the last one behind a Flatten or in a plain matrix). A Linear or a
+convolution makes new channels; activations, norms, pooling, dropout and depthwise convolutions pass them on one by one;
+a sum makes two sets of channels one. What reads channels in any other way freezes them.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn import functional as F
+
+NORMS: Final = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+# functions of each entry that do not depend on training
+ENTRYWISE: Final = (
+    nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.SELU, nn.CELU, nn.GELU, nn.SiLU, nn.Mish, nn.Sigmoid, nn.Tanh,
+    nn.Softplus, nn.Softsign, nn.Hardtanh, nn.Hardsigmoid, nn.Hardswish, nn.LogSigmoid, nn.Identity,
+)  # fmt: skip
+DROPOUT: Final = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
+POOLS: Final = (
+    nn.MaxPool1d, nn.MaxPool2d, nn.AvgPool1d, nn.AvgPool2d, nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d,
+    nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d,
+)  # fmt: skip
+FUNCTIONS: Final = frozenset(
+    (F.relu, torch.relu, F.leaky_relu, F.elu, F.gelu, F.silu, F.relu6, F.hardswish, torch.sigmoid, torch.tanh,
+     F.sigmoid, F.tanh, F.softplus)
+)  # fmt: skip
+METHODS: Final = frozenset(("relu", "relu_", "sigmoid", "tanh"))
+SUMS: Final = frozenset((operator.add, operator.iadd, torch.add))
+CONVS: Final = (nn.Conv1d, nn.Conv2d)
+
+
+@dataclass(eq=False)
+class Channels:
+    """A set of channels that several tensors share, and who makes, passes on and reads them."""
+
+    count: int
+    frozen: str = ""  # why nothing may be removed; empty where it may
+    makers: list[str] = field(default_factory=list)  # modules whose outputs they are
+    passers: list[str] = field(default_factory=list)  # norms and depthwise convolutions
+    readers: list[Reader] = field(default_factory=list)
+
+
+@dataclass(frozen=True, eq=False)
+class Reader:
+    """A Linear or convolution that reads channels: each of them in `repeat` consecutive inputs."""
+
+    module: str
+    node: fx.Node
+    repeat: int
+
+
+@dataclass(frozen=True, eq=False)
+class Value:
+    """What a node of the graph holds: its channels, how often each is repeated, and what is constant.
+
+    constant  (C,) float64: the value of a channel that is the same everywhere whatever the input, else NaN
+    """
+
+    channels: Channels
+    repeat: int
+    constant: Tensor
+    flat: bool  # no positions behind the channels
+
+
+class ChannelGraph:
+    """The channels of a traced model. Raises ValueError where the model cannot be traced."""
+
+    def __init__(self, model: nn.Module, silent: dict[str, Tensor] | None = None) -> None:
+        try:
+            self.graph = fx.Tracer().trace(model)
+        except Exception as error:  # whatever a model's forward does with the tracer's proxies
+            raise ValueError(f"the model cannot be traced, so its channels are not known: {error}") from error
+        self.modules = dict(model.named_modules())
+        self.silent = silent or {}  # node name -> (C,) bool: a ReLU that never fires
+        self.values: dict[fx.Node, Value | None] = {}
+        self._groups: list[Channels] = []
+        self._merged: dict[int, Channels] = {}
+        called: dict[str, int] = {}
+        for node in self.graph.nodes:
+            if node.op == "call_module":
+                called[str(node.target)] = called.get(str(node.target), 0) + 1
+        self.called = called
+        owners: dict[int, int] = {}
+        for module in self.modules.values():
+            for parameter in module.parameters(recurse=False):
+                owners[id(parameter)] = owners.get(id(parameter), 0) + 1
+        self._tied = {key for key, count in owners.items() if count > 1}
+        for node in self.graph.nodes:
+            self.values[node] = self._value(node)
+
+    @property
+    def groups(self) -> list[Channels]:
+        """All sets of channels, each once."""
+        return [group for group in self._groups if id(group) not in self._merged]
+
+    def find(self, channels: Channels) -> Channels:
+        """The set that this one has become part of."""
+        while id(channels) in self._merged:
+            channels = self._merged[id(channels)]
+        return channels
+
+    def _value(self, node: fx.Node) -> Value | None:
+        inputs = [self.values[parent] for parent in node.all_input_nodes]
+        if node.op == "output":
+            self._freeze(inputs, "the network returns them")
+            return None
+        if not any(value is not None for value in inputs) and node.op != "call_module":
+            return None
+        found = None
+        if node.op == "call_module":
+            found = self._module(node, inputs)
+        elif _only_shape(node):
+            return None
+        elif node.op == "call_function":
+            found = self._function(node, inputs)
+        elif node.op == "call_method":
+            found = self._method(node)
+        if found is None:
+            self._freeze(inputs, f"{node.name} reads them in a way that is not known")
+            return None
+        if node.name in self.silent:
+            found = Value(
+                found.channels, found.repeat, torch.where(self.silent[node.name], 0.0, found.constant), found.flat
+            )
+        return found
+
+    def _module(self, node: fx.Node, inputs: list[Value | None]) -> Value | None:
+        name = str(node.target)
+        module = self.modules[name]
+        value = inputs[0] if inputs else None
+        if isinstance(module, nn.Linear):
+            return self._made(node, module, value, module.out_features, True)
+        if isinstance(module, CONVS):
+            if module.groups == 1:
+                return self._made(node, module, value, module.out_channels, False)
+            if value is not None and module.groups == module.in_channels == module.out_channels and value.repeat == 1:
+                return self._depthwise(name, module, value)
+            self._freeze([value], f"{name} has groups")
+            return self._made(node, module, None, module.out_channels, False, f"{name} has groups")
+        if value is None:
+            return None
+        if isinstance(module, NORMS) and value.repeat == 1 and module.running_var is not None:
+            self.find(value.channels).passers.append(name)
+            self._once(name, value)
+            return Value(value.channels, 1, _normed(module, value.constant), value.flat)
+        if isinstance(module, (*ENTRYWISE, *DROPOUT)):
+            same = isinstance(module, DROPOUT)
+            return Value(
+                value.channels, value.repeat, value.constant if same else _applied(module, value.constant), value.flat
+            )
+        if isinstance(module, POOLS) and value.repeat == 1:
+            padded = getattr(module, "padding", 0)
+            zeros = isinstance(module, (nn.AvgPool1d, nn.AvgPool2d)) and padded not in (0, (0,), (0, 0))
+            kept = torch.where(value.constant == 0, 0.0, torch.nan) if zeros else value.constant
+            return Value(value.channels, 1, kept, value.flat)
+        if isinstance(module, nn.Flatten) and module.start_dim == 1 and module.end_dim == -1:
+            return Value(value.channels, value.repeat if value.flat else 0, value.constant, True)
+        return None
+
+    def _function(self, node: fx.Node, inputs: list[Value | None]) -> Value | None:
+        function: Any = node.target
+        if function in SUMS and len(node.args) == 2 and not node.kwargs:
+            return self._summed(inputs) if len(inputs) == 2 else None
+        value = inputs[0] if len(inputs) == 1 else None
+        if value is None:
+            return None
+        if function in FUNCTIONS:
+            apply = lambda x: function(x, *node.args[1:], **{k: v for k, v in node.kwargs.items() if k != "inplace"})  # noqa: E731
+            return Value(value.channels, value.repeat, _applied(apply, value.constant), value.flat)
+        if function is torch.flatten and (*node.args[1:], *node.kwargs.values()) == (1,):
+            return Value(value.channels, value.repeat if value.flat else 0, value.constant, True)
+        if function is torch.mean:
+            return self._averaged(value, node)
+        if function in (F.max_pool2d, F.max_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool1d) and value.repeat == 1:
+            return Value(value.channels, 1, value.constant, value.flat)
+        return None
+
+    def _method(self, node: fx.Node) -> Value | None:
+        first = node.args[0]
+        value = self.values.get(first) if isinstance(first, fx.Node) else None
+        others = [parent for parent in node.all_input_nodes if parent is not first]
+        if value is None or any(self.values[parent] is not None for parent in others):
+            return None
+        if node.target in METHODS:
+            apply = getattr(torch, str(node.target).rstrip("_"))
+            return Value(value.channels, value.repeat, _applied(apply, value.constant), value.flat)
+        if node.target == "flatten" and (*node.args[1:], *node.kwargs.values()) == (1,):
+            return Value(value.channels, value.repeat if value.flat else 0, value.constant, True)
+        if node.target in ("view", "reshape") and len(node.args) == 3 and node.args[2] == -1:  # (samples, -1)
+            return Value(value.channels, value.repeat if value.flat else 0, value.constant, True)
+        if node.target in ("mean", "amax"):
+            return self._averaged(value, node)
+        return None
+
+    def _averaged(self, value: Value, node: fx.Node) -> Value | None:
+        """A mean or maximum over all the positions of a convolution's output."""
+        axes = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else None)
+        if value.flat or value.repeat != 1 or tuple(axes if isinstance(axes, Iterable) else (axes,)) not in (
+            (2, 3), (-2, -1), (-1, -2), (2,), (-1,),
+        ):  # fmt: skip
+            return None
+        spread = len(node.args) > 2 or bool(node.kwargs.get("keepdim"))
+        return Value(value.channels, 1, value.constant, not spread)
+
+    def _made(self, node: fx.Node, module: Any, value: Value | None, count: int, flat: bool, frozen: str = "") -> Value:
+        name = str(node.target)
+        if value is not None:
+            group = self.find(value.channels)
+            inputs = module.in_features if flat else module.in_channels
+            repeat = value.repeat or inputs // group.count
+            if repeat * group.count != inputs or value.flat != flat or (not flat and repeat != 1):
+                self._freeze([value], f"{name} reads {inputs} inputs of {group.count} channels")
+            elif id(module.weight) in self._tied:
+                self._freeze([value], f"{name} shares its weights with another module")
+            else:
+                group.readers.append(Reader(name, node, repeat))
+            self._once(name, value)
+        made = Channels(count, frozen, [name])
+        self._groups.append(made)
+        if self.called[name] > 1:
+            made.frozen = f"{name} is called more than once"
+        if id(module.weight) in self._tied:
+            made.frozen = f"{name} shares its weights with another module"
+        weight = module.weight.detach().double().flatten(1)
+        bias = torch.zeros(count, dtype=torch.float64) if module.bias is None else module.bias.detach().double().cpu()
+        constant = torch.where((weight == 0).all(1).cpu(), bias, torch.nan)
+        return Value(made, 1, constant, flat)
+
+    def _depthwise(self, name: str, module: Any, value: Value) -> Value:
+        self.find(value.channels).passers.append(name)
+        self._once(name, value)
+        silent = (module.weight.detach() == 0).flatten(1).all(1).cpu()
+        bias = torch.zeros(module.out_channels, dtype=torch.float64)
+        if module.bias is not None:
+            bias = module.bias.detach().double().cpu()
+        # a constant other than 0 meets the padding's zeros at the border
+        kernel = module.weight.detach().double().flatten(1).sum(1).cpu()
+        through = torch.where(
+            (value.constant == 0) | torch.tensor(unpadded(module)), value.constant * kernel + bias, torch.nan
+        )
+        return Value(value.channels, 1, torch.where(silent, bias, through), value.flat)
+
+    def _summed(self, inputs: list[Value | None]) -> Value | None:
+        left, right = inputs
+        if left is None or right is None or left.repeat != right.repeat or left.flat != right.flat:
+            return None
+        one, other = self.find(left.channels), self.find(right.channels)
+        if one.count != other.count:
+            return None
+        if one is not other:
+            one.frozen = one.frozen or other.frozen
+            one.makers += other.makers
+            one.passers += other.passers
+            one.readers += other.readers
+            self._merged[id(other)] = one
+        return Value(one, left.repeat, left.constant + right.constant, left.flat)
+
+    def _once(self, name: str, value: Value) -> None:
+        if self.called[name] > 1:
+            self._freeze([value], f"{name} is called more than once")
+
+    def _freeze(self, inputs: Iterable[Value | None], why: str) -> None:
+        for value in inputs:
+            if value is not None:
+                group = self.find(value.channels)
+                group.frozen = group.frozen or why
+
+
+def _only_shape(node: fx.Node) -> bool:
+    """x.size(0), x.shape, x.dim(): nothing of the channels goes on."""
+    if node.op == "call_method":
+        return node.target in ("size", "dim")
+    return (
+        node.op == "call_function" and node.target is getattr and node.args[1] in ("shape", "ndim", "device", "dtype")
+    )
+
+
+def unpadded(module: Any) -> bool:
+    """Whether a convolution meets no zeros that its input does not hold."""
+    padding = module.padding
+    none = padding == "valid" or (not isinstance(padding, str) and not any(padding))
+    return bool(none or module.padding_mode != "zeros")
+
+
+def _applied(function: Callable[[Tensor], Tensor], constant: Tensor) -> Tensor:
+    with torch.no_grad():
+        found = function(constant.nan_to_num().clone())
+    return torch.where(constant.isnan(), torch.nan, found)
+
+
+def _normed(module: Any, constant: Tensor) -> Tensor:
+    scale = (module.running_var.double() + module.eps).rsqrt().cpu()
+    shift = torch.zeros_like(scale)
+    if module.weight is not None:
+        scale, shift = scale * module.weight.detach().double().cpu(), module.bias.detach().double().cpu()
+    found = (constant - module.running_mean.double().cpu()) * scale + shift
+    return torch.where(scale == 0, shift, found)
