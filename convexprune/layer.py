@@ -35,6 +35,7 @@ class Layer:
     inputs: Tensor | None = field(default=None, repr=False)  # (samples, in)   kept only when asked for
     targets: Tensor | None = field(default=None, repr=False)  # (samples, out)  y; None where y = W x + b
     kernel: int = 1  # kernel positions: inputs i, i + kernel, ... are one position of consecutive channels
+    damping: float = 0.0  # the ridge that is in the moments, as a fraction of the mean diagonal of the Gram matrix
 
     def __post_init__(self) -> None:
         _check_weight(self.name, self.weight, self.bias)
@@ -222,9 +223,17 @@ class Layer:
             gram=self.gram + ridge * torch.eye(len(self.gram), dtype=torch.float64),
             cross=self.cross + ridge * self.weight,
             energies=self.energies + ridge * self.weight.square().sum(1),
+            damping=self.damping + fraction,
             inputs=None,
             targets=None,
         )
+
+    def spectrum(self) -> tuple[int, float]:
+        """Rank of the Gram matrix, and its condition number (inf where it is singular), both at float64's rounding."""
+        values = torch.linalg.eigvalsh(self.gram)
+        top = float(values[-1])
+        rank = int((values > len(values) * 2.0**-52 * top).sum())
+        return rank, top / float(values[0]) if rank == len(values) else float("inf")
 
 
 class InputMoments:

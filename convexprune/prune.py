@@ -26,11 +26,12 @@ from convexprune.network.branches import summed
 from convexprune.network.forward import run, tensors_in, undisturbed
 from convexprune.network.trace import record
 from convexprune.patterns import Unstructured
-from convexprune.problem import LayerProblem, Solver
+from convexprune.problem import EqualityQuadratic, LassoProblem, LayerProblem, Solver, SparseLeastSquares
 from convexprune.problems import Reconstruction
 from convexprune.progress import Progress
-from convexprune.report import NetworkError, Report, Row, Settings, described
+from convexprune.report import NetworkError, Report, Settings, described
 from convexprune.report_allocation import Shares
+from convexprune.report_row import Moments, Row
 from convexprune.solution import Solution, Status
 from convexprune.solve import rejudged, solve
 
@@ -179,8 +180,19 @@ def _row(layer: Layer, stored: Tensor, problem: LayerProblem | None, solution: S
         problem=described(problem),
         iterations=solution.iterations,
         seconds=solution.seconds,
+        wanted=int(problem.select(torch.ones(kept.shape)).sum()) if isinstance(problem, SparseLeastSquares) else None,
+        moments=_moments(problem),
         trace=solution.trace,
     )
+
+
+def _moments(problem: LayerProblem) -> Moments | None:
+    """Damping and conditioning of a problem that is stated in its layer's moments."""
+    layer = getattr(problem, "layer", None)
+    if not isinstance(problem, (SparseLeastSquares, EqualityQuadratic, LassoProblem)) or not isinstance(layer, Layer):
+        return None
+    rank, condition = layer.spectrum()
+    return Moments(layer.damping, rank, len(layer.gram), condition)
 
 
 def _grid(kept: Tensor) -> Tensor:

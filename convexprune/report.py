@@ -5,91 +5,16 @@ from __future__ import annotations
 import json
 import math
 import os
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 from torch import Tensor
 
 from convexprune.layer import Layer
 from convexprune.report_allocation import Shares
+from convexprune.report_row import HEADINGS, WORDS, Moments, Row, number, percent
 from convexprune.solution import Certificate, Status, TracePoint
-
-HEADINGS: Final = (
-    "layer", "shape", "kept", "gap", "constraints", "objective", "bound", "error", "stopped", "steps", "time",
-)  # fmt: skip
-WORDS: Final = ("layer", "constraints", "stopped")  # columns set to the left; figures go to the right
-TOLERANCE: Final = 1e-6  # a relative violation that rounding to float32 leaves behind anyway
-LEGEND: Final = (
-    ("kept", "weights that are not zero, as stored (biases not counted)"),
-    ("gap", "how far the objective can be above the optimum, proven, relative to it"),
-    (
-        "constraints",
-        f"'feasible', or the relative violation: 'feasible to' it up to {TOLERANCE:.0e}, else 'off by' it",
-    ),
-    ("objective, bound", "the layer's objective, and a number no feasible layer can go below"),
-    ("error", "proven limit of the change of the layer's own outputs, ||.||_F over the calibration samples"),
-    ("stopped", "why the solver stopped; a layer it could not solve is left dense"),
-)
-_STOPPED: Final = {
-    Status.CONVERGED: "converged",
-    Status.MAX_ITER: "iteration limit",
-    Status.TIME_LIMIT: "time limit",
-    Status.INFEASIBLE: "infeasible: left dense",
-    Status.NUMERICAL: "numerical trouble: left dense",
-    None: "not asked for: dense",
-}
-
-
-@dataclass(frozen=True)
-class Row:
-    """One layer: what is in the pruned model now, and the problem's verdict on exactly that.
-
-    certificate, error  of the weights as stored, so the rounding of the model's dtype is in them; None where `build`
-                        stated no problem
-    """
-
-    name: str
-    shape: tuple[int, int]  # (out, in): the weights as a matrix
-    kept: int  # weights that are not zero; biases are not counted
-    status: Status | None = None  # why the solver stopped; None where nothing was asked for
-    certificate: Certificate | None = None
-    error: float | None = None  # limit of || act(X What^T) - Y ||_F over the calibration samples
-    problem: str | None = None
-    iterations: int = 0
-    seconds: float = 0.0
-    trace: tuple[TracePoint, ...] = field(default=(), repr=False)
-    pattern: Tensor | None = field(default=None, repr=False, compare=False)  # kept fraction, cell by cell of a grid
-
-    @property
-    def total(self) -> int:
-        """How many weights the layer has."""
-        return self.shape[0] * self.shape[1]
-
-    @property
-    def kept_fraction(self) -> float:
-        """kept / total."""
-        return self.kept / self.total
-
-    @property
-    def left_dense(self) -> bool:
-        """Whether the layer is as it was: no problem was stated for it, or the solver found no point."""
-        return self.status in (None, Status.INFEASIBLE, Status.NUMERICAL)
-
-    def cells(self) -> tuple[str, ...]:
-        """The row as text, in the order of HEADINGS."""
-        proof = ("-",) * 4
-        if self.certificate is not None:
-            gap = "-" if self.left_dense else _small(self.certificate.relative_gap)
-            missed = self.certificate.violation
-            word = "feasible to" if missed <= TOLERANCE else "off by"
-            feasible = f"{word} {_small(missed)}" if missed else "feasible"
-            proof = (gap, feasible, _number(self.certificate.value), _number(self.certificate.bound))
-        return (
-            self.name, f"{self.shape[0]} x {self.shape[1]}", f"{self.kept_fraction:.1%}", *proof, _number(self.error),
-            _STOPPED[self.status], str(self.iterations) if self.status else "-",
-            f"{self.seconds:.1f} s" if self.status else "-",
-        )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -118,7 +43,7 @@ class NetworkError:
 
     def _line(self, error: float) -> str:
         relative = self.relative(error)
-        return _number(error) if relative is None else f"{_number(error)} = {_percent(relative)} of the outputs' norm"
+        return number(error) if relative is None else f"{number(error)} = {percent(relative)} of the outputs' norm"
 
 
 @dataclass(frozen=True)
@@ -178,7 +103,11 @@ class Report:
         """What was kept in all, and the network's guaranteed error beside its measured one."""
         kept = f"kept {self.kept} of {self.total} weights ({self.kept_fraction:.1%})"
         shares = () if self.allocation is None else self.allocation.lines(self.distortion)
-        return (kept, *self.network.lines(), *shares)
+        poor = [
+            row.moments.line(row.name) for row in self.rows if row.moments and row.moments.rank < row.moments.inputs
+        ]
+        singular = ("singular Gram matrices: " + "; ".join(poor),) if poor else ()
+        return (kept, *self.network.lines(), *shares, *singular)
 
     @property
     def distortion(self) -> float | None:
@@ -238,19 +167,6 @@ def described(problem: Any) -> str:
     return f"{type(problem).__name__}({', '.join(words)})"
 
 
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.6g}"
-
-
-def _small(value: float) -> str:
-    """A gap or a violation: 3e-06, or in percent once it is large."""
-    return _percent(value) if 0.01 <= abs(value) < 10 else f"{value:.0e}" if value else "0"
-
-
-def _percent(value: float) -> str:
-    return f"{value:.1%}" if abs(value) >= 0.001 else f"{value:.1e}"
-
-
 def _plain(value: Any) -> Any:
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
@@ -275,6 +191,7 @@ def _row_to_json(row: Row) -> dict[str, Any]:
         "kept_fraction": row.kept_fraction,
         "status": row.status and row.status.name,
         "certificate": proof and _certificate_to_json(proof) | {"relative_gap": _plain(proof.relative_gap)},
+        "moments": row.moments and {key: _plain(value) for key, value in vars(row.moments).items()},
         "trace": [{"seconds": point.seconds} | _certificate_to_json(point.certificate) for point in row.trace],
     }
 
@@ -291,8 +208,14 @@ def _row_from_json(content: dict[str, Any]) -> Row:
         problem=content["problem"],
         iterations=content["iterations"],
         seconds=content["seconds"],
+        wanted=content.get("wanted"),
+        moments=_moments_from_json(content.get("moments")),
         trace=tuple(TracePoint(point["seconds"], _certificate_from_json(point)) for point in content["trace"]),
     )
+
+
+def _moments_from_json(content: dict[str, Any] | None) -> Moments | None:
+    return None if content is None else Moments(**{**content, "condition": float(content["condition"])})
 
 
 def write_whole(path: str | os.PathLike[str], text: str) -> None:

@@ -8,11 +8,13 @@ import math
 from html import escape
 from typing import TYPE_CHECKING, Any
 
-from convexprune.report import HEADINGS, LEGEND, WORDS, Report, Row
 from convexprune.report_allocation import curves_plot
+from convexprune.report_row import HEADINGS, LEGEND, WORDS, Row
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    from convexprune.report import Report
 
 INK, ACCENT, SECOND, PALE = "#222222", "#1f5f8b", "#b5651d", "#d9d9d9"
 WIDTH = 8.6  # inches, the width of the text column
@@ -48,6 +50,7 @@ def page(report: Report) -> str:
         _section("The network", _network(report)),
         _section("Allocation", _allocation(report)),
         _section("Kept, and proven gap, by layer", image(_layers_plot(report.rows), "kept fraction and gap by layer")),
+        _section("Moments", _moments(report.rows)),
         _section("Convergence", _convergence(report.rows)),
         _section("Weight patterns", _patterns(report.rows)),
         _section("Settings", _list(vars(report.settings).items())),
@@ -101,6 +104,16 @@ def _network(report: Report) -> str:
     axes.set_xlabel("change of the network's output, Frobenius norm over the calibration samples")
     axes.spines["left"].set_visible(True)
     return words + image(drawing, "guaranteed and measured error of the network")
+
+
+def _moments(rows: Sequence[Row]) -> str:
+    """Wanted and kept weights, damping, rank and condition of the layers whose problems are stated in moments."""
+    entries = []
+    for row in rows:
+        if row.moments is not None:
+            wanted = "" if row.wanted is None else f"; {row.wanted:,} weights wanted, {row.kept:,} kept"
+            entries.append((row.name, row.moments.line("Gram matrix") + wanted))
+    return _list(entries) if entries else ""
 
 
 def _allocation(report: Report) -> str:

@@ -11,8 +11,11 @@ import pytest
 import torch
 
 from convexprune.layer import Layer
-from convexprune.problems import L1Reconstruction, NetTrim
-from convexprune.report import HEADINGS, NetworkError, Report, Row, Settings, described
+from convexprune.patterns import Unstructured
+from convexprune.problems import L1Reconstruction, NetTrim, Reconstruction
+from convexprune.prune import prune
+from convexprune.report import NetworkError, Report, Settings, described
+from convexprune.report_row import HEADINGS, Moments, Row
 from convexprune.solution import Certificate, Status, TracePoint
 from convexprune.solvers import ADMM
 
@@ -186,3 +189,20 @@ def test_problems_and_solvers_in_a_few_words():
     assert described(L1Reconstruction(layer, 0.1)) == "L1Reconstruction(lam=0.1)"
     assert described(ADMM()).startswith("ADMM(eps_abs=1e-06, ")
     assert described(object()) == "object"
+
+
+def test_moments_and_wanted_counts_are_reported(tmp_path):
+    torch.manual_seed(0)
+    x = torch.randn(5, 8)  # fewer samples than inputs
+    model = torch.nn.Sequential(torch.nn.Linear(8, 4, bias=False))
+    for fraction, rank in ((0.0, 5), (0.1, 8)):
+        _, report = prune(model, [x], lambda layer, f=fraction: Reconstruction(layer.damped(f), Unstructured(0.25)))
+        (row,) = report.rows
+        assert row.wanted == row.kept == 8
+        assert row.moments.rank == rank
+        assert row.moments.damping == fraction
+        assert ("singular Gram matrices: 0: rank 5 of 8" in str(report)) == (rank < 8)
+        assert Report.from_json(report.to_json()).rows[0].moments == row.moments
+        report.save_html(tmp_path / "page.html")
+        assert f"rank {rank} of 8" in (tmp_path / "page.html").read_text()
+    assert isinstance(row.moments, Moments)

@@ -45,13 +45,20 @@ class Reconstruction:
             tuple(self.importance.shape) != (out,)
             or not bool(torch.isfinite(self.importance).all() & (self.importance > 0).all())
         ):
-            raise ValueError(f"importance must be {out} finite numbers > 0, one for each output of the layer")
+            name = self.layer.name
+            raise ValueError(
+                f"layer {name!r}: importance must be {out} finite numbers > 0, one for each output of the layer"
+            )
         shape = (self.layer.weight.shape[0], self.layer.weight.shape[1])
         if self.always is not None and (self.always.dtype != torch.bool or tuple(self.always.shape) != shape):
             raise ValueError(
-                f"always is {self.always.dtype} {tuple(self.always.shape)}; expected a boolean mask {shape}"
+                f"layer {self.layer.name!r}: always is {self.always.dtype} {tuple(self.always.shape)}; expected a "
+                f"boolean mask {shape}"
             )
-        self.select(torch.zeros(shape, dtype=torch.float64))
+        try:
+            self.select(torch.zeros(shape, dtype=torch.float64))
+        except ValueError as error:
+            raise ValueError(f"layer {self.layer.name!r}: {error}") from error
 
     @property
     def shape(self) -> tuple[int, int]:

@@ -1,0 +1,117 @@
+"""A row of a report: one layer, as numbers and as text."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Final
+
+from torch import Tensor
+
+from convexprune.solution import Certificate, Status, TracePoint
+
+HEADINGS: Final = (
+    "layer", "shape", "kept", "gap", "constraints", "objective", "bound", "error", "stopped", "steps", "time",
+)  # fmt: skip
+WORDS: Final = ("layer", "constraints", "stopped")  # columns set to the left; figures go to the right
+TOLERANCE: Final = 1e-6  # a relative violation that rounding to float32 leaves behind anyway
+LEGEND: Final = (
+    ("kept", "weights that are not zero, as stored (biases not counted)"),
+    ("gap", "how far the objective can be above the optimum, proven, relative to it"),
+    (
+        "constraints",
+        f"'feasible', or the relative violation: 'feasible to' it up to {TOLERANCE:.0e}, else 'off by' it",
+    ),
+    ("objective, bound", "the layer's objective, and a number no feasible layer can go below"),
+    ("error", "proven limit of the change of the layer's own outputs, ||.||_F over the calibration samples"),
+    ("stopped", "why the solver stopped; a layer it could not solve is left dense"),
+)
+_STOPPED: Final = {
+    Status.CONVERGED: "converged",
+    Status.MAX_ITER: "iteration limit",
+    Status.TIME_LIMIT: "time limit",
+    Status.INFEASIBLE: "infeasible: left dense",
+    Status.NUMERICAL: "numerical trouble: left dense",
+    None: "not asked for: dense",
+}
+
+
+@dataclass(frozen=True)
+class Moments:
+    """What a layer's problem was stated on: the damping, and how well the Gram matrix is conditioned with it."""
+
+    damping: float  # a fraction of the mean diagonal
+    rank: int
+    inputs: int
+    condition: float  # inf where it is singular
+
+    def line(self, name: str) -> str:
+        """A sentence."""
+        return f"{name}: rank {self.rank} of {self.inputs}, condition {self.condition:.1e}, damping {self.damping:g}"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One layer: what is in the pruned model now, and the problem's verdict on exactly that.
+
+    certificate, error  of the weights as stored, so the rounding of the model's dtype is in them; None where `build`
+                        stated no problem
+    """
+
+    name: str
+    shape: tuple[int, int]  # (out, in): the weights as a matrix
+    kept: int  # weights that are not zero; biases are not counted
+    status: Status | None = None  # why the solver stopped; None where nothing was asked for
+    certificate: Certificate | None = None
+    error: float | None = None  # limit of || act(X What^T) - Y ||_F over the calibration samples
+    problem: str | None = None
+    iterations: int = 0
+    seconds: float = 0.0
+    trace: tuple[TracePoint, ...] = field(default=(), repr=False)
+    pattern: Tensor | None = field(default=None, repr=False, compare=False)  # kept fraction, cell by cell of a grid
+    wanted: int | None = None  # how many weights the problem's pattern allows; None where it has none
+    moments: Moments | None = None
+
+    @property
+    def total(self) -> int:
+        """How many weights the layer has."""
+        return self.shape[0] * self.shape[1]
+
+    @property
+    def kept_fraction(self) -> float:
+        """kept / total."""
+        return self.kept / self.total
+
+    @property
+    def left_dense(self) -> bool:
+        """Whether the layer is as it was: no problem was stated for it, or the solver found no point."""
+        return self.status in (None, Status.INFEASIBLE, Status.NUMERICAL)
+
+    def cells(self) -> tuple[str, ...]:
+        """The row as text, in the order of HEADINGS."""
+        proof = ("-",) * 4
+        if self.certificate is not None:
+            gap = "-" if self.left_dense else small(self.certificate.relative_gap)
+            missed = self.certificate.violation
+            word = "feasible to" if missed <= TOLERANCE else "off by"
+            feasible = f"{word} {small(missed)}" if missed else "feasible"
+            proof = (gap, feasible, number(self.certificate.value), number(self.certificate.bound))
+        return (
+            self.name, f"{self.shape[0]} x {self.shape[1]}", f"{self.kept_fraction:.1%}", *proof, number(self.error),
+            _STOPPED[self.status], str(self.iterations) if self.status else "-",
+            f"{self.seconds:.1f} s" if self.status else "-",
+        )  # fmt: skip
+
+
+def number(value: float | None) -> str:
+    """Six digits, or a dash."""
+    return "-" if value is None else f"{value:.6g}"
+
+
+def small(value: float) -> str:
+    """A gap or a violation: 3e-06, or in percent once it is large."""
+    return percent(value) if 0.01 <= abs(value) < 10 else f"{value:.0e}" if value else "0"
+
+
+def percent(value: float) -> str:
+    """31.4%, or 2.0e-05 where it is tiny."""
+    return f"{value:.1%}" if abs(value) >= 0.001 else f"{value:.1e}"
