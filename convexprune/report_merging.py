@@ -86,5 +86,5 @@ def _curve(axes: Any, layer: MergedLayer, colours: tuple[str, str]) -> None:
         left.axvline(place, color=colours[1], linewidth=0.9, linestyle=style)
     left.set_title(layer.name, loc="left", fontsize=10)
     left.set_xlabel("merges (line: taken; dotted: published cut-off)")
-    right.hist(layer.curve, bins="auto", color=colours[0])
+    right.hist(layer.curve, bins="sturges", color=colours[0])
     right.set_xlabel("saliency of a merge")

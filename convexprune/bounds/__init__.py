@@ -1,5 +1,35 @@
-"""The papers' theorems as functions of what was measured: hypotheses in the docstrings, both sides computable."""
+"""The papers' theorems as objects: hypotheses checked, the guaranteed and the measured side computed."""
 
 from convexprune.bounds.chain import ChainBound, cascade_bound, parallel_bound, slack_product_bound
+from convexprune.bounds.layerwise_obs import lemma_3_1, removal, theorem_3_2
+from convexprune.bounds.merging import lemma_1
+from convexprune.bounds.net_trim import (
+    LinkNormalised,
+    Uniqueness,
+    proposition_1,
+    proposition_2,
+    sample_count,
+    theorem_1,
+    theorem_2,
+)
+from convexprune.bounds.statement import Hypothesis, Statement
 
-__all__ = ["ChainBound", "cascade_bound", "parallel_bound", "slack_product_bound"]
+__all__ = [
+    "ChainBound",
+    "Hypothesis",
+    "LinkNormalised",
+    "Statement",
+    "Uniqueness",
+    "cascade_bound",
+    "lemma_1",
+    "lemma_3_1",
+    "parallel_bound",
+    "proposition_1",
+    "proposition_2",
+    "removal",
+    "sample_count",
+    "slack_product_bound",
+    "theorem_1",
+    "theorem_2",
+    "theorem_3_2",
+]

@@ -52,8 +52,9 @@ class Merges:
         values = self.saliency.numpy()
         if len(values) < 2 or values.min() == values.max():
             return len(values)
-        counts, edges = np.histogram(values, bins="auto")
-        mode = edges[counts.argmax() + 1]
+        low, high = np.quantile(values, [0.25, 0.75])
+        counts, edges = np.histogram(values, bins="fd" if high > low else "sturges")
+        mode = edges[counts.argmax() : counts.argmax() + 2].mean()
         return int(np.argmax(values > mode)) if bool((values > mode).any()) else len(values)
 
 

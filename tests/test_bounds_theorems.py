@@ -1,0 +1,189 @@
+"""Each theorem holds on random networks, and says so where its hypotheses fail."""
+
+import itertools
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import convexprune as cp
+from convexprune.bounds import (
+    LinkNormalised,
+    lemma_1,
+    lemma_3_1,
+    proposition_1,
+    proposition_2,
+    removal,
+    sample_count,
+    theorem_1,
+    theorem_2,
+    theorem_3_2,
+)
+
+
+def chain(seed, widths=(5, 8, 7, 4), samples=40, bias=True):
+    generator = torch.Generator().manual_seed(seed)
+    draw = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)  # noqa: E731
+    weights = [draw(b, a) for a, b in itertools.pairwise(widths)]
+    biases = [draw(b) if bias else None for b in widths[1:]]
+    return draw(samples, widths[0]), weights, biases
+
+
+def ones(x):
+    return torch.cat([x, torch.ones_like(x[:, :1])], 1)
+
+
+def solved(x, y, weight, bias, epsilon, cascade=None, linear=False):
+    """A layer of a chain by Net-Trim: weights, bias, radius of its problem."""
+    activation = None if linear else "relu"
+    targets = None if cascade is None else y
+    layer = cp.Layer.from_samples(weight, x, bias, activation, "layer", targets=targets)
+    problem = cp.NetTrim(layer, epsilon) if cascade is None else cp.NetTrim.cascade(layer, epsilon, cascade)
+    solution = cp.solve(problem)
+    found = solution.x
+    return (found, None, problem) if bias is None else (found[:, :-1], found[:, -1], problem)
+
+
+@settings(max_examples=10, deadline=None)
+@given(st.integers(0, 10**6), st.sampled_from([0.05, 0.2]))
+def test_proposition_1_on_what_the_solver_returns(seed, epsilon):
+    x, (weight, *_), (bias, *_) = chain(seed)
+    layer = cp.Layer.from_samples(weight, x, bias)
+    problem = cp.NetTrim(layer, epsilon)
+    u = cp.solve(problem).x
+    y = torch.relu(x @ weight.T + bias)
+    statement = proposition_1(ones(x), y, u, problem.radius)
+    assert statement.applies
+    assert statement.true
+    assert statement.margin >= 0
+    broken = proposition_1(ones(x), y, u + 0.5, problem.radius)
+    assert not broken.applies
+    assert "fails" in str(broken)
+
+
+@pytest.mark.parametrize("linear_last", [False, True])
+@pytest.mark.parametrize("seed", range(3))
+def test_theorem_1_on_parallel_net_trim(seed, linear_last):
+    x, weights, biases = chain(seed)
+    dense = LinkNormalised.of(weights, biases)
+    assert [float(w.abs().sum()) for w in dense.weights] == pytest.approx([1, 1, 1])
+    ours = dense.outputs(x, linear_last)
+    read, thin, shifts, errors = [x, *ours[:-1]], [], [], []
+    for index, (inputs, y, weight, bias) in enumerate(zip(read, ours, dense.weights, dense.biases, strict=True)):
+        found, shift, problem = solved(inputs, y, weight, bias, 0.1, linear=linear_last and index == 2)
+        thin.append(found)
+        shifts.append(shift)
+        errors.append(problem.radius)
+    statement = theorem_1(dense, thin, shifts, x, errors, linear_last)
+    assert statement.applies, str(statement)
+    assert statement.true
+    large = theorem_1(dense, [thin[0], 3 * thin[1], thin[2]], shifts, x, errors, linear_last)
+    assert not large.applies
+
+
+@pytest.mark.parametrize("linear_last", [False, True])
+@pytest.mark.parametrize("seed", range(3))
+def test_theorem_2_on_cascade_net_trim(seed, linear_last):
+    # no biases: a link-normalised network's inputs are tiny beside a column of ones
+    x, weights, biases = chain(seed, bias=False)
+    dense, gamma = LinkNormalised.of(weights, biases), 1.1
+    ours = dense.outputs(x, linear_last)
+    inputs, thin, shifts, first = x, [], [], 0.0
+    for index, (weight, bias) in enumerate(zip(dense.weights, dense.biases, strict=True)):
+        last = linear_last and index == 2
+        read = x if index == 0 else ours[index - 1]
+        target = read @ weight.T
+        found, shift, problem = solved(inputs, target, weight, bias, 0.1, None if index == 0 else gamma, last)
+        thin.append(found)
+        shifts.append(shift)
+        first = problem.radius if index == 0 else first
+        inputs = inputs @ found.T
+        inputs = inputs if last else inputs.relu()
+    statement = theorem_2(dense, thin, shifts, x, first, [gamma, gamma], linear_last)
+    assert statement.applies, str(statement)
+    assert statement.true
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 10**6), st.booleans())
+def test_normalising_carries_the_scale(seed, bias):
+    x, weights, biases = chain(seed, bias=bias)
+    normal, y = LinkNormalised.of(weights, biases), x
+    for weight, shift in zip(weights, biases, strict=True):
+        y = (y @ weight.T if shift is None else y @ weight.T + shift).relu()
+    torch.testing.assert_close(normal.outputs(x)[-1] * normal.factor, y)
+
+
+def test_an_unnormalised_network_is_refused():
+    x, weights, biases = chain(0)
+    raw = LinkNormalised(tuple(weights), tuple(biases), (1.0, 1.0, 1.0))
+    statement = theorem_1(raw, weights, biases, x, [0.0, 0.0, 0.0])
+    assert not statement.applies
+    with pytest.raises(ValueError, match="all zero"):
+        LinkNormalised.of([torch.zeros(2, 2)], [None])
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 10**6), st.floats(0, 1))
+def test_layerwise_obs_lemma_and_theorem(seed, noise):
+    x, weights, _ = chain(seed, bias=False)
+    generator = torch.Generator().manual_seed(seed + 1)
+    thin = [w + noise * torch.randn(w.shape, generator=generator, dtype=torch.float64) for w in weights]
+    y, found, errors = x, x, []
+    for weight, pruned in zip(weights, thin, strict=True):
+        statement = lemma_3_1(y @ weight.T, y @ pruned.T)
+        assert statement.true
+        errors.append(statement.guaranteed**2)
+        y, found = (y @ weight.T).relu(), (found @ pruned.T).relu()
+    measured = float((found - y).norm()) / math.sqrt(len(x))
+    published, spectral = (theorem_3_2(errors, thin, measured, norm) for norm in ("frobenius", "spectral"))
+    assert published.true
+    assert spectral.true
+    assert spectral.guaranteed <= published.guaranteed * (1 + 1e-12)
+
+
+def test_the_published_constant_is_too_small():
+    x, (weight, *_), _ = chain(3, bias=False)
+    layer = cp.Layer.from_samples(weight, x, activation=None)
+    removed = torch.zeros(weight.shape, dtype=torch.bool)
+    removed[0, 2] = True
+    increase = cp.solve(cp.OptimalBrainSurgeon(layer, removed)).certificate.value
+    inverse = torch.linalg.inv(layer.gram)
+    exact = removal(weight[0], inverse, 2, increase)
+    assert exact.true
+    assert exact.guaranteed == pytest.approx(increase)
+    assert not removal(weight[0], inverse, 2, increase, published=True).true
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 10**6), st.sampled_from([torch.relu, torch.tanh, torch.sigmoid, torch.nn.functional.leaky_relu]))
+def test_lemma_1_for_one_merge_and_for_many(seed, activation):
+    generator = torch.Generator().manual_seed(seed)
+    x, w, a = (torch.randn(shape, generator=generator) for shape in ((30, 4), (7, 4), (3, 7)))
+    for joined in ([1, 1, 2, 3, 4, 5, 6], [0, 0, 0, 3, 3, 5, 5]):
+        statement = lemma_1(x, w, a, torch.tensor(joined), activation)
+        assert statement.applies
+        assert statement.true
+    assert not lemma_1(x, w, a, torch.arange(7), torch.exp).applies
+
+
+def test_the_sample_count():
+    assert sample_count(4, 100, 2) == math.ceil(51 * 2 * math.log(100))
+    with pytest.raises(ValueError, match="mu is 1"):
+        sample_count(4, 100, 1)
+    with pytest.raises(ValueError, match="sparsity is 0"):
+        sample_count(0, 100)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_proposition_2_tells_recovery(seed):
+    generator = torch.Generator().manual_seed(seed)
+    inputs, sparsity = 20, 2
+    w = torch.zeros(inputs, dtype=torch.float64)
+    w[:sparsity] = torch.randn(sparsity, generator=generator, dtype=torch.float64)
+    plenty = torch.randn(sample_count(sparsity, inputs), inputs, generator=generator, dtype=torch.float64)
+    assert proposition_2(plenty, (plenty @ w).relu(), w).unique
+    few = plenty[:3]
+    assert not proposition_2(few, (few @ w).relu(), w).unique
