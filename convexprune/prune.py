@@ -19,9 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from convexprune.allocation import Allocation
-from convexprune.bounds import ChainBound, cascade_bound, parallel_bound
+from convexprune.guarantee import graph_bound
 from convexprune.layer import Layer
-from convexprune.network import capture, chain, count_calls, read, write
+from convexprune.network import capture, count_calls, read, write
 from convexprune.network.branches import summed
 from convexprune.network.forward import run, tensors_in, undisturbed
 from convexprune.network.trace import record
@@ -100,7 +100,7 @@ def prune(
         raise ValueError("nothing was pruned: build(layer) returned None for every layer; return a problem for one")
     bound, reason = _guarantee(model, pruned, next(iter(batches)), rows, mode, options)
     measured, scale = _measured(model, pruned, batches, tell)
-    network = NetworkError(measured, None if bound is None else bound.total, scale, reason)
+    network = NetworkError(measured, bound, scale, reason)
     data, samples = _fingerprint(batches)
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
     settings = Settings(mode, used, samples, data, dtype, seed, torch.get_num_threads(), torch.__version__)
@@ -203,26 +203,18 @@ def _grid(kept: Tensor) -> Tensor:
 
 def _guarantee(
     model: nn.Module, pruned: nn.Module, batch: Any, rows: Sequence[Row], mode: str, options: Mapping[str, Any]
-) -> tuple[ChainBound | None, str]:
-    """The bound of `bounds.chain` for a plain chain of Linear layers, or why there is none."""
-    links = chain(model, batch)
-    if links.obstacle is not None:
-        return None, links.obstacle
+) -> tuple[float | None, str]:
+    """The bound along the network's graph, or why there is none."""
     if options["mask"] is not None:
         return None, "a mask was given, and the samples it leaves out are in the network's output"
+    if options["positions"] is not None:
+        return None, "`positions` was given, and the positions it leaves out are in the network's output"
     if "relu" in (options["activations"] or {}).values():
         return None, "a ReLU was told by `activations`, not found in the network"
-    modules = dict(model.named_modules())
-    for name in links.layers:
-        if not isinstance(modules[name], nn.Linear):
-            return None, f"layer {name!r} is a convolution, and the norm of its matrix does not bound its gain"
-    known = {row.name: row for row in rows}
-    weights = [read(pruned, name)[:, : modules[name].in_features] for name in links.layers]
-    found = [known.get(name) for name in links.layers]
-    if mode != "parallel":
-        return cascade_bound([row.error if row else None for row in found], weights), ""
-    # a layer left dense adds no error of its own here, whatever its problem says of it
-    return parallel_bound([row.error or 0.0 if row and not row.left_dense else 0.0 for row in found], weights), ""
+    with undisturbed(model):
+        steps = record(model, batch)
+    found = graph_bound(pruned, steps, rows, mode)
+    return found.total, found.obstacle
 
 
 def _measured(

@@ -1,11 +1,12 @@
-"""What follows a layer, and whether the layers are a plain chain, from one recorded forward pass."""
+"""What follows a layer, from one recorded forward pass."""
 
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from convexprune.network import capture, chain
+from convexprune.network import capture
+from convexprune.network.trace import record
 
 
 class Functional(nn.Module):
@@ -113,46 +114,13 @@ def test_tracing_changes_no_output():
     assert torch.equal(seen[0], seen[2])
 
 
-def test_chain_of_an_mlp_and_of_a_small_convolutional_network():
-    mlp = nn.Sequential(nn.Flatten(), nn.Linear(6, 5), nn.ReLU(), nn.Dropout(), nn.Linear(5, 4), nn.Tanh())
-    found = chain(mlp.train(), torch.randn(2, 2, 3))
-    assert found.layers == ("1", "4")
-    assert found.obstacle is None
-    assert mlp.training
-    circular = nn.Conv2d(1, 2, 3, padding="same", padding_mode="circular")
-    conv = nn.Sequential(circular, nn.ReLU(), nn.Flatten(), nn.Linear(32, 2))
-    assert chain(conv, (torch.randn(2, 1, 4, 4), "label")).obstacle is None
-    scaled = chain(Functional(lambda m, x: m.b(m.a((x - 0.1) / 0.3).view(-1, 6).relu())), torch.randn(2, 6))
-    assert scaled.layers == ("a", "b")
-    assert scaled.obstacle is None
-
-
-@pytest.mark.parametrize(
-    ("function", "message"),
-    [
-        (lambda m, x: m.b(m.bn(m.a(x)).relu()), "bn (BatchNorm1d) is not covered"),
-        (lambda m, x: m.b(m.a(x) + x), "add in the model (Functional) is not covered"),
-        (lambda m, x: (lambda h: m.b(h) + h)(m.a(x)), "add in the model (Functional) is not covered"),
-        (lambda m, x: (m.a(x), m.b(x))[1], "b (Linear) does not read what a (Linear) returned: the network branches"),
-        (lambda m, x: m.b(F.dropout(m.a(x))), "dropout in training in the model (Functional) is not covered"),
-        (lambda m, x: F.log_softmax(m.a(x), 1), "log_softmax in the model (Functional) is not covered"),
-        (lambda m, x: m.a(m.a(x)), "a (Linear) is called more than once"),
-        (lambda m, x: [m.a(x), x], "the model does not return just what a (Linear) returned"),
-        (lambda m, x: x.relu(), "no Linear, Conv1d or Conv2d was called"),
-    ],
-)
-def test_obstacles_name_what_is_not_covered(function, message):
-    obstacle = chain(Functional(function), torch.randn(4, 6)).obstacle
-    assert obstacle.removesuffix(" by the chain bound") == message
-
-
-def test_chain_leaves_the_model_as_it_was():
+def test_recording_leaves_the_model_as_it_was():
     def halfway(m, x):
         m.a(x)
         raise RuntimeError("halfway")
 
     model = Functional(halfway)
     with pytest.raises(RuntimeError, match="halfway"):
-        chain(model, torch.randn(4, 6))
+        record(model, torch.randn(4, 6))
     assert all(m.training and not m._forward_hooks and not m._forward_pre_hooks for m in model.modules())
     assert not torch.overrides._get_current_function_mode_stack()

@@ -2,18 +2,15 @@
 
 from convexprune.network.batch_norm import reestimate_batch_norm
 from convexprune.network.capture import capture, count_calls
-from convexprune.network.chain import Chain, chain
 from convexprune.network.compact import Compaction, compact
 from convexprune.network.mask_keeper import MaskKeeper
 from convexprune.network.sensitivity import sensitivities
 from convexprune.network.write import load, read, save, write
 
 __all__ = [
-    "Chain",
     "Compaction",
     "MaskKeeper",
     "capture",
-    "chain",
     "compact",
     "count_calls",
     "load",

@@ -32,6 +32,7 @@ class Step:
     operation  "relu", "add", ...; a dropout that is active is "dropout in training"
     layer      the module's name, where the step is a whole Linear or convolution
     place      where it happened, as "bn1 (BatchNorm2d)"
+    sizes      the shapes of the first tensor that it read and of the first that it made, where there are both
     """
 
     operation: str
@@ -39,6 +40,7 @@ class Step:
     place: str
     reads: tuple[int, ...]
     makes: tuple[int, ...]
+    sizes: tuple[tuple[int, ...], ...] = ()
 
 
 class Recorder(TorchFunctionMode):
@@ -83,10 +85,11 @@ class Recorder(TorchFunctionMode):
         if self._quiet:
             return func(*args, **kwargs)
         reads = self.numbers((args, kwargs))
+        size = _size((args, kwargs))
         result = func(*args, **kwargs)
         if reads and not _only_looks(func, result):
             changed = args[0] if result is None and args else result  # y[i] = z returns nothing and changes y
-            self._add(_operation(func, kwargs), None, reads, changed)
+            self._add(_operation(func, kwargs), None, reads, changed, size)
         return result
 
     def numbers(self, value: Any) -> tuple[int, ...]:
@@ -99,14 +102,18 @@ class Recorder(TorchFunctionMode):
             self._made += 1
         return int(self._numbers[tensor])
 
-    def _add(self, operation: str, layer: str | None, reads: tuple[int, ...], result: Any) -> None:
+    def _add(
+        self, operation: str, layer: str | None, reads: tuple[int, ...], result: Any, size: tuple[int, ...] | None
+    ) -> None:
         for tensor in tensors_in(result):
             self._numbers.pop(tensor, None)  # type: ignore[no-untyped-call]
         name, module = self._inside[-1] if self._inside else ("", self.model)
         place = f"{name or 'the model'} ({type(module).__name__})"
         if list(module.children()):
             place = f"{operation} in {place}"
-        self.steps.append(Step(operation, layer, place, reads, self.numbers(result)))
+        made = _size(result)
+        sizes = () if size is None or made is None else (size, made)
+        self.steps.append(Step(operation, layer, place, reads, self.numbers(result), sizes))
 
     def _enter(self, name: str, layer: bool, module: nn.Module, _args: Any) -> None:
         self._inside.append((name, module))
@@ -115,7 +122,7 @@ class Recorder(TorchFunctionMode):
     def _leave(self, name: str, layer: bool, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         if layer:
             with torch._C.DisableTorchFunction():
-                self._add(type(module).__name__, name, self.numbers((args, kwargs)), output)
+                self._add(type(module).__name__, name, self.numbers((args, kwargs)), output, _size((args, kwargs)))
         self._quiet -= layer
         self._inside.pop()
 
@@ -133,6 +140,12 @@ def record(model: nn.Module, batch: Any) -> Record:
     with Recorder(model) as recorder:
         output = run(model, batch)
     return Record(tuple(recorder.steps), recorder.numbers(output))
+
+
+def _size(value: Any) -> tuple[int, ...] | None:
+    first = next(tensors_in(value), None)
+    with torch._C.DisableTorchFunction():
+        return None if first is None else tuple(first.shape)
 
 
 def _operation(func: Callable[..., Any], kwargs: dict[str, Any]) -> str:

@@ -1,0 +1,153 @@
+"""The network's guaranteed error along its graph: never below the measured one, and silent where it cannot be known."""
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.nn import functional as F
+
+import convexprune as cp
+from convexprune.bounds.gains import convolution_gain, linear_gain, pooling_gain
+from convexprune.solution import Attempt
+
+
+@dataclass(frozen=True)
+class Noise:
+    """Moves every weight a little, and drops some."""
+
+    size: float = 0.1
+
+    def solve(self, problem, start=None):
+        generator = torch.Generator().manual_seed(int(problem.dense.abs().sum() * 1e6) % 2**31)
+        shake = torch.randn(problem.shape, generator=generator, dtype=torch.float64)
+        return Attempt(problem.dense + self.size * problem.dense.std() * shake, None, cp.Status.CONVERGED, 1)
+
+
+class Net(nn.Module):
+    """Convolutions of several kinds, norms, pools, a residual sum and a head."""
+
+    def __init__(self, stride, dilation, groups, pool):
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(3, 8, 3, padding=1, stride=stride), nn.BatchNorm2d(8)
+        self.conv2 = nn.Conv2d(8, 8, 3, padding="same", dilation=dilation, groups=groups, bias=False)
+        self.bn2, self.pool, self.head = nn.BatchNorm2d(8), pool, nn.Linear(8, 4)
+
+    def forward(self, x):
+        x = F.relu(self.bn1(self.conv1(x)))
+        x = F.relu(x + self.bn2(self.conv2(x)), inplace=True)
+        return torch.sigmoid(self.head(self.pool(x).mean((2, 3))))
+
+
+def random_net(seed, stride, dilation, groups, pool):
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        net = Net(stride, dilation, groups, pool).eval()
+        for module in net.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                nn.init.uniform_(module.weight, -2, 2)
+                nn.init.uniform_(module.running_var, 0.2, 2)
+        return net, list(torch.randn(2, 4, 3, 9, 8))
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    st.integers(0, 10**6), st.sampled_from([1, 2]), st.sampled_from([1, 2]), st.sampled_from([1, 4]),
+    st.sampled_from([nn.Identity(), nn.MaxPool2d(3, 2), nn.AvgPool2d(2), nn.AvgPool2d(3, 1)]),
+    st.sampled_from(["parallel", "cascade"]), st.sampled_from([None, ["conv2", "head"], ["conv1"]]),
+)  # fmt: skip
+def test_measured_is_never_above_guaranteed(seed, stride, dilation, groups, pool, mode, names):
+    net, batches = random_net(seed, stride, dilation, groups, pool)
+    build = lambda layer: cp.Reconstruction(layer, cp.Unstructured(1.0))  # noqa: E731
+    _, report = cp.prune(net, batches, build, Noise(), mode, names=names)
+    assert report.network.guaranteed is not None, report.network.reason
+    assert report.network.measured <= report.network.guaranteed * (1 + 1e-5)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.integers(0, 10**6), st.integers(1, 4), st.integers(1, 3), st.integers(1, 2), st.integers(0, 2),
+    st.integers(1, 2),
+)  # fmt: skip
+def test_the_gain_of_a_convolution_is_above_its_norm_and_near_it(seed, out, kernel, dilation, padding, stride):
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(out, 3, kernel, kernel, generator=generator, dtype=torch.float64)
+    size = 9
+    columns = []
+    for index in range(3 * size * size):
+        x = torch.zeros(3 * size * size, dtype=torch.float64)
+        x[index] = 1
+        x = x.reshape(1, 3, size, size)
+        columns.append(F.conv2d(x, weight, padding=padding, dilation=dilation, stride=stride).flatten())
+    norm = float(torch.linalg.matrix_norm(torch.stack(columns), 2))
+    gain = convolution_gain(weight, (size + 2 * padding,) * 2, (dilation,) * 2)
+    assert norm <= gain
+    if stride == 1:
+        assert gain <= 2 * norm
+
+
+def test_gains_of_groups_and_pools():
+    torch.manual_seed(0)
+    weight = torch.randn(4, 1, 3)
+    each = max(convolution_gain(weight[i : i + 1], (10,), (1,)) for i in range(4))
+    assert convolution_gain(weight, (10,), (1,), 4) == pytest.approx(each)
+    assert pooling_gain((2, 2), (2, 2), average=False) == 1
+    assert pooling_gain((3, 3), (2, 2), average=False) == 2
+    assert pooling_gain((2, 2), (2, 2), average=True) == 0.5
+    matrix = torch.randn(5, 7)
+    assert linear_gain(matrix) == pytest.approx(float(torch.linalg.matrix_norm(matrix.double(), 2)))
+    with pytest.raises(ValueError, match="must hold the dilated kernel"):
+        convolution_gain(weight, (2,), (1,))
+
+
+class Functional(nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b = nn.Linear(6, 6), nn.Linear(6, 6)
+        self.norm, self.ln = nn.BatchNorm1d(6), nn.LayerNorm(6)
+        self.function = function
+
+    def forward(self, x):
+        return self.function(self, x)
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        (lambda m, x: m.b(m.ln(m.a(x))), "ln (LayerNorm) is not covered"),
+        (lambda m, x: m.b(F.dropout(m.a(x))), "dropout in training in the model (Functional) is not covered"),
+        (lambda m, x: F.log_softmax(m.a(x), 1), "log_softmax in the model (Functional) is not covered"),
+        (lambda m, x: m.a(x) * m.b(x), "mul in the model (Functional) reads two tensors that have changed"),
+        (lambda m, x: m.a(m.a(x)), "a (Linear) is called more than once"),
+        (lambda m, x: [m.a(x), m.b(x)], "the model does not return one tensor"),
+    ],
+)
+def test_what_is_not_covered_is_named(function, message):
+    build = lambda layer: cp.L1Reconstruction(layer, 0.1)  # noqa: E731
+    model = Functional(function).eval()
+    _, report = cp.prune(model, [torch.randn(9, 6)], build, Noise())
+    assert report.network.guaranteed is None
+    assert message in report.network.reason
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"mode": "residual"}, "residual mode"), ({"positions": 3}, "`positions` was given")],
+)
+def test_what_was_not_judged_on_all_the_data_is_not_guaranteed(options, message):
+    net, batches = random_net(0, 1, 1, 1, nn.Identity())
+    build = lambda layer: cp.Reconstruction(layer, cp.Unstructured(1.0))  # noqa: E731
+    _, report = cp.prune(net, batches, build, Noise(), **options)
+    assert report.network.guaranteed is None
+    assert message in report.network.reason
+
+
+def test_cascade_through_a_residual_sum_adds_errors_and_multiplies_none():
+    net, batches = random_net(3, 1, 1, 1, nn.Identity())
+    build = lambda layer: cp.Reconstruction(layer, cp.Unstructured(0.3))  # noqa: E731
+    _, cascade = cp.prune(net, batches, build, mode="cascade")
+    _, parallel = cp.prune(net, batches, build, mode="parallel")
+    assert cascade.network.measured <= cascade.network.guaranteed <= parallel.network.guaranteed
