@@ -9,6 +9,7 @@ from torch import nn
 
 import convexprune as cp
 from convexprune import distortion
+from convexprune.network import directions
 from convexprune.report import Report
 
 LEVELS = (0.1, 0.25, 0.5, 0.75, 1.0)
@@ -166,3 +167,36 @@ def test_bad_input_is_named(model, batches, make, error, message):
     with pytest.raises(error, match=message):
         make(model, batches)
     assert all(torch.equal(a, b) for a, b in zip(before.values(), model.state_dict().values(), strict=True))
+
+
+def test_the_second_order_estimate_is_exact_for_a_linear_network_on_average(batches):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(72, 7), nn.Linear(7, 3))
+    data = [batch.repeat(40, 1, 1, 1) for batch in batches]
+    curves = {
+        measure: cp.rate_distortion(model, data, "1", levels=[0.1, 0.3], measure=measure, damping=1e-3)[0].distortion
+        for measure in (cp.OutputChange(), cp.SecondOrder(directions=960))
+    }
+    exact, estimate = curves.values()
+    torch.testing.assert_close(estimate, exact, rtol=0.2, atol=0)
+
+
+@pytest.mark.parametrize("form", ["tensor", "tuple", "dict"])
+def test_directions_take_every_form_of_batch(model, batches, form):
+    class Named(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = model
+
+        def forward(self, x, scale=1.0):
+            return self.inner(x) * scale
+
+    wrapped = {"tensor": lambda x: x, "tuple": lambda x: (x, 0), "dict": lambda x: {"x": x, "scale": 1.0}}[form]
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    found = directions(Named(), [wrapped(batch) for batch in batches], count=8)
+    plain = directions(Named(), batches, count=8)
+    assert set(found) == {"inner.0", "inner.2[0]", "inner.2[1]", "inner.5"}
+    assert all(torch.equal(found[name], plain[name]) for name in found)
+    assert found["inner.5"].shape == (9, 5, 97)  # three parts of each batch
+    assert not any(parameter.requires_grad for parameter in model.parameters())

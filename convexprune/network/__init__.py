@@ -4,7 +4,7 @@ from convexprune.network.batch_norm import reestimate_batch_norm
 from convexprune.network.capture import capture, count_calls
 from convexprune.network.compact import Compaction, compact
 from convexprune.network.mask_keeper import MaskKeeper
-from convexprune.network.sensitivity import sensitivities
+from convexprune.network.sensitivity import directions, sensitivities
 from convexprune.network.write import load, read, save, write
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "capture",
     "compact",
     "count_calls",
+    "directions",
     "load",
     "read",
     "reestimate_batch_norm",

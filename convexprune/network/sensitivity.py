@@ -1,15 +1,17 @@
-"""How much the network's output moves with each output of a layer: the weights of a second-order estimate.
+"""How much the network's output moves with a layer: with each of its outputs, or with any change of its weights.
 
     a_m = E_sample sum_p sum_k (d f_k / d y_mp)^2,    E|f(y + e) - f(y)|^2 ~ sum_m a_m E e_m^2
 
 over output positions p and network outputs k, if the errors e of different outputs and positions are uncorrelated.
 With random probes v ~ N(0, I) the sum over k is E_v (d <v, f> / d y_mp)^2, one backward pass each.
+
+A change D of the weights moves the outputs by E|f(W + D) - f(W)|^2 ~ E_v <D, grad_W <v, f>>^2, with all correlations.
 Source: the Gauss-Newton form of Optimal Brain Damage, LeCun, Denker, Solla 1990; Hutchinson 1990.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from typing import Any
@@ -65,7 +67,69 @@ def sensitivities(
     return found
 
 
-def _graph(model: nn.Module, batch: Any, stacks: dict[str, Stack | None]) -> tuple[Tensor, list[tuple[str, Tensor]]]:
+def directions(
+    model: nn.Module, batches: Sequence[Any], names: Iterable[str] | str | None = None, count: int = 64, seed: int = 0
+) -> dict[str, Tensor]:
+    """For each layer g (count or so, out, P), float32: E|f(W + D) - f(W)|^2 ~ sum_r <D, g_r>^2, to first order in f.
+
+    Each g_r is the gradient of the outputs of some of the samples along a random direction: one backward pass over the
+    data in all. The estimate's standard deviation is sqrt(2 / count) of it. P counts the bias.
+    """
+    pairs = dict.fromkeys(pair for chosen in choose(model, names).values() for pair in chosen)
+    stacks = {module: stack for module, _ in pairs if (stack := stack_of(model.get_submodule(module))) is not None}
+    total = sum(len(next(tensors_in(batch))) for batch in batches)
+    if not total:
+        raise ValueError("no batches; give at least one")
+    found: dict[str, list[Tensor]] = {layer: [] for _, layer in pairs}
+    generator = torch.Generator().manual_seed(seed)
+    parameters = [p for stack in stacks.values() for p in (stack.module.weight, stack.module.bias) if p is not None]
+    asked = [parameter.requires_grad for parameter in parameters]
+    with undisturbed(model):
+        try:
+            for parameter in parameters:
+                parameter.requires_grad_(True)
+            for part in _parts(batches, max(1, -(-total // count))):
+                outputs, _ = _graph(model, part, {})
+                probe = torch.randn(outputs.shape, generator=generator).to(outputs)
+                grads = torch.autograd.grad((outputs * probe).sum(), parameters, allow_unused=True)
+                known = dict(zip(map(id, parameters), grads, strict=True))
+                for module, layer in pairs:
+                    stack = stacks[module]
+                    found[layer].append(_gradient(stack, known, stack.names(module).index(layer)) / total**0.5)
+        finally:
+            for parameter, wanted in zip(parameters, asked, strict=True):
+                parameter.requires_grad_(wanted)
+    return {layer: torch.stack(parts) for layer, parts in found.items()}
+
+
+def _gradient(stack: Stack, known: Mapping[int, Tensor | None], group: int) -> Tensor:
+    """(out, P), float32 on the CPU; 0 where the outputs do not depend on the layer."""
+    weight, bias = known[id(stack.module.weight)], stack.module.bias
+    weight = torch.zeros_like(stack.module.weight) if weight is None else weight
+    matrix = stack.pack(weight.detach())[group].float().cpu()
+    if bias is None:
+        return matrix
+    shift = known[id(bias)]
+    shift = torch.zeros_like(bias) if shift is None else shift
+    return torch.cat([matrix, shift.detach().reshape(stack.groups, -1)[group].float().cpu()[:, None]], 1)
+
+
+def _parts(batches: Iterable[Any], size: int) -> Iterator[Any]:
+    """The batches in parts of at most `size` samples."""
+    for batch in batches:
+        first = batch[0] if isinstance(batch, (tuple, list)) else batch
+        if isinstance(first, Tensor):
+            yield from torch.split(first, size)
+            continue
+        length = len(next(tensors_in(first)))
+        for begin in range(0, length, size):
+            yield {
+                key: value[begin : begin + size] if isinstance(value, Tensor) and len(value) == length else value
+                for key, value in first.items()
+            }
+
+
+def _graph(model: nn.Module, batch: Any, stacks: Mapping[str, Stack | None]) -> tuple[Tensor, list[tuple[str, Tensor]]]:
     """The outputs with their graph, and the outputs of the layers in it, call by call."""
     calls: list[tuple[str, Tensor]] = []
 
