@@ -15,7 +15,7 @@ from convexprune.network import capture
 from convexprune.problem import Solver
 from convexprune.problems import SparsityAllocation
 from convexprune.progress import Progress
-from convexprune.report_allocation import Share, Shares
+from convexprune.report.allocation import Share, Shares
 from convexprune.solution import Status
 from convexprune.solve import solve
 

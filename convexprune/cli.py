@@ -162,7 +162,7 @@ def _show(report: Report) -> None:
     """The table, what its columns mean, and what is known of the network."""
     from rich.console import Console
 
-    from convexprune.report_row import LEGEND
+    from convexprune.report.row import LEGEND
 
     console = Console()
     if console.is_terminal:
@@ -180,7 +180,7 @@ def _table(report: Report) -> Any:
     from rich import box
     from rich.table import Table
 
-    from convexprune.report_row import HEADINGS, WORDS
+    from convexprune.report.row import HEADINGS, WORDS
 
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for heading in HEADINGS:

@@ -25,7 +25,7 @@ from torch import nn
 
 from convexprune.bounds.gains import convolution_gain, linear_gain, norm_gain, pooling_gain
 from convexprune.network.trace import DROPOUT, RESHAPING, Record, Step
-from convexprune.report_row import Row
+from convexprune.report.row import Row
 
 # |f(a) - f(b)| <= |a - b|, entry by entry
 LIPSCHITZ: Final = frozenset(

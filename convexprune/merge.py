@@ -19,7 +19,7 @@ from convexprune.network.channels import ChannelGraph, Channels
 from convexprune.network.forward import run, tensors_in, undisturbed
 from convexprune.problem import Solver
 from convexprune.problems import NeuronMerging, OptimalBrainSurgeon
-from convexprune.report_merging import MergedLayer, MergeReport
+from convexprune.report.merging import MergedLayer, MergeReport
 from convexprune.solution import Status
 from convexprune.solve import solve
 from convexprune.solvers import GreedyMerging, Merges

@@ -30,8 +30,8 @@ from convexprune.problem import EqualityQuadratic, LassoProblem, LayerProblem, S
 from convexprune.problems import Reconstruction
 from convexprune.progress import Progress
 from convexprune.report import NetworkError, Report, Settings, described
-from convexprune.report_allocation import Shares
-from convexprune.report_row import Moments, Row
+from convexprune.report.allocation import Shares
+from convexprune.report.row import Moments, Row
 from convexprune.solution import Solution, Status
 from convexprune.solve import rejudged, solve
 

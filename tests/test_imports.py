@@ -34,7 +34,7 @@ HEAVY = {"cvxpy", "matplotlib", "rich", "click", "sklearn", "safetensors", "scip
 def part(path):
     """The name under convexprune that a file belongs to: "problems", "layer", "" for the package itself."""
     first = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
-    return "" if first == "__init__" else "report" if first.startswith("report_") else first
+    return "" if first == "__init__" else first
 
 
 def imported(node):

@@ -15,7 +15,7 @@ from convexprune.patterns import Unstructured
 from convexprune.problems import L1Reconstruction, NetTrim, Reconstruction
 from convexprune.prune import prune
 from convexprune.report import NetworkError, Report, Settings, described
-from convexprune.report_row import HEADINGS, Moments, Row
+from convexprune.report.row import HEADINGS, Moments, Row
 from convexprune.solution import Certificate, Status, TracePoint
 from convexprune.solvers import ADMM
 

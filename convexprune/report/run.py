@@ -12,8 +12,8 @@ from typing import Any
 from torch import Tensor
 
 from convexprune.layer import Layer
-from convexprune.report_allocation import Shares
-from convexprune.report_row import HEADINGS, WORDS, Moments, Row, number, percent
+from convexprune.report.allocation import Shares
+from convexprune.report.row import HEADINGS, WORDS, Moments, Row, number, percent
 from convexprune.solution import Certificate, Status, TracePoint
 
 
@@ -148,7 +148,7 @@ class Report:
 
     def save_html(self, path: str | os.PathLike[str]) -> None:
         """Write one self-contained page with the table and the plots. Raises OSError naming the path."""
-        from convexprune.report_html import page
+        from convexprune.report.html import page
 
         write_whole(path, page(self))
 

@@ -67,8 +67,8 @@ class MergeReport:
 
     def save_html(self, path: str | os.PathLike[str]) -> None:
         """Write one self-contained page with the saliency curves. Raises OSError naming the path."""
-        from convexprune.report import write_whole
-        from convexprune.report_html import ACCENT, SECOND, document, figure, image
+        from convexprune.report.html import ACCENT, SECOND, document, figure, image
+        from convexprune.report.run import write_whole
 
         parts = ["<p>" + "</p><p>".join(str(self).splitlines()) + "</p>"]
         for layer in self.layers:
