@@ -133,7 +133,7 @@ def latency(folder, options):
     cases.append(("ResNet-20, allocation at 5%", resnet, sparse, images_, None))
     rows = []
     for name, model, pruned, inputs, labelled in cases:
-        small, done = cp.compact(pruned)
+        small, done = cp.compact(pruned, round_to=options.round_to)
         with torch.no_grad():
             change = float((small(inputs[:256]) - pruned(inputs[:256])).abs().max() / pruned(inputs[:256]).abs().max())
         before = sum(p.numel() for p in model.parameters())
@@ -159,6 +159,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--part", choices=[*PARTS], required=True)
     parser.add_argument("--sizes", type=int, nargs="+", default=[256, 1024, 4096, 16384])
+    parser.add_argument("--round-to", type=int, default=1, help="channels left are a multiple of this, for latency")
     parser.add_argument("--data", default=None)
     options = parser.parse_args()
     folder = None if options.part in ("scaling", "one", "quality") else data_folder(options.data)

@@ -1,6 +1,7 @@
-"""The guaranteed error of a pruned network beside its measured one.
+"""The guaranteed error of a pruned network beside its measured one, and what is certain of data not seen.
 
 python benchmarks/network_guarantee.py
+python benchmarks/network_guarantee.py --part unseen     LeNet-300-100 at 90%, 2,000 held-out images, 200 splits
 
 LeNet-300-100 at three sparsities and ResNet-20 at one, in parallel and cascade mode, by Reconstruction; for LeNet also
 Theorem 3.2 of L-OBS with the published Frobenius norms and with spectral ones.
@@ -15,7 +16,7 @@ from nettrim.benchmark_utils.resnet import cifar10, resnet20
 
 import convexprune as cp
 from convexprune.bounds import theorem_3_2
-from convexprune.examples import trained_lenet300
+from convexprune.examples import mnist, trained_lenet300
 
 
 def published(report, network, samples):
@@ -26,12 +27,42 @@ def published(report, network, samples):
     return [theorem_3_2(errors, weights, measured, norm).guaranteed / measured for norm in ("frobenius", "spectral")]
 
 
+def unseen(folder, options):
+    """Predictions that change, from 2,000 held-out images of the test set, against the others; over random splits."""
+    model, data = trained_lenet300(folder / "lenet300.npz"), mnist(folder / "mnist.npz")
+    used = list(images(folder, 10_000).split(5000))
+    network, _ = cp.prune(
+        model, used, lambda layer: cp.Reconstruction(layer.damped(1e-3), cp.Unstructured(0.1)), cp.Best(),
+        mode="cascade", keep_inputs=False,
+    )  # fmt: skip
+    x = data.x_test
+    with torch.no_grad():
+        clip = float(model(used[0]).square().sum(1).mean())  # the size of the outputs, on data already used
+    generator, covered, first = torch.Generator().manual_seed(0), 0, ""
+    for split in range(options.splits):
+        order = torch.randperm(len(x), generator=generator)
+        found = cp.certify_unseen(model, network, [x[order[:2000]]], used, clip=clip)
+        rest = x[order[2000:]]
+        with torch.no_grad():
+            true = float((model(rest).argmax(1) != network(rest).argmax(1)).float().mean())
+        covered += true <= found.changed_most
+        if split == 0:
+            first = f"{found}\nof the other {len(rest):,} test images {true:.2%} change"
+    print(first)
+    print(f"the bound held on the other images in {covered} of {options.splits} splits")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", default=None)
     parser.add_argument("--images", type=int, default=2000)
+    parser.add_argument("--part", choices=["outputs", "unseen"], default="outputs")
+    parser.add_argument("--splits", type=int, default=200)
     options = parser.parse_args()
     folder = data_folder(options.data)
+    if options.part == "unseen":
+        unseen(folder, options)
+        return
     lenet, x = trained_lenet300(folder / "lenet300.npz"), images(folder, options.images)
     resnet, y = resnet20(folder), cifar10(folder, "train", 256)[0]
     cases = [("LeNet-300-100", lenet, [x], None, keep) for keep in (0.5, 0.2, 0.1)]

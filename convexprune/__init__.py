@@ -52,6 +52,7 @@ from convexprune.solvers import (
     UniformPlus,
     WorkingSet,
 )
+from convexprune.unseen import certify_unseen
 
 __all__ = [
     "ADMM",
@@ -106,6 +107,7 @@ __all__ = [
     "Unstructured",
     "WorkingSet",
     "capture",
+    "certify_unseen",
     "compact",
     "judge",
     "load",

@@ -13,6 +13,7 @@ from convexprune.bounds.net_trim import (
     theorem_2,
 )
 from convexprune.bounds.statement import Hypothesis, Statement
+from convexprune.bounds.unseen import cannot_flip, clopper_pearson, empirical_bernstein
 
 __all__ = [
     "ChainBound",
@@ -20,7 +21,10 @@ __all__ = [
     "LinkNormalised",
     "Statement",
     "Uniqueness",
+    "cannot_flip",
     "cascade_bound",
+    "clopper_pearson",
+    "empirical_bernstein",
     "lemma_1",
     "lemma_3_1",
     "parallel_bound",

@@ -1,0 +1,79 @@
+"""What held-out samples say of data not seen, with a stated confidence. The samples must be independent of the pruning.
+
+Source: Clopper, Pearson, Biometrika 1934; Maurer, Pontil, COLT 2009, Theorem 4 (empirical Bernstein).
+"""
+
+from __future__ import annotations
+
+import math
+
+from torch import Tensor
+
+HALVINGS = 100
+
+
+def clopper_pearson(successes: int, trials: int, confidence: float) -> float:
+    """An upper bound of a probability p that holds with this confidence: the p for which P(Bin(n, p) <= k) = 1 - it."""
+    _check(trials, confidence)
+    if not 0 <= successes <= trials:
+        raise ValueError(f"successes is {successes}; it must be between 0 and the {trials} trials")
+    if successes == trials:
+        return 1.0
+    low, high, miss = successes / trials, 1.0, math.log(1 - confidence)
+    for _ in range(HALVINGS):
+        middle = (low + high) / 2
+        if _log_at_most(successes, trials, middle) > miss:
+            low = middle
+        else:
+            high = middle
+    return high
+
+
+def empirical_bernstein(values: Tensor, largest: float, confidence: float) -> float:
+    """An upper bound of E min(Z, b), b = `largest`, from samples z of Z >= 0: clipped, so that no assumption is made.
+
+    mean + sqrt(2 V log(2 / delta) / n) + 7 b log(2 / delta) / (3 (n - 1)),  delta = 1 - confidence, V their variance
+    """
+    z = values.detach().cpu().double().flatten().clamp(max=largest)
+    _check(len(z), confidence)
+    if len(z) < 2:
+        raise ValueError("one sample has no variance; give at least two")
+    if not 0 < largest < math.inf or bool((z < 0).any()):
+        raise ValueError(f"largest is {largest} and the least value {float(z.min()):g}; values must be in [0, largest]")
+    weight = math.log(2 / (1 - confidence))
+    spread = math.sqrt(2 * float(z.var()) * weight / len(z))
+    return float(z.mean()) + spread + 7 * largest * weight / (3 * (len(z) - 1))
+
+
+def cannot_flip(logits: Tensor, error: float | Tensor) -> Tensor:
+    """(n,) bool: samples whose largest logit leads by more than twice the error in the max norm, so it stays largest.
+
+    logits (n, classes) of the dense network, error >= max_k |zhat_k - z_k| of each sample, or of all
+    """
+    top = logits.detach().cpu().double().topk(2, dim=1).values
+    stays: Tensor = top[:, 0] - top[:, 1] > 2 * (error.cpu().double() if isinstance(error, Tensor) else error)
+    return stays
+
+
+def _log_at_most(k: int, n: int, p: float) -> float:
+    """log P(Bin(n, p) <= k), summed downwards from its largest term."""
+    if p >= 1:
+        return -math.inf
+    ratio = (1 - p) / p
+    first = (
+        math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1) + k * math.log(p) + (n - k) * math.log1p(-p)
+    )
+    total, term = 1.0, 1.0
+    for i in range(k, 0, -1):
+        term *= i * ratio / (n - i + 1)
+        total += term
+        if term < 1e-18 * total and term < 1:
+            break
+    return first + math.log(total)
+
+
+def _check(trials: int, confidence: float) -> None:
+    if trials < 1:
+        raise ValueError("no samples; give held-out ones")
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence is {confidence}; it must be in (0, 1), such as 0.99")
