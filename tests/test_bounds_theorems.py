@@ -86,20 +86,19 @@ def test_theorem_1_on_parallel_net_trim(seed, linear_last):
 @pytest.mark.parametrize("linear_last", [False, True])
 @pytest.mark.parametrize("seed", range(3))
 def test_theorem_2_on_cascade_net_trim(seed, linear_last):
-    # no biases: a link-normalised network's inputs are tiny beside a column of ones
-    x, weights, biases = chain(seed, bias=False)
+    x, weights, biases = chain(seed)
     dense, gamma = LinkNormalised.of(weights, biases), 1.1
     ours = dense.outputs(x, linear_last)
     inputs, thin, shifts, first = x, [], [], 0.0
     for index, (weight, bias) in enumerate(zip(dense.weights, dense.biases, strict=True)):
         last = linear_last and index == 2
         read = x if index == 0 else ours[index - 1]
-        target = read @ weight.T
+        target = read @ weight.T + bias
         found, shift, problem = solved(inputs, target, weight, bias, 0.1, None if index == 0 else gamma, last)
         thin.append(found)
         shifts.append(shift)
         first = problem.radius if index == 0 else first
-        inputs = inputs @ found.T
+        inputs = inputs @ found.T + shift
         inputs = inputs if last else inputs.relu()
     statement = theorem_2(dense, thin, shifts, x, first, [gamma, gamma], linear_last)
     assert statement.applies, str(statement)
@@ -187,3 +186,11 @@ def test_proposition_2_tells_recovery(seed):
     assert proposition_2(plenty, (plenty @ w).relu(), w).unique
     few = plenty[:3]
     assert not proposition_2(few, (few @ w).relu(), w).unique
+
+
+def test_inputs_tiny_beside_the_bias_are_no_trouble():
+    x, weights, biases = chain(5)
+    layer = cp.Layer.from_samples(weights[0], 1e-3 * x, biases[0])
+    solution = cp.solve(cp.NetTrim(layer, 0.1))
+    assert solution.status is cp.Status.CONVERGED
+    assert solution.certificate.violation == 0

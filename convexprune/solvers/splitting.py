@@ -10,6 +10,7 @@ from torch import Tensor
 from convexprune.problem import BallProblem, LassoProblem, Problem
 
 BALANCE = 3.0  # residuals further apart than this factor change rho
+UNEQUAL = 30.0  # columns with so many times the typical energy get a weight of their own
 
 
 class Splitting(Protocol):
@@ -46,7 +47,8 @@ class BallSplitting:
 
     T <- project(X U - A);  S <- soft(U - B, 1 / (rho w));  (X^T X + w I) U <- X^T (T + A) + w (S + B);
     A <- A + T - X U;  B <- B + S - U, with T and S over-relaxed. Everything is transposed: U, S are (P, M).
-    The weight w of the second block against the first is what scaling X would do.
+    The weight w of the second block against the first is what scaling X would do; a column that dwarfs the others, such
+    as the ones of a bias beside tiny inputs, has its own.
     """
 
     def __init__(self, problem: BallProblem, start: Tensor | None, alpha: float, device: torch.device,
@@ -57,12 +59,12 @@ class BallSplitting:
         ceiling = problem.ceiling.to(device, dtype)
         self.top = torch.where(self.active, torch.inf, ceiling)
         gram = self.inputs.T @ self.inputs
-        self.weight = 0.05 * float(gram.diagonal().mean()) or 1.0
-        kernel = gram.double() + self.weight * torch.eye(len(gram), dtype=torch.float64, device=device)
+        self.weight = 0.05 * _energies(gram.diagonal())[:, None]
+        kernel = gram.double() + torch.diag(self.weight[:, 0].double())
         self.kernel = torch.cholesky_inverse(torch.linalg.cholesky(kernel)).to(dtype)
         dense = problem.dense if isinstance(problem, Problem) else None
         size = float(dense.abs().mean()) if dense is not None else 1.0
-        self.rho = 0.1 / (self.weight * (size or 1.0))
+        self.rho = 0.1 / (float(self.weight.min()) * (size or 1.0))
         shape = (self.inputs.shape[1], self.outputs.shape[1])
         self.S = torch.zeros(shape, dtype=dtype, device=device) if start is None else start.T.to(device, dtype).clone()
         self.U, self.B = self.S.clone(), torch.zeros_like(self.S)
@@ -74,7 +76,7 @@ class BallSplitting:
         """One iteration: two products with X, one with the kernel."""
         self.T = self._project(self.XU - self.A)
         before = self.S
-        self.S = torch.nn.functional.softshrink(self.U - self.B, 1 / (self.rho * self.weight))
+        self.S = self._shrunk(self.U - self.B)
         self.moved = self.S - before
         relaxed = torch.lerp(self.XU, self.T, self.alpha)
         sparse = torch.lerp(self.U, self.S, self.alpha)
@@ -85,6 +87,13 @@ class BallSplitting:
         self.A -= self.XU
         self.B -= self.U
 
+    def _shrunk(self, x: Tensor) -> Tensor:
+        least, most = float(self.weight.min()), float(self.weight.max())
+        if least == most:
+            return torch.nn.functional.softshrink(x, 1 / (self.rho * least))
+        limit = 1 / (self.rho * self.weight)
+        return x - torch.minimum(torch.maximum(x, -limit), limit)
+
     def _project(self, produced: Tensor) -> Tensor:
         residual = torch.where(self.active, produced - self.outputs, 0)
         norm = float(torch.linalg.vector_norm(residual))
@@ -93,8 +102,8 @@ class BallSplitting:
 
     def balance(self) -> None:
         """rho up when the primal residual dominates, down when the dual one does."""
-        primal = (self.T - self.XU).norm() ** 2 + self.weight * (self.S - self.U).norm() ** 2
-        dual = (self.inputs @ self.moved).norm() ** 2 + self.weight * self.moved.norm() ** 2
+        primal = (self.T - self.XU).norm() ** 2 + (self.weight * (self.S - self.U).square()).sum()
+        dual = (self.inputs @ self.moved).norm() ** 2 + (self.weight * self.moved.square()).sum()
         factor = _balanced(float(primal), float(dual))
         self.rho *= factor
         self.A /= factor
@@ -149,6 +158,17 @@ class LassoSplitting:
     def witness(self) -> Tensor:
         """(M, P): the point, whose residual is the dual variable."""
         return self.S.T
+
+
+def _energies(diagonal: Tensor) -> Tensor:
+    """(P,): the mean of a Gram matrix's diagonal; columns that dwarf the others are left out of it and keep theirs."""
+    mean, alive = diagonal.mean(), diagonal[diagonal > 0]
+    if not len(alive):
+        return torch.ones_like(diagonal)
+    typical = UNEQUAL * alive.median()
+    if mean <= typical:
+        return torch.full_like(diagonal, float(mean))
+    return torch.where(diagonal > typical, diagonal, alive[alive <= typical].mean())
 
 
 def _balanced(primal: float, dual: float) -> float:
