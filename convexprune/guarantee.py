@@ -1,6 +1,6 @@
 """The network's error from its layers' certificates, along the real graph: before the pruned network is run.
 
-Every tensor that a forward pass made carries a bound e of || Yhat - Y ||_F over the calibration samples:
+Every tensor D that a forward pass made carries bounds of its change over the calibration samples, here by ||D||_F:
 
     a layer           parallel  e_out <= E + gain(What) e_in        E: its own error on the dense inputs
                       cascade   e_out <= E                          E: its error against the dense outputs
@@ -10,6 +10,7 @@ Every tensor that a forward pass made carries a bound e of || Yhat - Y ||_F over
     1-Lipschitz       e_out <= e_in       activations, reshapings, slices, padding
     a mean over P     e_out <= e_in / sqrt(P)
 
+`bounds.propagation` has the rules for layers and norms: by Frobenius norms, by spectral norms, channel by channel.
 What is not in this list stops the chain, by name. Source: the triangle inequality; for a plain chain this is
 `bounds.chain`, whose proofs hold link by link.
 """
@@ -18,12 +19,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
+import torch
 from torch import nn
 
-from convexprune.bounds.gains import convolution_gain, linear_gain, norm_gain, pooling_gain
+from convexprune.bounds.gains import ConvolutionOperator, LinearOperator, Operator, pooling_gain
+from convexprune.bounds.propagation import ByChannel, Frobenius, Rule, Spectral, Spread
 from convexprune.network.trace import DROPOUT, RESHAPING, Record, Step
 from convexprune.report.row import Row
 
@@ -31,8 +34,14 @@ from convexprune.report.row import Row
 LIPSCHITZ: Final = frozenset(
     ("relu", "relu6", "tanh", "sigmoid", "hardtanh", "hardsigmoid", "softplus", "softsign", "abs")
 )
-PASSING: Final = LIPSCHITZ | RESHAPING | DROPOUT | frozenset(("getitem", "pad", "narrow", "select", "chunk"))
+ORDERED: Final = frozenset(("view", "view_as", "reshape", "reshape_as", "flatten", "squeeze", "unsqueeze"))
+COPIES: Final = DROPOUT | frozenset(("contiguous", "clone", "detach", "alias"))
+MOVES: Final = RESHAPING | DROPOUT | frozenset(("getitem", "pad", "narrow", "select", "chunk"))
+POOLS: Final = ("max_pool2d", "max_pool1d", "avg_pool2d", "avg_pool1d")
+MEANS: Final = ("mean", "adaptive_avg_pool2d", "adaptive_avg_pool1d")
 SUMS: Final = frozenset(("add", "iadd", "sub", "isub"))
+RULES: Final[Mapping[str, Rule]] = {"Frobenius": Frobenius(), "spectral": Spectral(), "by channel": ByChannel()}
+SHARPEST: Final = "by channel"
 
 
 @dataclass(frozen=True)
@@ -44,86 +53,171 @@ class GraphBound:
     obstacle: str = ""
 
 
-def graph_bound(pruned: nn.Module, record: Record, rows: Sequence[Row], mode: str) -> GraphBound:
-    """Propagate the rows' errors through a recorded pass of the dense network; `pruned` gives the weights as stored."""
-    if mode == "residual":
-        return GraphBound(None, {}, "residual mode judges layers against repaired targets, not the dense network's")
-    modules = dict(pruned.named_modules())
-    errors: dict[int, float] = {}
-    found: dict[str, float] = {}
+def own_errors(rows: Sequence[Row]) -> dict[str, Spread]:
+    """What the certificates say of each judged layer: module -> its own error, groups of a convolution together."""
     judged: dict[str, list[Row]] = {}
     for row in rows:
-        judged.setdefault(row.name.partition("[")[0], []).append(row)
+        if row.error is not None and not row.left_dense:
+            judged.setdefault(row.name.partition("[")[0], []).append(row)
+    found = {}
+    for module, parts in judged.items():
+        every = [part.errors for part in parts]
+        channels = torch.cat([each for each in every if each is not None]) if None not in every else None
+        found[module] = Spread(math.hypot(*(part.error or 0.0 for part in parts)), channels)
+    return found
+
+
+def graph_bound(
+    pruned: nn.Module, record: Record, own: Mapping[str, Spread], mode: str, rule: Rule | None = None
+) -> GraphBound:
+    """Propagate the layers' own errors through a recorded pass of the dense network.
+
+    pruned  gives the weights as stored
+    own     module -> its own error; a layer that is not there is as it was
+    rule    None: `ByChannel`
+    """
+    if mode == "residual":
+        return GraphBound(None, {}, "residual mode judges layers against repaired targets, not the dense network's")
+    walk = _Walk(dict(pruned.named_modules()), own, mode == "cascade", rule or ByChannel())
+    changed: dict[int, Spread] = {}
+    found: dict[str, float] = {}
     for step in record.steps:
-        reads = [errors[number] for number in step.reads if number in errors]
-        if step.layer is None and not any(reads):
-            for number in step.makes:
-                errors[number] = 0.0
-            continue
+        reads = [changed[number] for number in step.reads if number in changed]
+        made = Spread(0.0)
         try:
             if step.layer is not None:
                 if step.layer in found:
                     raise _Uncovered(f"{step.place} is called more than once")
-                made = _layer(modules[step.layer], step, max(reads, default=0.0), judged.get(step.layer, []), mode)
-                found[step.layer] = made
-            else:
-                made = _step(modules, step, reads)
+                made = walk.layer(step.layer, step, max(reads, key=lambda each: each.total, default=made))
+                found[step.layer] = made.total
+            elif any(each.total for each in reads):
+                made = walk.step(step, reads)
         except _Uncovered as error:
             return GraphBound(None, found, str(error))
         for number in step.makes:
-            errors[number] = made
+            changed[number] = made
     if len(record.results) != 1:
         return GraphBound(None, found, "the model does not return one tensor")
-    return GraphBound(errors.get(record.results[0], 0.0), found)
+    return GraphBound(changed.get(record.results[0], Spread(0.0)).total, found)
+
+
+_BASIC: Final = (int, slice, type(None), type(...))
 
 
 class _Uncovered(Exception):
     """A step for which no bound is known."""
 
 
-def _layer(module: Any, step: Step, before: float, rows: Sequence[Row], mode: str) -> float:
-    known = [row for row in rows if row.error is not None and not row.left_dense]
-    own = math.sqrt(math.fsum((row.error or 0.0) ** 2 for row in known))
-    if mode == "cascade" and known:
-        if len(known) < getattr(module, "groups", 1) and before > 0:
-            raise _Uncovered(f"{step.place}: some of its groups were judged on the pruned inputs and some were not")
-        return own
-    return own if before == 0 else own + _gain(module, step) * before
+@dataclass(frozen=True)
+class _Walk:
+    """What is the same at every step."""
+
+    modules: Mapping[str, Any]
+    own: Mapping[str, Spread]
+    cascade: bool
+    rule: Rule
+
+    def layer(self, name: str, step: Step, before: Spread) -> Spread:
+        """A whole Linear or convolution."""
+        own = self.own.get(name, Spread(0.0))
+        module = self.modules[name]
+        if isinstance(module, nn.Linear) and len(step.sizes) == 2 and len(step.sizes[1]) != 2:
+            own = own.plain()  # of tokens, the second axis is no channel
+        if self.cascade and name in self.own:
+            if own.channels is not None and len(own.channels) < len(module.weight) and before.total > 0:
+                raise _Uncovered(f"{step.place}: some of its groups were judged on the pruned inputs and some were not")
+            return own
+        if before.total == 0:
+            return own
+        operator = _operator(module, step)
+        through = self.rule.through(operator, before)
+        if own.rectified:  # a Gram matrix of what the ReLU reads says nothing of what it makes
+            return replace(own.plus(through.activated()), rectified=True)
+        # diag(s) W together is smaller than the largest scale times W
+        scaled = lambda s: self.rule.scaled(s, own).plus(self.rule.through(operator.scaled(s), before))  # noqa: E731
+        return replace(own.plus(through), folded=scaled)
+
+    def step(self, step: Step, reads: Sequence[Spread]) -> Spread:
+        """Anything else; `reads` are the changes of what it reads, the unchanged tensors among them or left out."""
+        name = step.operation
+        before = max(reads, key=lambda each: each.total)
+        if name in SUMS:
+            return _sum(step, reads)
+        if sum(each.total > 0 for each in reads) > 1:
+            raise _Uncovered(f"{step.place} reads two tensors that have changed, and is not covered")
+        if name in LIPSCHITZ:
+            return before.activated()
+        if name in MOVES:
+            return _moved(step, before)
+        module: Any = self.modules.get(step.place.split(" ")[0])
+        norm = isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d)) and module.running_var is not None
+        if name == "batch_norm" and norm:
+            scale = (module.running_var.double() + module.eps).rsqrt()
+            scale = scale if module.weight is None else scale * module.weight
+            return before.folded(scale) if before.folded else self.rule.scaled(scale, before)
+        if name in POOLS and hasattr(module, "kernel_size"):
+            planes = int(name[-2])
+            kernel, stride = (value if isinstance(value, tuple) else (value,) * planes
+                              for value in (module.kernel_size, module.stride))  # fmt: skip
+            return before.times(pooling_gain(kernel, stride, name.startswith("avg")))
+        if name in MEANS and len(step.sizes) == 2:
+            many, few = (math.prod(size) for size in step.sizes)
+            share = 1 / math.sqrt(many / max(few, 1))
+            if name == "mean":
+                return before.plain().times(share)
+            if math.prod(step.sizes[1][2:]) == 1:
+                return before.times(share)
+        raise _Uncovered(f"{step.place} is not covered by the bound")
 
 
-def _gain(module: Any, step: Step) -> float:
+def _operator(module: Any, step: Step) -> Operator:
     if isinstance(module, nn.Linear):
-        return linear_gain(module.weight)
+        return LinearOperator(module.weight)
     unpadded = isinstance(module.padding, tuple) and not any(module.padding)
     if isinstance(module, (nn.Conv1d, nn.Conv2d)) and (module.padding_mode == "zeros" or unpadded):
         reach = [d * (k - 1) + 1 for d, k in zip(module.dilation, module.kernel_size, strict=True)]
         # "same" pads by the dilated kernel less one in all
         room = [2 * p for p in module.padding] if isinstance(module.padding, tuple) else [r - 1 for r in reach]
         torus = [max(s + p, r) for s, p, r in zip(step.sizes[0][2:], room, reach, strict=True)]
-        return convolution_gain(module.weight, torus, module.dilation, module.groups)
+        return ConvolutionOperator(module.weight, torus, module.dilation, module.groups)
     raise _Uncovered(f"{step.place}: no gain is known of this layer")
 
 
-def _step(modules: Mapping[str, nn.Module], step: Step, reads: Sequence[float]) -> float:
-    name = step.operation
-    if name in SUMS and len(step.reads) == 2:
-        return math.fsum(reads)
-    if sum(each > 0 for each in reads) > 1:
-        raise _Uncovered(f"{step.place} reads two tensors that have changed, and is not covered")
-    before = max(reads)
-    if name in PASSING:
+def _sum(step: Step, reads: Sequence[Spread]) -> Spread:
+    """A sum of two tensors, or of a tensor and a constant; nothing that has changed may be stretched over the other."""
+    first_only = len(reads) == 1 or not any(each.total for each in reads[1:])
+    if not step.even and not (first_only and len(step.sizes) == 2 and step.sizes[0] == step.sizes[1]):
+        raise _Uncovered(f"{step.place} stretches a tensor over another, and is not covered")
+    total = Spread(0.0)
+    for each in reads:
+        total = total.plus(each)
+    return total
+
+
+def _moved(step: Step, before: Spread) -> Spread:
+    """Entries that are copied, moved, left out, or joined by zeros: what the norms say stays, channels if they stay."""
+    parts = step.detail if isinstance(step.detail, tuple) else (step.detail,)
+    if step.operation == "getitem" and not all(isinstance(part, _BASIC) for part in parts):
+        raise _Uncovered(f"{step.place} takes entries by a list or a tensor, perhaps twice, and is not covered")
+    if step.operation in COPIES:
         return before
-    module: Any = modules.get(step.place.split(" ")[0])
-    if name == "batch_norm" and isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d)) and module.running_var is not None:
-        scale = (module.running_var.double() + module.eps).rsqrt()
-        return norm_gain(scale if module.weight is None else scale * module.weight) * before
-    if name in ("max_pool2d", "max_pool1d", "avg_pool2d", "avg_pool1d") and hasattr(module, "kernel_size"):
-        planes = int(name[-2])
-        kernel, stride = (value if isinstance(value, tuple) else (value,) * planes
-                          for value in (module.kernel_size, module.stride))  # fmt: skip
-        return pooling_gain(kernel, stride, name.startswith("avg")) * before
-    if name in ("mean", "adaptive_avg_pool2d", "adaptive_avg_pool1d") and len(step.sizes) == 2:
-        many, few = (math.prod(size) for size in step.sizes)
-        if name == "mean" or math.prod(step.sizes[1][2:]) == 1:
-            return before / math.sqrt(many / max(few, 1))
-    raise _Uncovered(f"{step.place} is not covered by the bound")
+    before = replace(before, folded=None)
+    if step.even:
+        return before if step.operation in ORDERED else before.plain()
+    if before.channels is None or len(step.sizes) < 2:
+        return before.plain()
+    old, new = step.sizes
+    if step.operation in ORDERED:
+        flat = len(new) == 2 and len(old) >= 2 and old[0] == new[0]  # runs of columns now stand for channels
+        together = len(old) >= 2 and old[:2] == new[:2]
+        kept = before if math.prod(old[2:]) == math.prod(new[2:]) else replace(before, gram=None)
+        return kept if (flat or together) and old[1] == len(before.channels) else before.plain()
+    if step.operation == "getitem" and isinstance(step.detail, tuple):
+        sliced = all(isinstance(part, slice) for part in step.detail)
+        return before if sliced and step.detail[:2] == (slice(None), slice(None)) else before.plain()
+    if step.operation == "pad" and isinstance(step.detail, (tuple, list)) and len(old) >= 2:
+        amounts = [int(part) for part in step.detail] + [0] * (2 * len(old))
+        left, right = amounts[2 * len(old) - 4 : 2 * len(old) - 2]
+        if min(amounts) >= 0 and not any(amounts[2 * len(old) - 2 :]):
+            return before.padded(left, right)
+    return before.plain()

@@ -209,6 +209,18 @@ class Layer:
             return self.targets.double()
         return affine(self.affine_inputs, self.affine_weight)
 
+    def squared_errors(self, x: Tensor) -> Tensor:
+        """(out,), float64: E (x_m u - y_m)^2 for each output m of the weights x (out, P), by the moments."""
+        x = _double(x)
+        return ((x @ self.affine_gram) * x).sum(1) - 2 * (self.affine_cross * x).sum(1) + self.energies
+
+    def error_norms(self, x: Tensor) -> Tensor:
+        """(out,), float64: at least || X x_m - Y_m || over the samples, with what rounding may hide."""
+        x = _double(x)
+        # by how much rounding may have lowered a sum of terms of this size that cancel
+        size = (x.abs() @ self.affine_gram.diagonal().clamp(min=0).sqrt()).square() + self.energies
+        return (self.samples * (self.squared_errors(x).clamp(min=0) + 8 * 2.0**-53 * size)).sqrt()
+
     def damped(self, fraction: float) -> Layer:
         """The layer with a ridge lambda |W' - W|^2, lambda = fraction * mean diagonal of the Gram matrix.
 

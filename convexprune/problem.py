@@ -46,8 +46,8 @@ class Problem(Protocol):
 class LayerProblem(Problem, Protocol):
     """A problem over the weights of a layer, which `prune` can write back."""
 
-    def output_error(self, x: Tensor) -> float:
-        """An upper bound of || act(X x^T) - act(Y) ||_F over the calibration samples."""
+    def output_errors(self, x: Tensor) -> Tensor:
+        """(M,), float64: upper bounds of || act(X x_m) - act(Y_m) || for each output m over the calibration samples."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -19,17 +19,19 @@ import torch
 from torch import Tensor, nn
 
 from convexprune.allocation import Allocation
-from convexprune.guarantee import graph_bound
+from convexprune.bounds.propagation import Spread
+from convexprune.guarantee import RULES, SHARPEST, GraphBound, graph_bound, own_errors
 from convexprune.layer import Layer
 from convexprune.network import capture, count_calls, read, write
 from convexprune.network.branches import summed
-from convexprune.network.forward import run, tensors_in, undisturbed
-from convexprune.network.trace import record
+from convexprune.network.changes import alone, together, turns
+from convexprune.network.forward import tensors_in, undisturbed
+from convexprune.network.trace import Record, record
 from convexprune.patterns import Unstructured
 from convexprune.problem import EqualityQuadratic, LassoProblem, LayerProblem, Solver, SparseLeastSquares
 from convexprune.problems import Reconstruction
 from convexprune.progress import Progress
-from convexprune.report import NetworkError, Report, Settings, described
+from convexprune.report import Link, NetworkError, Report, Settings, described
 from convexprune.report.allocation import Shares
 from convexprune.report.row import Moments, Row
 from convexprune.solution import Solution, Status
@@ -38,6 +40,7 @@ from convexprune.solve import rejudged, solve
 MODES: Final = ("parallel", "cascade", "residual")
 UNSOLVED: Final = (Status.INFEASIBLE, Status.NUMERICAL)  # no point worth writing: the layer stays as it was
 Build = Callable[..., LayerProblem | None]  # of a layer, and of its count where there is an allocation
+MEMORY: Final = 1e9  # bytes of dense outputs that are held to compare layers with; more layers take more passes
 GRID: Final = (300, 800)  # a weight pattern is drawn on at most this many cells
 
 
@@ -89,18 +92,18 @@ def prune(
         shares = allocation.shares(model, batches, names, mask=mask, positions=positions, seed=seed, progress=progress)
     state = _stated(build, shares)
     rows: list[Row] = []
+    rectified: dict[str, bool] = {}
     used = ""
     for total, layer in _layers(mode, model, pruned, batches, names, options, tell):
         tell(Progress("solve", layer.name, len(rows), total))
         problem = state(layer)
+        rectified[layer.name.partition("[")[0]] = layer.activation == "relu"
         solution = None if problem is None else _written(pruned, layer.name, problem, solver)
         used = used or (solution.solver if solution else "")
         rows.append(_row(layer, read(pruned, layer.name), problem, solution))
     if not used:
         raise ValueError("nothing was pruned: build(layer) returned None for every layer; return a problem for one")
-    bound, reason = _guarantee(model, pruned, next(iter(batches)), rows, mode, options)
-    measured, scale = _measured(model, pruned, batches, tell)
-    network = NetworkError(measured, bound, scale, reason)
+    network = _network_error(model, pruned, batches, rows, rectified, mode, options, tell)
     data, samples = _fingerprint(batches)
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
     settings = Settings(mode, used, samples, data, dtype, seed, torch.get_num_threads(), torch.__version__)
@@ -172,11 +175,13 @@ def _row(layer: Layer, stored: Tensor, problem: LayerProblem | None, solution: S
     row = Row(layer.name, (kept.shape[0], kept.shape[1]), int(kept.sum()), pattern=_grid(kept))
     if problem is None or solution is None:
         return row
+    errors = problem.output_errors(stored)
     return replace(
         row,
         status=solution.status,
         certificate=solution.certificate,
-        error=problem.output_error(stored),
+        error=float(errors.norm()),
+        errors=errors,
         problem=described(problem),
         iterations=solution.iterations,
         seconds=solution.seconds,
@@ -201,36 +206,63 @@ def _grid(kept: Tensor) -> Tensor:
     return nn.functional.adaptive_avg_pool2d(kept.float()[None], cells)[0]
 
 
-def _guarantee(
-    model: nn.Module, pruned: nn.Module, batch: Any, rows: Sequence[Row], mode: str, options: Mapping[str, Any]
-) -> tuple[float | None, str]:
-    """The bound along the network's graph, or why there is none."""
-    if options["mask"] is not None:
-        return None, "a mask was given, and the samples it leaves out are in the network's output"
-    if options["positions"] is not None:
-        return None, "`positions` was given, and the positions it leaves out are in the network's output"
-    if "relu" in (options["activations"] or {}).values():
-        return None, "a ReLU was told by `activations`, not found in the network"
+def _network_error(
+    model: nn.Module,
+    pruned: nn.Module,
+    batches: Iterable[Any],
+    rows: Sequence[Row],
+    rectified: Mapping[str, bool],
+    mode: str,
+    options: Mapping[str, Any],
+    tell: Callable[[Progress], None],
+) -> NetworkError:
+    """The bounds along the network's graph, or why there are none, beside what is measured."""
     with undisturbed(model):
-        steps = record(model, batch)
-    found = graph_bound(pruned, steps, rows, mode)
-    return found.total, found.obstacle
+        steps = record(model, next(iter(batches)))
+    bounds = _bounds(model, pruned, batches, steps, rows, rectified, mode, options)
+    best = bounds[SHARPEST]
+    held = {
+        step.layer: 8 * math.prod(step.sizes[-1]) for step in steps.steps if step.layer and step.layer in best.layers
+    }
+    found: dict[str, float] = {}
+    measured = scale = None
+    for group in turns({} if best.total is None else held, MEMORY) or [[]]:
+        seen = lambda index: tell(Progress("measure", None, index + 1, _length(batches)))  # noqa: E731
+        layers = {name: rectified.get(name, False) for name in group}
+        changes, measured, scale = together(model, pruned, batches, layers, seen)
+        found |= changes
+    links = () if best.total is None else tuple(Link(name, best.layers[name], found[name]) for name in best.layers)
+    totals = {name: bound.total for name, bound in bounds.items() if bound.total is not None}
+    return NetworkError(measured, best.total, scale, best.obstacle, totals, links)
 
 
-def _measured(
-    model: nn.Module, pruned: nn.Module, batches: Iterable[Any], tell: Callable[[Progress], None]
-) -> tuple[float | None, float | None]:
-    """|| Yhat - Y ||_F and ||Y||_F of the outputs, summed in float64; None where the output is not one tensor."""
-    change = size = 0.0
-    with undisturbed(model, pruned):
-        for index, batch in enumerate(batches):
-            dense, sparse = run(model, batch), run(pruned, batch)
-            if not isinstance(dense, Tensor):
-                return None, None
-            change += float((sparse.double() - dense.double()).square().sum())
-            size += float(dense.double().square().sum())
-            tell(Progress("measure", None, index + 1, _length(batches)))
-    return math.sqrt(change), math.sqrt(size)
+def _bounds(
+    model: nn.Module,
+    pruned: nn.Module,
+    batches: Iterable[Any],
+    steps: Record,
+    rows: Sequence[Row],
+    rectified: Mapping[str, bool],
+    mode: str,
+    options: Mapping[str, Any],
+) -> Mapping[str, GraphBound]:
+    """By each rule, from the layers' certificates; the sharpest also from the Gram matrices of their own errors."""
+    reason = ""
+    if options["mask"] is not None:
+        reason = "a mask was given, and the samples it leaves out are in the network's output"
+    if options["positions"] is not None:
+        reason = "`positions` was given, and the positions it leaves out are in the network's output"
+    if "relu" in (options["activations"] or {}).values():
+        reason = "a ReLU was told by `activations`, not found in the network"
+    if reason:
+        return dict.fromkeys(RULES, GraphBound(None, {}, reason))
+    own = own_errors(rows)
+    bounds = {name: graph_bound(pruned, steps, own, mode, rule) for name, rule in RULES.items()}
+    if mode == "parallel" and bounds[SHARPEST].total is not None:
+        grams = alone(model, pruned, batches, {name: rectified[name] for name in own})
+        own = {name: Spread.of(gram, rectified[name]) for name, gram in grams.items()}
+        bounds[SHARPEST] = graph_bound(pruned, steps, own, mode, RULES[SHARPEST])
+    return bounds
 
 
 def _fingerprint(batches: Iterable[Any]) -> tuple[str, int]:

@@ -15,6 +15,7 @@ from convexprune.network import capture, read
 from convexprune.problems import L1Reconstruction, NetTrim
 from convexprune.prune import prune
 from convexprune.solution import Attempt, Status
+from convexprune.solvers import ADMM
 
 GUARANTEED = settings(max_examples=25, deadline=None, derandomize=True)
 WIDTHS = st.lists(st.integers(1, 12), min_size=2, max_size=5)
@@ -78,12 +79,26 @@ def test_also_with_layers_left_out_and_without_relu(widths, seed, mode, between)
     assert holds(prune(model, [x[:7], x[7:]], build, Crude(seed, 0.3, 0.2), mode)[1])
 
 
-def test_feasible_layers_are_charged_their_radius():
+def test_feasible_layers_are_charged_at_most_their_radius():
     model, x = network([5, 8, 4], 0), samples(5, 0)
-    _, report = prune(model, [x], lambda layer: NetTrim(layer, 0.25), Crude(0, 0.0, 0.0))
+    pruned, report = prune(model, [x], lambda layer: NetTrim(layer, 0.25), ADMM())
     first, last = (NetTrim(layer, 0.25).radius for layer in capture(model, [x], keep_inputs=True))
-    norm = float(torch.linalg.matrix_norm(model[2].weight.detach(), 2))
-    assert report.network.guaranteed == pytest.approx(last + norm * first)
+    norm = float(torch.linalg.matrix_norm(pruned[2].weight.detach(), 2))
+    assert report.network.rules["spectral"] <= (last + norm * first) * (1 + 1e-6)
+    assert report.network.rules["spectral"] >= 0.9 * (last + norm * first)  # the balls are full
+
+
+@GUARANTEED
+@given(WIDTHS, st.integers(0, 1000), st.floats(0, 0.9), st.sampled_from(["parallel", "cascade"]))
+def test_sharper_rules_guarantee_no_more(widths, seed, dropped, mode):
+    model, x = network(widths, seed), samples(widths[0], seed)
+    _, report = prune(model, [x], lambda layer: NetTrim(layer, 0.05), Crude(seed, dropped, 0.1), mode)
+    rules = report.network.rules
+    assert report.network.guaranteed == rules["by channel"] <= rules["spectral"] * (1 + 1e-9)
+    assert rules["spectral"] <= rules["Frobenius"] * (1 + 1e-9)
+    for link in report.network.layers:
+        assert link.measured <= link.guaranteed * (1 + 1e-9) + 1e-9
+    assert [link.name for link in report.network.layers] == [row.name for row in report.rows]
 
 
 def test_a_priori_bound_of_the_cascade_covers_the_measured_error():
@@ -142,4 +157,6 @@ def test_biases_cancel():
         model[row].bias.data.mul_(1e6)
     _, report = prune(model, [x], lambda layer: NetTrim(layer, 0.0) if layer.name == "0" else None, Crude(0, 0.3, 0.0))
     weight = read(model, "2")[:, :-1]
-    assert report.network.guaranteed == pytest.approx(report.rows[0].error * float(torch.linalg.matrix_norm(weight, 2)))
+    spectral = report.rows[0].error * float(torch.linalg.matrix_norm(weight, 2))
+    assert report.network.rules["spectral"] == pytest.approx(spectral)
+    assert report.network.measured <= report.network.guaranteed <= spectral

@@ -10,7 +10,8 @@ from torch import nn
 from torch.nn import functional as F
 
 import convexprune as cp
-from convexprune.bounds.gains import convolution_gain, linear_gain, pooling_gain
+from convexprune.bounds.gains import ConvolutionOperator, LinearOperator, pooling_gain
+from convexprune.bounds.propagation import ByChannel, Frobenius, Spectral, Spread
 from convexprune.solution import Attempt
 
 
@@ -82,7 +83,7 @@ def test_the_gain_of_a_convolution_is_above_its_norm_and_near_it(seed, out, kern
         x = x.reshape(1, 3, size, size)
         columns.append(F.conv2d(x, weight, padding=padding, dilation=dilation, stride=stride).flatten())
     norm = float(torch.linalg.matrix_norm(torch.stack(columns), 2))
-    gain = convolution_gain(weight, (size + 2 * padding,) * 2, (dilation,) * 2)
+    gain = ConvolutionOperator(weight, (size + 2 * padding,) * 2, (dilation,) * 2).spectral()
     assert norm <= gain
     if stride == 1:
         assert gain <= 2 * norm
@@ -91,15 +92,90 @@ def test_the_gain_of_a_convolution_is_above_its_norm_and_near_it(seed, out, kern
 def test_gains_of_groups_and_pools():
     torch.manual_seed(0)
     weight = torch.randn(4, 1, 3)
-    each = max(convolution_gain(weight[i : i + 1], (10,), (1,)) for i in range(4))
-    assert convolution_gain(weight, (10,), (1,), 4) == pytest.approx(each)
+    each = max(ConvolutionOperator(weight[i : i + 1], (10,), (1,)).spectral() for i in range(4))
+    assert ConvolutionOperator(weight, (10,), (1,), 4).spectral() == pytest.approx(each)
     assert pooling_gain((2, 2), (2, 2), average=False) == 1
     assert pooling_gain((3, 3), (2, 2), average=False) == 2
     assert pooling_gain((2, 2), (2, 2), average=True) == 0.5
     matrix = torch.randn(5, 7)
-    assert linear_gain(matrix) == pytest.approx(float(torch.linalg.matrix_norm(matrix.double(), 2)))
+    assert LinearOperator(matrix).spectral() == pytest.approx(float(torch.linalg.matrix_norm(matrix.double(), 2)))
     with pytest.raises(ValueError, match="must hold the dilated kernel"):
-        convolution_gain(weight, (2,), (1,))
+        ConvolutionOperator(weight, (2,), (1,))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.integers(0, 10**6), st.sampled_from([1, 2]), st.integers(1, 3), st.integers(1, 2), st.integers(0, 2),
+    st.booleans(), st.booleans(),
+)  # fmt: skip
+def test_every_rule_is_above_what_an_operator_does(seed, groups, kernel, stride, padding, with_channels, with_gram):
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(6, 4 // groups, kernel, kernel, generator=generator, dtype=torch.float64)
+    weight *= torch.rand(weight.shape, generator=generator) < 0.4
+    # few samples, correlated channels, some of them silent
+    change = torch.randn(3, 2, 7, 7, generator=generator, dtype=torch.float64)
+    change = torch.einsum("cd,ndhw->nchw", torch.randn(4, 2, generator=generator, dtype=torch.float64), change)
+    change[:, seed % 4] = 0
+    made = F.conv2d(change, weight, stride=stride, padding=padding, groups=groups)
+    columns, result = (each.movedim(1, -1).reshape(-1, each.shape[1]) for each in (change, made))
+    full = Spread.of(columns.T @ columns)
+    before = Spread(full.total, full.channels if with_channels else None, full.gram if with_gram else None)
+    operator = ConvolutionOperator(weight, (7 + 2 * padding,) * 2, (1, 1), groups)
+    scale = torch.randn(6, generator=generator, dtype=torch.float64)
+    totals = []
+    for rule in (ByChannel(), Spectral(), Frobenius()):
+        for spread, truth in (
+            (rule.through(operator, before), result),
+            (rule.scaled(scale, rule.through(operator, before)), result * scale),
+            (rule.through(operator.scaled(scale), before), result * scale),
+        ):
+            assert float(truth.norm()) <= spread.total * (1 + 1e-9)
+            if spread.channels is not None:
+                assert bool((truth.norm(dim=0) <= spread.channels * (1 + 1e-9)).all())
+            if spread.gram is not None:
+                rest = torch.linalg.eigvalsh(spread.gram - truth.T @ truth)
+                assert float(rest[0]) >= -1e-9 * float(rest[-1].clamp(min=1e-300)) - 1e-9
+        totals.append(rule.through(operator, before).total)
+    assert totals == sorted(totals)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 10**6), st.floats(0.05, 20))
+def test_sums_of_changes(seed, factor):
+    generator = torch.Generator().manual_seed(seed)
+    one, two = torch.randn(2, 5, 3, generator=generator, dtype=torch.float64)
+    two = two * factor
+    found = Spread.of(one.T @ one).plus(Spread.of(two.T @ two))
+    total = one + two
+    assert float(total.norm()) <= found.total * (1 + 1e-12)
+    assert bool((total.norm(dim=0) <= found.channels * (1 + 1e-12)).all())
+    assert float(torch.linalg.eigvalsh(found.gram - total.T @ total)[0]) >= -1e-9 * float(found.gram.trace())
+
+
+class Shortcut(nn.Module):
+    """A shortcut by slices and zero channels, and a flatten of maps into the head."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.conv = nn.Conv2d(2, 4, 3, padding=1), nn.Conv2d(4, 6, 3, padding=1, stride=2)
+        self.norm, self.head = nn.BatchNorm2d(6), nn.Linear(6 * 16, 3)
+
+    def forward(self, x):
+        x = F.relu(self.stem(x))
+        y = self.norm(self.conv(x)) + F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, 1, 1))
+        return self.head(F.relu(y).flatten(1) + 1)
+
+
+@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("mode", ["parallel", "cascade"])
+def test_channels_go_through_slices_zero_channels_and_flattening(seed, mode):
+    torch.manual_seed(seed)
+    net, batches = Shortcut().eval().double(), [torch.randn(6, 2, 8, 8).double() for _ in range(2)]
+    build = lambda layer: cp.Reconstruction(layer, cp.Unstructured(0.3))  # noqa: E731
+    _, report = cp.prune(net, batches, build, mode=mode)
+    rules = report.network.rules
+    assert report.network.measured <= report.network.guaranteed * (1 + 1e-5) + 1e-12
+    assert report.network.guaranteed <= 0.999 * rules["spectral"] or mode == "cascade"
 
 
 class Functional(nn.Module):
@@ -123,6 +199,10 @@ class Functional(nn.Module):
         (lambda m, x: m.a(x) * m.b(x), "mul in the model (Functional) reads two tensors that have changed"),
         (lambda m, x: m.a(m.a(x)), "a (Linear) is called more than once"),
         (lambda m, x: [m.a(x), m.b(x)], "the model does not return one tensor"),
+        (lambda m, x: m.b(F.pad(m.a(x)[None], (2, 2), "reflect")[0, :, 2:8]), "pad by reflect in the model"),
+        (lambda m, x: m.b(torch.add(x, m.a(x), alpha=3)), "add with alpha in the model"),
+        (lambda m, x: m.b(m.a(x)[:, [0, 1, 2, 3, 3, 3]]), "takes entries by a list or a tensor"),
+        (lambda m, x: x[None] + m.a(x)[:, None], "stretches a tensor over another"),
     ],
 )
 def test_what_is_not_covered_is_named(function, message):

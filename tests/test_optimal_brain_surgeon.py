@@ -28,7 +28,7 @@ def test_saliency_is_the_exact_increase_of_one_removal(bias):
     for q in range(exact.shape[1]):
         removed = torch.zeros(exact.shape, dtype=torch.bool)
         removed[:, q] = True
-        errors = OptimalBrainSurgeon(layer, removed)._errors(solve(OptimalBrainSurgeon(layer, removed)).x)
+        errors = layer.squared_errors(solve(OptimalBrainSurgeon(layer, removed)).x)
         torch.testing.assert_close(exact[:, q], errors, rtol=1e-8, atol=1e-10)
         torch.testing.assert_close(increase(layer, removed), exact[:, q])
 

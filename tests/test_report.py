@@ -51,7 +51,14 @@ def test_json_is_strict_and_says_what_a_reader_looks_for(report):
     assert first["trace"][1]["seconds"] == 0.25
     assert second["certificate"]["bound"] == "inf"
     assert third["certificate"] is None
-    assert content["network"] == {"measured": 0.6, "guaranteed": 1.5, "scale": 12.0, "reason": ""}
+    assert content["network"] == {
+        "measured": 0.6,
+        "guaranteed": 1.5,
+        "scale": 12.0,
+        "reason": "",
+        "rules": {},
+        "layers": [],
+    }
 
 
 def test_totals(report):

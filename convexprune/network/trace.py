@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -29,10 +29,13 @@ DROPOUT = frozenset(("dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dr
 class Step:
     """One operation. Tensors are numbers; one that is changed in place gets a new number.
 
-    operation  "relu", "add", ...; a dropout that is active is "dropout in training"
+    operation  "relu", "add", ...; a dropout that is active is "dropout in training", a padding by other than zeros
+               "pad by reflect", a sum with a factor "add with alpha"
     layer      the module's name, where the step is a whole Linear or convolution
     place      where it happened, as "bn1 (BatchNorm2d)"
     sizes      the shapes of the first tensor that it read and of the first that it made, where there are both
+    even       whether every tensor that it read has the shape of the one that it made
+    detail     the index of a getitem, the amounts of a pad
     """
 
     operation: str
@@ -41,6 +44,8 @@ class Step:
     reads: tuple[int, ...]
     makes: tuple[int, ...]
     sizes: tuple[tuple[int, ...], ...] = ()
+    even: bool = True
+    detail: Any = None
 
 
 class Recorder(TorchFunctionMode):
@@ -85,11 +90,11 @@ class Recorder(TorchFunctionMode):
         if self._quiet:
             return func(*args, **kwargs)
         reads = self.numbers((args, kwargs))
-        size = _size((args, kwargs))
+        sizes = _sizes((args, kwargs))
         result = func(*args, **kwargs)
         if reads and not _only_looks(func, result):
             changed = args[0] if result is None and args else result  # y[i] = z returns nothing and changes y
-            self._add(_operation(func, kwargs), None, reads, changed, size)
+            self._add(_operation(func, kwargs), None, reads, changed, sizes, _detail(func, args, kwargs))
         return result
 
     def numbers(self, value: Any) -> tuple[int, ...]:
@@ -103,7 +108,13 @@ class Recorder(TorchFunctionMode):
         return int(self._numbers[tensor])
 
     def _add(
-        self, operation: str, layer: str | None, reads: tuple[int, ...], result: Any, size: tuple[int, ...] | None
+        self,
+        operation: str,
+        layer: str | None,
+        reads: tuple[int, ...],
+        result: Any,
+        sizes: Sequence[tuple[int, ...]],
+        detail: Any = None,
     ) -> None:
         for tensor in tensors_in(result):
             self._numbers.pop(tensor, None)  # type: ignore[no-untyped-call]
@@ -111,9 +122,10 @@ class Recorder(TorchFunctionMode):
         place = f"{name or 'the model'} ({type(module).__name__})"
         if list(module.children()):
             place = f"{operation} in {place}"
-        made = _size(result)
-        sizes = () if size is None or made is None else (size, made)
-        self.steps.append(Step(operation, layer, place, reads, self.numbers(result), sizes))
+        made = _sizes(result)[:1]
+        both = (sizes[0], made[0]) if sizes and made else ()
+        even = all(size == each for size in sizes for each in made)
+        self.steps.append(Step(operation, layer, place, reads, self.numbers(result), both, even, detail))
 
     def _enter(self, name: str, layer: bool, module: nn.Module, _args: Any) -> None:
         self._inside.append((name, module))
@@ -122,7 +134,7 @@ class Recorder(TorchFunctionMode):
     def _leave(self, name: str, layer: bool, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         if layer:
             with torch._C.DisableTorchFunction():
-                self._add(type(module).__name__, name, self.numbers((args, kwargs)), output, _size((args, kwargs)))
+                self._add(type(module).__name__, name, self.numbers((args, kwargs)), output, _sizes((args, kwargs)))
         self._quiet -= layer
         self._inside.pop()
 
@@ -142,15 +154,25 @@ def record(model: nn.Module, batch: Any) -> Record:
     return Record(tuple(recorder.steps), recorder.numbers(output))
 
 
-def _size(value: Any) -> tuple[int, ...] | None:
-    first = next(tensors_in(value), None)
+def _sizes(value: Any) -> list[tuple[int, ...]]:
     with torch._C.DisableTorchFunction():
-        return None if first is None else tuple(first.shape)
+        return [tuple(tensor.shape) for tensor in tensors_in(value)]
 
 
 def _operation(func: Callable[..., Any], kwargs: dict[str, Any]) -> str:
     name = getattr(func, "__name__", type(func).__name__).strip("_")
+    if name == "pad" and kwargs.get("mode", "constant") != "constant":
+        return f"pad by {kwargs['mode']}"
+    if kwargs.get("alpha", 1) != 1:
+        return f"{name} with alpha"
     return f"{name} in training" if name in DROPOUT and kwargs.get("training", True) else name
+
+
+def _detail(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    name = getattr(func, "__name__", "").strip("_")
+    if name == "pad":
+        return kwargs.get("pad", args[1] if len(args) > 1 else None)
+    return args[1] if name == "getitem" and len(args) > 1 else None
 
 
 def _only_looks(func: Callable[..., Any], result: Any) -> bool:

@@ -57,15 +57,15 @@ class L1Reconstruction:
 
     def value(self, x: Tensor) -> float:
         """1/2 E|x u - y|^2 + lam ||x||_1."""
-        return 0.5 * float(self._errors(x).sum()) + self.lam * float(x.double().abs().sum())
+        return 0.5 * float(self.layer.squared_errors(x).sum()) + self.lam * float(x.double().abs().sum())
 
     def violation(self, x: Tensor) -> float:
         """0: every finite point is feasible."""
         return 0.0 if bool(torch.isfinite(x).all()) else math.inf
 
-    def output_error(self, x: Tensor) -> float:
-        """sqrt(samples E|x u - y|^2) >= || act(X x^T) - act(Y) ||_F for a 1-Lipschitz activation."""
-        return math.sqrt(self.layer.samples * max(float(self._errors(x).sum()), 0.0))
+    def output_errors(self, x: Tensor) -> Tensor:
+        """(M,) of the pre-activations: >= || act(X x_m) - act(Y_m) || for a 1-Lipschitz activation."""
+        return self.layer.error_norms(x)
 
     def lower_bound(self, witness: Tensor | None) -> float:
         """sum_m  1/2 (E y_m^2 - E (y_m - s_m r_m)^2)  with r = y - v u the residual of the witness v (M, P).
@@ -85,7 +85,7 @@ class L1Reconstruction:
         # rounding of the product, entry by entry at most P u |v||G|, so that the bound holds as computed
         reach = reach + 2 * len(self.gram) * 2.0**-53 * (self.cross.abs() + v.abs() @ self.gram.abs()).amax(1)
         aligned = self.layer.energies - (self.cross * v).sum(1)  # E[y r]
-        energy = self._errors(v).clamp(min=0)  # E[r^2]
+        energy = self.layer.squared_errors(v).clamp(min=0)  # E[r^2]
         limit = self.lam / reach.clamp(min=1e-300)
         scale = torch.minimum((aligned / energy.clamp(min=1e-300)).clamp(min=0), limit)
         return float((scale * aligned - 0.5 * scale.square() * energy).clamp(min=0).sum())
@@ -101,8 +101,3 @@ class L1Reconstruction:
         smooth = 0.5 * cp.sum_squares(x @ root) - cp.sum(cp.multiply(self.cross.numpy(), x))
         objective = smooth + 0.5 * self.layer.energy + self.lam * cp.sum(cp.abs(x))
         return Formulation(cp.Problem(cp.Minimize(objective)), x, lambda: torch.from_numpy(x.value))
-
-    def _errors(self, x: Tensor) -> Tensor:
-        """E (x_m u - y_m)^2 for each neuron."""
-        x = x.detach().cpu().double()
-        return ((x @ self.gram) * x).sum(1) - 2 * (self.cross * x).sum(1) + self.layer.energies

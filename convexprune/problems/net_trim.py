@@ -121,18 +121,19 @@ class NetTrim:
 
     def violation(self, x: Tensor) -> float:
         """max of (ball error - radius) / ||Y||_F and of the largest (X x^T - V) where inactive / rms of Y, or 0."""
-        error, excess, _ = self._residuals(x)
+        errors, excess, _ = self._residuals(x)
+        error = float(errors.norm())
         scale = self.scale or 1.0
         rms = scale / math.sqrt(max(int(self.active.sum()), 1))
         return max(0.0, (error - self.radius) / scale, excess / rms)
 
-    def output_error(self, x: Tensor) -> float:
-        """sqrt( max(radius, ball error)^2 + || relu(max(V, X x^T)) ||^2 where inactive ) >= || relu(X x^T) - Y ||_F.
+    def output_errors(self, x: Tensor) -> Tensor:
+        """(M,) sqrt( |X x_m - Y_m|^2 where active + |relu(X x_m)|^2 where inactive ) = || relu(X x_m) - Y_m ||.
 
-        For a feasible x and V = 0 this is the radius (Proposition 1 of the paper); it stays valid when x is not.
+        For a feasible x and V = 0 their norm is at most the radius (Proposition 1 of the paper).
         """
-        error, _, leak = self._residuals(x)
-        return math.hypot(max(self.radius, error), leak)
+        balls, _, leaks = self._residuals(x)
+        return torch.hypot(balls, leaks)
 
     def lower_bound(self, witness: Tensor | None) -> float:
         """max over 0 <= s of  sum_m s_m (<z_m, Y> + <z_m, V>)  -  radius || (s Z)_active ||_F,  a weak-duality bound.
@@ -194,18 +195,18 @@ class NetTrim:
             rows = slice(start, min(start + BLOCK, len(self.inputs)))
             yield rows, self.inputs[rows].double()
 
-    def _residuals(self, x: Tensor) -> tuple[float, float, float]:
-        """The ball's error, the largest excess over V, and || relu(max(V, X x^T)) ||_F where inactive."""
+    def _residuals(self, x: Tensor) -> tuple[Tensor, float, Tensor]:
+        """Each output's error in the ball, the largest excess over V, and || relu(X x_m) || where inactive."""
         weight = x.detach().cpu().double()
-        error, excess, leak = 0.0, -math.inf, 0.0
+        error, leak = torch.zeros(2, len(weight), dtype=torch.float64)
+        excess = -math.inf
         for rows, inputs in self._blocks():
             produced, active = inputs @ weight.T, self.active[rows]
             ceiling = self.ceiling if len(self.ceiling) == 1 else self.ceiling[rows]
-            error += float(torch.where(active, produced - self.outputs[rows], 0).square().sum())
+            error += torch.where(active, produced - self.outputs[rows], 0).square().sum(0)
             excess = max(excess, float((produced - ceiling).masked_fill(active, -math.inf).max()))
-            over = torch.maximum(produced, ceiling).masked_fill(active, 0).clamp(min=0)
-            leak += float(over.square().sum())
-        return math.sqrt(error), excess, math.sqrt(leak)
+            leak += produced.masked_fill(active, 0).clamp(min=0).square().sum(0)
+        return error.sqrt(), excess, leak.sqrt()
 
 
 def _best_scaling(gain: Tensor, energy: Tensor, limit: Tensor, radius: float, steps: int = 20) -> float:

@@ -67,7 +67,7 @@ class OptimalBrainSurgeon:
 
     def value(self, x: Tensor) -> float:
         """E|x u - y|^2, summed over the outputs."""
-        return max(float(self._errors(x.detach().cpu().double()).sum()), 0.0)  # a sum of squares, but for rounding
+        return max(float(self.layer.squared_errors(x).sum()), 0.0)  # a sum of squares, but for rounding
 
     def violation(self, x: Tensor) -> float:
         """The largest |x_q| of a removed weight, relative to the largest dense weight."""
@@ -76,9 +76,9 @@ class OptimalBrainSurgeon:
         held = x.detach().cpu().double()[self.removed]
         return float(held.abs().max()) / max(float(self.dense.abs().max()), 1e-300) if len(held) else 0.0
 
-    def output_error(self, x: Tensor) -> float:
-        """sqrt(samples E|x u - y|^2) >= || act(X x^T) - act(Y) ||_F for a 1-Lipschitz activation."""
-        return math.sqrt(self.layer.samples * max(self.value(x), 0.0))
+    def output_errors(self, x: Tensor) -> Tensor:
+        """(M,) of the pre-activations: >= || act(X x_m) - act(Y_m) || for a 1-Lipschitz activation."""
+        return self.layer.error_norms(x)
 
     def lower_bound(self, witness: Tensor | None) -> float:
         """value(v) - sum_i g_i^2 / (4 mu G_ii) for the witness v (M, P), its removed weights set to 0; at least 0.
@@ -100,7 +100,7 @@ class OptimalBrainSurgeon:
         gain = float((slope[:, live] / scale[live]).square().sum()) / (4 * least) if least > 0 else math.inf
         if bool(slope[:, ~live].any()):  # no second moment, but a first: these are no moments of anything
             gain = math.inf
-        value = float(self._errors(v).sum())
+        value = float(self.layer.squared_errors(v).sum())
         rounding = 64 * len(scale) * 2.0**-53 * (self.layer.energy + abs(value))
         bound = value - gain - rounding
         return max(bound, 0.0) if math.isfinite(bound) else 0.0
@@ -124,10 +124,6 @@ class OptimalBrainSurgeon:
         values = torch.linalg.eigvalsh(self.gram[live][:, live] / (scale[live][:, None] * scale[live]))
         rounding = 8 * len(values) * 2.0**-53 * float(values[-1:].sum())
         return scale, float(values[0]) - rounding if len(values) else math.inf
-
-    def _errors(self, x: Tensor) -> Tensor:
-        """E (x_m u - y_m)^2 for each neuron."""
-        return ((x @ self.gram) * x).sum(1) - 2 * (self.cross * x).sum(1) + self.layer.energies
 
 
 def saliencies(layer: Layer) -> Tensor:

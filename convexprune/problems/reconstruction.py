@@ -115,7 +115,7 @@ class Reconstruction:
 
     def value(self, x: Tensor) -> float:
         """sum_m a_m E (x_m u - y_m)^2."""
-        weighted = self._errors(x) * self._root.square()
+        weighted = self.layer.squared_errors(x) * self._root.square()
         total, size = float(weighted.sum()), float((self.layer.energies * self._root.square()).sum())
         # a sum of squares: what is below 0 by more than the rounding of its terms comes of impossible moments
         return total if total < -1e-9 * size else max(total, 0.0)
@@ -127,9 +127,9 @@ class Reconstruction:
         mask = x.detach().cpu()[:, : self.target.shape[1]] != 0
         return excess(self.pattern, mask, self.layer.kernel) / mask.numel()
 
-    def output_error(self, x: Tensor) -> float:
-        """sqrt(samples E|x u - y|^2) >= || act(X x^T) - act(Y) ||_F for a 1-Lipschitz activation."""
-        return math.sqrt(self.layer.samples * max(float(self._errors(x).sum()), 0.0))
+    def output_errors(self, x: Tensor) -> Tensor:
+        """(M,) of the pre-activations: >= || act(X x_m) - act(Y_m) || for a 1-Lipschitz activation."""
+        return self.layer.error_norms(x)
 
     def lower_bound(self, witness: Tensor | tuple[Tensor, Tensor] | None) -> float:
         """The perspective bound at the witness v (M, N), or (v, d) with d (N,); v is the dense weights without one.
@@ -271,12 +271,6 @@ class Reconstruction:
     @property
     def _mean(self) -> Tensor | None:
         return None if self.layer.bias is None else self.layer.mean
-
-    def _errors(self, x: Tensor) -> Tensor:
-        """E (x_m u - y_m)^2 for each neuron."""
-        x = x.detach().cpu().double()
-        gram, cross = self.layer.affine_gram, self.layer.affine_cross
-        return ((x @ gram) * x).sum(1) - 2 * (cross * x).sum(1) + self.layer.energies
 
 
 def _least_eigenvalue(matrix: Tensor) -> float:

@@ -48,6 +48,7 @@ def page(report: Report) -> str:
     sections = [
         _section("Layers", _table(report.rows) + _list(LEGEND)),
         _section("The network", _network(report)),
+        _section("Guaranteed and measured, layer by layer", _links(report)),
         _section("Allocation", _allocation(report)),
         _section("Kept, and proven gap, by layer", image(_layers_plot(report.rows), "kept fraction and gap by layer")),
         _section("Moments", _moments(report.rows)),
@@ -104,6 +105,27 @@ def _network(report: Report) -> str:
     axes.set_xlabel("change of the network's output, Frobenius norm over the calibration samples")
     axes.spines["left"].set_visible(True)
     return words + image(drawing, "guaranteed and measured error of the network")
+
+
+def _links(report: Report) -> str:
+    links = report.network.layers
+    if len(links) < 2:
+        return ""
+    drawing = figure(max(1.8, 0.26 * len(links) + 1.0))
+    axes = drawing.subplots()
+    places = range(len(links))
+    for place, link in zip(places, links, strict=True):
+        axes.plot([link.measured or FLOOR, link.guaranteed or FLOOR], [place] * 2, color=PALE, linewidth=2, zorder=1)
+    hollow = {"markersize": 9, "markerfacecolor": "none", "markeredgewidth": 1.5}
+    axes.plot([link.guaranteed or FLOOR for link in links], places, "o", color=SECOND, label="guaranteed", **hollow)
+    axes.plot([link.measured or FLOOR for link in links], places, "o", color=ACCENT, markersize=5, label="measured")
+    axes.set_yticks(places, [link.name for link in links])
+    axes.invert_yaxis()
+    axes.set_xscale("log")
+    axes.set_xlabel("change of the layer's outputs in the pruned network, Frobenius norm over the calibration samples")
+    axes.legend(frameon=False, fontsize=8)
+    words = "<p>How the errors of the layers before, and its own, arrive at each layer.</p>"
+    return words + image(drawing, "guaranteed and measured change at each layer")
 
 
 def _moments(rows: Sequence[Row]) -> str:

@@ -70,6 +70,7 @@ class Row:
     pattern: Tensor | None = field(default=None, repr=False, compare=False)  # kept fraction, cell by cell of a grid
     wanted: int | None = None  # how many weights the problem's pattern allows; None where it has none
     moments: Moments | None = None
+    errors: Tensor | None = field(default=None, repr=False, compare=False)  # (out,): `error`, each output's
 
     @property
     def total(self) -> int:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import math
 import os
-from dataclasses import dataclass, fields, is_dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,24 +19,41 @@ from convexprune.solution import Certificate, Status, TracePoint
 
 
 @dataclass(frozen=True)
+class Link:
+    """|| Yhat_l - Y_l ||_F of one layer of the network: what is guaranteed, and what was measured."""
+
+    name: str
+    guaranteed: float
+    measured: float
+
+
+@dataclass(frozen=True)
 class NetworkError:
     """|| Yhat - Y ||_F between the outputs of the pruned and the dense network, over the calibration samples.
 
     measured    by running both; None where the model's output is not one tensor
     guaranteed  proven from the layers' errors (see `bounds`); None with a `reason`
     scale       ||Y||_F of the dense network
+    rules       what each rule of propagation guarantees, by its name
+    layers      the same along the way, where there is a guarantee
     """
 
     measured: float | None
     guaranteed: float | None
     scale: float | None
     reason: str = ""
+    rules: Mapping[str, float] = field(default_factory=dict)
+    layers: tuple[Link, ...] = ()
 
     def lines(self) -> tuple[str, ...]:
         """Guaranteed and measured, a sentence each."""
         guaranteed = self._line(self.guaranteed) if self.guaranteed is not None else f"no guarantee: {self.reason}"
         measured = self._line(self.measured) if self.measured is not None else "not measured"
-        return (f"network error, guaranteed: {guaranteed}", f"network error, measured:   {measured}")
+        lines = (f"network error, guaranteed: {guaranteed}", f"network error, measured:   {measured}")
+        if not self.rules or not self.measured:
+            return lines
+        ratios = ", ".join(f"{rule} {total / self.measured:.3g}" for rule, total in self.rules.items())
+        return (*lines, f"guaranteed / measured, by rule: {ratios}")
 
     def relative(self, error: float | None) -> float | None:
         """An error over ||Y||_F."""
@@ -121,7 +139,7 @@ class Report:
         """The report as JSON, traces included, patterns not; numbers that JSON has no word for are strings ("inf")."""
         content = {
             "settings": vars(self.settings),
-            "network": {key: _plain(value) for key, value in vars(self.network).items()},
+            "network": _network_to_json(self.network),
             "kept": self.kept,
             "total": self.total,
             "rows": [_row_to_json(row) for row in self.rows],
@@ -133,11 +151,9 @@ class Report:
     def from_json(cls, text: str) -> Report:
         """The report that `to_json` wrote, without the weight patterns."""
         content = json.loads(text)
-        network = content["network"]
-        measured, guaranteed, scale = (_read(network[key]) for key in ("measured", "guaranteed", "scale"))
         return cls(
             tuple(_row_from_json(row) for row in content["rows"]),
-            NetworkError(measured, guaranteed, scale, network["reason"]),
+            _network_from_json(content["network"]),
             Settings(**content["settings"]),
             Shares.from_dict(content["allocation"]) if content.get("allocation") else None,
         )
@@ -183,8 +199,26 @@ def _certificate_from_json(content: dict[str, Any]) -> Certificate:
     return Certificate(*(float(content[key]) for key in ("value", "bound", "violation")))
 
 
+def _network_to_json(network: NetworkError) -> dict[str, Any]:
+    content = {key: _plain(value) for key, value in vars(network).items()}
+    rules = {key: _plain(value) for key, value in network.rules.items()}
+    return content | {
+        "rules": rules,
+        "layers": [{k: _plain(v) for k, v in vars(link).items()} for link in network.layers],
+    }
+
+
+def _network_from_json(content: dict[str, Any]) -> NetworkError:
+    measured, guaranteed, scale = (_read(content[key]) for key in ("measured", "guaranteed", "scale"))
+    links = (
+        Link(link["name"], float(link["guaranteed"]), float(link["measured"])) for link in content.get("layers", [])
+    )
+    rules = {key: float(value) for key, value in content.get("rules", {}).items()}
+    return NetworkError(measured, guaranteed, scale, content["reason"], rules, tuple(links))
+
+
 def _row_to_json(row: Row) -> dict[str, Any]:
-    content = {key: _plain(value) for key, value in vars(row).items() if key != "pattern"}
+    content = {key: _plain(value) for key, value in vars(row).items() if key not in ("pattern", "errors")}
     proof = row.certificate
     return content | {
         "total": row.total,

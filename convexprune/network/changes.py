@@ -1,0 +1,105 @@
+"""How much the layers change: each alone on the dense network's inputs, and all of them together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from convexprune.network.forward import run, undisturbed
+
+Rectified = Mapping[str, bool]  # module -> whether a ReLU is all that reads it: it is then judged behind the ReLU
+
+
+def alone(model: nn.Module, pruned: nn.Module, batches: Iterable[Any], layers: Rectified) -> dict[str, Tensor]:
+    """module -> D^T D (out, out), float64: D its change on the dense network's inputs, a row each sample and position.
+
+    One pass of the dense network; the pruned one is not run.
+    """
+    twins = dict(pruned.named_modules())
+    grams: dict[str, Tensor] = {}
+
+    def take(name: str, module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
+        with torch.inference_mode(False), torch.no_grad():
+            change = _columns(_behind(twins[name](*args, **kwargs), layers[name]) - _behind(output, layers[name]))
+            grams[name] = grams.get(name, 0) + change.T @ change
+
+    with undisturbed(model, pruned), _hooked(model, layers, take):
+        for batch in batches:
+            run(model, batch)
+    return {name: gram.cpu() for name, gram in grams.items()}
+
+
+def together(
+    model: nn.Module, pruned: nn.Module, batches: Iterable[Any], layers: Rectified, tell: Callable[[int], None]
+) -> tuple[dict[str, float], float | None, float]:
+    """|| Yhat_l - Y_l ||_F of each layer, and of the outputs, with ||Y||_F; summed in float64.
+
+    layers  none: only the outputs. Their dense outputs are held for a batch
+    tell    is called with each batch's number
+
+    The outputs' error is None where they are not one tensor.
+    """
+    dense: dict[str, Tensor] = {}
+    squares = dict.fromkeys(layers, 0.0)
+
+    def keep(name: str, module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
+        dense[name] = _behind(output, layers[name]).clone()  # what comes next may be in place
+
+    def compare(name: str, module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
+        squares[name] += _square(_behind(output, layers[name]).double() - dense.pop(name))
+
+    change: float | None = 0.0
+    size = 0.0
+    with undisturbed(model, pruned), _hooked(model, layers, keep), _hooked(pruned, layers, compare):
+        for index, batch in enumerate(batches):
+            theirs, ours = run(model, batch), run(pruned, batch)
+            if isinstance(theirs, Tensor) and change is not None:
+                change += _square(ours.double() - theirs.double())
+                size += _square(theirs.double())
+            else:
+                change = None
+            tell(index)
+    return {name: each**0.5 for name, each in squares.items()}, None if change is None else change**0.5, size**0.5
+
+
+@contextmanager
+def _hooked(model: nn.Module, names: Iterable[str], function: Callable[..., None]) -> Iterator[None]:
+    """`function(name, module, args, kwargs, output)` behind each of the modules."""
+    modules = dict(model.named_modules())
+    with ExitStack() as hooks:
+        for name in names:
+            hook = modules[name].register_forward_hook(partial(function, name), with_kwargs=True)
+            hooks.callback(hook.remove)
+        yield
+
+
+def _behind(output: Tensor, rectified: bool) -> Tensor:
+    return output.relu() if rectified else output
+
+
+def _columns(change: Tensor) -> Tensor:
+    """(samples and positions, channels), float64."""
+    channels = change if change.ndim < 3 else change.movedim(1, -1)
+    return channels.reshape(-1, channels.shape[-1]).double()
+
+
+def _square(change: Tensor) -> float:
+    return float(change.square().sum())
+
+
+def turns(sizes: Mapping[str, int], memory: float) -> Sequence[list[str]]:
+    """The names in as many groups as it takes for each to stay below `memory`; one that is larger stands alone."""
+    groups: list[list[str]] = []
+    used = memory
+    for name, size in sizes.items():
+        if used + size > memory:
+            groups.append([])
+            used = 0.0
+        groups[-1].append(name)
+        used += size
+    return groups
