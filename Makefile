@@ -5,7 +5,7 @@ BIN := .venv/bin
 
 EXTRAS_demo := report
 EXTRAS_dev := cvxpy,report,dev
-EXTRAS_docs := docs
+EXTRAS_docs := cvxpy,report,docs
 EXTRAS_bench := cvxpy,report,bench
 
 .PHONY: demo test lint docs bench clean
@@ -31,7 +31,7 @@ bench: .venv/bench.stamp
 	$(BIN)/python benchmarks/gpu.py --small
 
 clean:
-	rm -rf .venv docs/_build
+	rm -rf .venv docs/_build docs/auto_gallery
 
 .venv/%.stamp: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
