@@ -1,5 +1,7 @@
 import importlib
 
+from sphinx.errors import ConfigError
+
 project = "convexprune"
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.mathjax", "sphinx_gallery.gen_gallery"]
 html_theme = "furo"
@@ -56,7 +58,7 @@ def complete(app, env):
     package = importlib.import_module("convexprune")
     missing = sorted(set(package.__all__) - known)
     if missing:
-        raise ValueError(f"docs/reference.md lacks {', '.join(missing)}, which convexprune exports")
+        raise ConfigError(f"docs/reference.md lacks {', '.join(missing)}, which convexprune exports")
 
 
 def setup(app):
