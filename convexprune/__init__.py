@@ -53,6 +53,7 @@ from convexprune.solvers import (
     WorkingSet,
 )
 from convexprune.unseen import certify_unseen
+from convexprune.worst_case import WorstCase, worst_case
 
 __all__ = [
     "ADMM",
@@ -106,6 +107,7 @@ __all__ = [
     "UniformPlus",
     "Unstructured",
     "WorkingSet",
+    "WorstCase",
     "capture",
     "certify_unseen",
     "compact",
@@ -120,4 +122,5 @@ __all__ = [
     "save",
     "sensitivities",
     "solve",
+    "worst_case",
 ]

@@ -1,6 +1,7 @@
 """The papers' theorems as objects: hypotheses checked, the guaranteed and the measured side computed."""
 
 from convexprune.bounds.chain import ChainBound, cascade_bound, parallel_bound, slack_product_bound
+from convexprune.bounds.input_sets import Ball, Box
 from convexprune.bounds.layerwise_obs import lemma_3_1, removal, theorem_3_2
 from convexprune.bounds.merging import lemma_1
 from convexprune.bounds.net_trim import (
@@ -14,16 +15,35 @@ from convexprune.bounds.net_trim import (
 )
 from convexprune.bounds.statement import Hypothesis, Statement
 from convexprune.bounds.unseen import cannot_flip, clopper_pearson, empirical_bernstein
+from convexprune.bounds.worst_case import (
+    ChainPair,
+    DifferenceBounds,
+    Exact,
+    IntervalPropagation,
+    LinearRelaxation,
+    cannot_change,
+    difference_bounds,
+    sampled_difference,
+)
 
 __all__ = [
+    "Ball",
+    "Box",
     "ChainBound",
+    "ChainPair",
+    "DifferenceBounds",
+    "Exact",
     "Hypothesis",
+    "IntervalPropagation",
+    "LinearRelaxation",
     "LinkNormalised",
     "Statement",
     "Uniqueness",
+    "cannot_change",
     "cannot_flip",
     "cascade_bound",
     "clopper_pearson",
+    "difference_bounds",
     "empirical_bernstein",
     "lemma_1",
     "lemma_3_1",
@@ -32,6 +52,7 @@ __all__ = [
     "proposition_2",
     "removal",
     "sample_count",
+    "sampled_difference",
     "slack_product_bound",
     "theorem_1",
     "theorem_2",

@@ -1,0 +1,137 @@
+"""Sets of inputs around samples: what a linear function is at most on them, points of them, steps within them."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Interval(NamedTuple):
+    """Entry by entry, (samples, width)."""
+
+    lower: Tensor
+    upper: Tensor
+
+    def within(self, lower: Tensor, upper: Tensor) -> Interval:
+        """The intersection; where there is none, rounding has done it, and this interval stays as it is."""
+        low, high = torch.maximum(self.lower, lower), torch.minimum(self.upper, upper)
+        fits = low <= high
+        return Interval(torch.where(fits, low, self.lower), torch.where(fits, high, self.upper))
+
+    def relu(self) -> Interval:
+        """Of relu(z)."""
+        return Interval(self.lower.clamp(min=0), self.upper.clamp(min=0))
+
+    def maximum(self, rows: Tensor) -> Tensor:
+        """Max of rows @ x over the interval, (samples, rows), of rows (samples or 1, rows, width)."""
+        return times(rows, (self.lower + self.upper) / 2) + times(rows.abs(), (self.upper - self.lower) / 2)
+
+
+@dataclass(frozen=True, eq=False)
+class Box:
+    """Every x within `radius` of the center in the max norm, and between `least` and `most` where those are given.
+
+    center (samples, inputs); least, most: numbers, or tensors that broadcast with the center. Raises ValueError for a
+    radius or entries that make no set.
+    """
+
+    center: Tensor
+    radius: float
+    least: float | Tensor | None = None
+    most: float | Tensor | None = None
+
+    def __post_init__(self) -> None:
+        _check_set(self)
+        empty = ~(self.lower <= self.upper).all(1)
+        if bool(empty.any()):
+            row = int(empty.nonzero()[0])
+            raise ValueError(f"sample {row} has no point between least and most within {self.radius}")
+
+    @cached_property
+    def lower(self) -> Tensor:
+        """The least of each coordinate, (samples, inputs)."""
+        low = self.center - self.radius
+        return low if self.least is None else torch.maximum(low, torch.as_tensor(self.least).detach().cpu().double())
+
+    @cached_property
+    def upper(self) -> Tensor:
+        """The most of each coordinate, (samples, inputs)."""
+        high = self.center + self.radius
+        return high if self.most is None else torch.minimum(high, torch.as_tensor(self.most).detach().cpu().double())
+
+    def maximum(self, rows: Tensor) -> Tensor:
+        """Max over the set of rows @ x, (samples, rows), of rows (samples or 1, rows, inputs)."""
+        return Interval(self.lower, self.upper).maximum(rows)
+
+    def points(self, count: int, generator: torch.Generator) -> Tensor:
+        """(samples, count, inputs): half of them uniform in the box, half its corners."""
+        draws = torch.rand(len(self.center), count, self.center.shape[1], generator=generator, dtype=torch.float64)
+        draws[:, ::2] = draws[:, ::2].round()  # a linear function is largest at a corner
+        return torch.lerp(self.lower[:, None], self.upper[:, None], draws)
+
+    def ascend(self, x: Tensor, gradient: Tensor, step: float) -> Tensor:
+        """Move (samples, count, inputs) by `step` widths of the box along the gradient's sign, then into the set."""
+        low, high = self.lower[:, None], self.upper[:, None]
+        return torch.minimum(torch.maximum(x + step * (high - low) * gradient.sign(), low), high)
+
+
+@dataclass(frozen=True, eq=False)
+class Ball:
+    """Every x within `radius` of the center in the 2-norm; center (samples, inputs). Raises as `Box` does."""
+
+    center: Tensor
+    radius: float
+
+    def __post_init__(self) -> None:
+        _check_set(self)
+
+    def maximum(self, rows: Tensor) -> Tensor:
+        """Max over the set of rows @ x, (samples, rows), of rows (samples or 1, rows, inputs): Cauchy-Schwarz."""
+        sizes: Tensor = torch.linalg.vector_norm(rows, dim=2)
+        return times(rows, self.center) + self.radius * sizes
+
+    def points(self, count: int, generator: torch.Generator) -> Tensor:
+        """(samples, count, inputs): half of them on the sphere, half within it."""
+        shape = (len(self.center), count, self.center.shape[1])
+        away = _unit(torch.randn(shape, generator=generator, dtype=torch.float64))
+        reach = torch.rand(*shape[:2], 1, generator=generator, dtype=torch.float64)
+        reach[:, ::2] = 1.0
+        return self.center[:, None] + self.radius * reach * away
+
+    def ascend(self, x: Tensor, gradient: Tensor, step: float) -> Tensor:
+        """Move (samples, count, inputs) by `step` diameters along the gradient, and back into the set."""
+        away = x + 2 * step * self.radius * _unit(gradient) - self.center[:, None]
+        size: Tensor = torch.linalg.vector_norm(away, dim=2, keepdim=True)
+        return self.center[:, None] + (self.radius / size.clamp(min=1e-300)).clamp(max=1.0) * away
+
+
+def times(rows: Tensor, x: Tensor) -> Tensor:
+    """(samples, rows) of rows (samples or 1, rows, width) and x (samples, width)."""
+    return x @ rows[0].T if len(rows) == 1 else (rows @ x[..., None])[..., 0]
+
+
+def float64(tensor: Tensor, name: str) -> Tensor:
+    """A copy to compute bounds with; raises ValueError, with the name, for numbers that are not finite."""
+    kept = tensor.detach().cpu().double()
+    if not bool(kept.isfinite().all()):
+        raise ValueError(f"{name} hold numbers that are not finite")
+    return kept
+
+
+def _unit(x: Tensor) -> Tensor:
+    size: Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    return x / size.clamp(min=1e-300)
+
+
+def _check_set(around: Box | Ball) -> None:
+    center = around.center
+    if center.ndim != 2 or not len(center):
+        raise ValueError(f"the center has shape {tuple(center.shape)}; expected (samples, inputs), at least one sample")
+    if not 0 <= around.radius < math.inf:
+        raise ValueError(f"the radius is {around.radius}; it must be a finite number >= 0")
+    object.__setattr__(around, "center", float64(center, "the centers"))
