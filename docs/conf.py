@@ -1,6 +1,10 @@
 import importlib
+import os
 
 from sphinx.errors import ConfigError
+
+# the examples are small: on a busy machine their threads would mostly wait for one another
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 project = "convexprune"
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.mathjax", "sphinx_gallery.gen_gallery"]
