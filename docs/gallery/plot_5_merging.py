@@ -51,10 +51,10 @@ plt.show()
 
 incoming = torch.cat([model.fc2.weight, model.fc2.bias[:, None]], 1)
 problem = cp.NeuronMerging(incoming, model.fc3.weight, keep=20)
-for solver in (cp.GreedyMerging(), cp.Exchange(), cp.CVXPY("HIGHS")):
+for name, solver in {"greedy": cp.GreedyMerging(), "exchange": cp.Exchange(), "HiGHS": cp.CVXPY("HIGHS")}.items():
     solution = cp.solve(problem, solver)
     proof = solution.certificate
-    print(f"{type(solver).__name__:14} saliency {proof.value:.4f}  bound {proof.bound:.4f}  {solution.seconds:6.3f} s")
+    print(f"{name:10} saliency {proof.value:.4f}  bound {proof.bound:.4f}  {solution.seconds:6.3f} s")
 
 # %%
 # With calibration data the same problem knows which inputs matter, and the next layer can be fitted anew.
