@@ -3,13 +3,15 @@
 from convexprune import defaults as defaults
 from convexprune.allocation import Allocation, macs_per_weight
 from convexprune.curve import Curve
-from convexprune.distortion import LayerError, OutputChange, SecondOrder, random_inputs, rate_distortion
+from convexprune.distortion import LayerError, OutputChange, SecondOrder, additivity, random_inputs, rate_distortion
+from convexprune.goal import Goal, prune_within
 from convexprune.layer import Layer
 from convexprune.merge import merge
 from convexprune.network import MaskKeeper, capture, compact, load, reestimate_batch_norm, save, sensitivities
 from convexprune.patterns import NM, Blocks, PerRow, Support, Unstructured
 from convexprune.problem import judge
 from convexprune.problems import (
+    ErrorBudget,
     L1Reconstruction,
     NetTrim,
     NeuronMerging,
@@ -75,10 +77,12 @@ __all__ = [
     "Curve",
     "DynamicProgramming",
     "ErdosRenyiKernel",
+    "ErrorBudget",
     "ExactOBS",
     "Exchange",
     "Fast",
     "GlobalMagnitude",
+    "Goal",
     "GreedyMerging",
     "L1Reconstruction",
     "LagrangianPrice",
@@ -108,6 +112,7 @@ __all__ = [
     "Unstructured",
     "WorkingSet",
     "WorstCase",
+    "additivity",
     "capture",
     "certify_unseen",
     "compact",
@@ -116,6 +121,7 @@ __all__ = [
     "macs_per_weight",
     "merge",
     "prune",
+    "prune_within",
     "random_inputs",
     "rate_distortion",
     "reestimate_batch_norm",

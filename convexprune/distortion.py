@@ -14,6 +14,7 @@ from typing import Any, Final, Protocol
 import torch
 from torch import Tensor, nn
 
+from convexprune.bounds.additivity import Additivity
 from convexprune.curve import Curve
 from convexprune.layer import Layer
 from convexprune.network import capture, directions, read, write
@@ -99,6 +100,37 @@ class OutputChange:
             return float(each.max() if self.worst else each.mean())
 
         return measured
+
+
+def additivity(model: nn.Module, pruned: nn.Module, batches: Iterable[Any]) -> Additivity:
+    """How far the distortions of the layers, each pruned alone, add up to that of all: a pass for each layer.
+
+    model, pruned  the same architecture; the modules whose weights or biases differ are the pruned layers
+
+    Raises ValueError where none differs.
+    """
+    batches = list(batches)
+    trial = copy.deepcopy(model)
+    dense = torch.cat([_outputs(model, batch) for batch in batches])
+    theirs = dict(pruned.named_modules())
+
+    def change(network: nn.Module) -> Tensor:
+        return torch.cat([_outputs(network, batch) for batch in batches]).double() - dense.double()
+
+    alone = []
+    for name, module in trial.named_modules():
+        own = dict(module.named_parameters(recurse=False))
+        other = dict(theirs[name].named_parameters(recurse=False))
+        moved = [key for key in own if not torch.equal(own[key], other[key])]
+        if not moved:
+            continue
+        before = {key: own[key].data for key in moved}
+        for key in moved:
+            own[key].data = other[key].data
+        alone.append(change(trial))
+        for key in moved:
+            own[key].data = before[key]
+    return Additivity.of(alone, change(pruned))
 
 
 def rate_distortion(

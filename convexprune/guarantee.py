@@ -23,7 +23,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from convexprune.bounds.gains import ConvolutionOperator, LinearOperator, Operator, pooling_gain
 from convexprune.bounds.propagation import ByChannel, Frobenius, Rule, Spectral, Spread
@@ -67,38 +67,44 @@ def own_errors(rows: Sequence[Row]) -> dict[str, Spread]:
     return found
 
 
-def graph_bound(
-    pruned: nn.Module, record: Record, own: Mapping[str, Spread], mode: str, rule: Rule | None = None
-) -> GraphBound:
-    """Propagate the layers' own errors through a recorded pass of the dense network.
+class Propagation:
+    """A recorded pass of the dense network, ready to carry the layers' own errors to its output.
 
     pruned  gives the weights as stored
-    own     module -> its own error; a layer that is not there is as it was
-    rule    None: `ByChannel`
+    mode    as of `prune`: whether a judged layer has seen the errors before it
     """
-    if mode == "residual":
-        return GraphBound(None, {}, "residual mode judges layers against repaired targets, not the dense network's")
-    walk = _Walk(dict(pruned.named_modules()), own, mode == "cascade", rule or ByChannel())
-    changed: dict[int, Spread] = {}
-    found: dict[str, float] = {}
-    for step in record.steps:
-        reads = [changed[number] for number in step.reads if number in changed]
-        made = Spread(0.0)
-        try:
-            if step.layer is not None:
-                if step.layer in found:
-                    raise _Uncovered(f"{step.place} is called more than once")
-                made = walk.layer(step.layer, step, max(reads, key=lambda each: each.total, default=made))
-                found[step.layer] = made.total
-            elif any(each.total for each in reads):
-                made = walk.step(step, reads)
-        except _Uncovered as error:
-            return GraphBound(None, found, str(error))
-        for number in step.makes:
-            changed[number] = made
-    if len(record.results) != 1:
-        return GraphBound(None, found, "the model does not return one tensor")
-    return GraphBound(changed.get(record.results[0], Spread(0.0)).total, found)
+
+    def __init__(self, pruned: nn.Module, record: Record, mode: str) -> None:
+        self.record, self.mode = record, mode
+        self.modules = dict(pruned.named_modules())
+        self.operators: dict[Any, Operator] = {}  # they remember their norms, which are the work
+
+    def bound(self, own: Mapping[str, Spread], rule: Rule | None = None) -> GraphBound:
+        """From each module's own error; a module that is not there is as it was. Without `rule`, `ByChannel`."""
+        if self.mode == "residual":
+            why = "residual mode judges layers against repaired targets, not the dense network's"
+            return GraphBound(None, {}, why)
+        walk = _Walk(self.modules, self.operators, own, self.mode == "cascade", rule or ByChannel())
+        changed: dict[int, Spread] = {}
+        found: dict[str, float] = {}
+        for step in self.record.steps:
+            reads = [changed[number] for number in step.reads if number in changed]
+            made = Spread(0.0)
+            try:
+                if step.layer is not None:
+                    if step.layer in found:
+                        raise _Uncovered(f"{step.place} is called more than once")
+                    made = walk.layer(step.layer, step, max(reads, key=lambda each: each.total, default=made))
+                    found[step.layer] = made.total
+                elif any(each.total for each in reads):
+                    made = walk.step(step, reads)
+            except _Uncovered as error:
+                return GraphBound(None, found, str(error))
+            for number in step.makes:
+                changed[number] = made
+        if len(self.record.results) != 1:
+            return GraphBound(None, found, "the model does not return one tensor")
+        return GraphBound(changed.get(self.record.results[0], Spread(0.0)).total, found)
 
 
 _BASIC: Final = (int, slice, type(None), type(...))
@@ -113,6 +119,7 @@ class _Walk:
     """What is the same at every step."""
 
     modules: Mapping[str, Any]
+    operators: dict[Any, Operator]
     own: Mapping[str, Spread]
     cascade: bool
     rule: Rule
@@ -129,13 +136,20 @@ class _Walk:
             return own
         if before.total == 0:
             return own
-        operator = _operator(module, step)
-        through = self.rule.through(operator, before)
+        if name not in self.operators:
+            self.operators[name] = _operator(module, step)
+        through = self.rule.through(self.operators[name], before)
         if own.rectified:  # a Gram matrix of what the ReLU reads says nothing of what it makes
             return replace(own.plus(through.activated()), rectified=True)
-        # diag(s) W together is smaller than the largest scale times W
-        scaled = lambda s: self.rule.scaled(s, own).plus(self.rule.through(operator.scaled(s), before))  # noqa: E731
-        return replace(own.plus(through), folded=scaled)
+
+        def folded(scale: Tensor) -> Spread:
+            """diag(s) W together is smaller than the largest scale times W."""
+            key = name, tuple(scale.tolist())
+            if key not in self.operators:
+                self.operators[key] = self.operators[name].scaled(scale)
+            return self.rule.scaled(scale, own).plus(self.rule.through(self.operators[key], before))
+
+        return replace(own.plus(through), folded=folded)
 
     def step(self, step: Step, reads: Sequence[Spread]) -> Spread:
         """Anything else; `reads` are the changes of what it reads, the unchanged tensors among them or left out."""

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from convexprune.allocation import Allocation
 from convexprune.bounds.propagation import Spread
-from convexprune.guarantee import RULES, SHARPEST, GraphBound, graph_bound, own_errors
+from convexprune.guarantee import RULES, SHARPEST, GraphBound, Propagation, own_errors
 from convexprune.layer import Layer
 from convexprune.network import capture, count_calls, read, write
 from convexprune.network.branches import summed
@@ -257,11 +257,12 @@ def _bounds(
     if reason:
         return dict.fromkeys(RULES, GraphBound(None, {}, reason))
     own = own_errors(rows)
-    bounds = {name: graph_bound(pruned, steps, own, mode, rule) for name, rule in RULES.items()}
+    network = Propagation(pruned, steps, mode)
+    bounds = {name: network.bound(own, rule) for name, rule in RULES.items()}
     if mode == "parallel" and bounds[SHARPEST].total is not None:
         grams = alone(model, pruned, batches, {name: rectified[name] for name in own})
         own = {name: Spread.of(gram, rectified[name]) for name, gram in grams.items()}
-        bounds[SHARPEST] = graph_bound(pruned, steps, own, mode, RULES[SHARPEST])
+        bounds[SHARPEST] = network.bound(own, RULES[SHARPEST])
     return bounds
 
 

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 import convexprune as cp
 from convexprune.bounds import (
+    Additivity,
     LinkNormalised,
     lemma_1,
     lemma_3_1,
@@ -21,6 +22,7 @@ from convexprune.bounds import (
     theorem_2,
     theorem_3_2,
 )
+from convexprune.examples import mnist, trained_lenet300
 
 
 def chain(seed, widths=(5, 8, 7, 4), samples=40, bias=True):
@@ -52,7 +54,7 @@ def test_proposition_1_on_what_the_solver_returns(seed, epsilon):
     x, (weight, *_), (bias, *_) = chain(seed)
     layer = cp.Layer.from_samples(weight, x, bias)
     problem = cp.NetTrim(layer, epsilon)
-    u = cp.solve(problem).x
+    u = cp.solve(problem, cp.ADMM(eps_abs=1e-12)).x  # feasible, not nearly so
     y = torch.relu(x @ weight.T + bias)
     statement = proposition_1(ones(x), y, u, problem.radius)
     assert statement.applies
@@ -194,3 +196,77 @@ def test_inputs_tiny_beside_the_bias_are_no_trouble():
     solution = cp.solve(cp.NetTrim(layer, 0.1))
     assert solution.status is cp.Status.CONVERGED
     assert solution.certificate.violation == 0
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 10**6), st.floats(1e-4, 1.0))
+def test_additivity_holds_wherever_its_assumptions_do(seed, size):
+    generator = torch.Generator().manual_seed(seed)
+    alone = list(size * torch.randn(4, 30, 5, generator=generator, dtype=torch.float64))
+    together = sum(alone) + size**2 * torch.randn(30, 5, generator=generator, dtype=torch.float64)
+    found = Additivity.of(alone, together)
+    assert found.predicted == pytest.approx(sum(float(each.square().sum(1).mean()) for each in alone))
+    for tolerance in (0.1, 0.25, 0.6):
+        statement = found.statement(tolerance)
+        assert statement.true or not statement.applies
+    assert Additivity.of(alone[:1], alone[0]).ratio == 1
+    assert Additivity.of(alone[:1], alone[0]).statement().applies
+    twice = Additivity.of([alone[0], alone[0]], 2 * alone[0])
+    assert (twice.ratio, twice.crossing) == (pytest.approx(2), pytest.approx(1))
+    assert "uncorrelated" in str(twice.statement())
+
+
+def test_additivity_of_a_network():
+    torch.manual_seed(0)
+    model, x = torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.ReLU(), torch.nn.Linear(8, 3)), torch.randn(50, 6)
+    build = lambda layer: cp.Reconstruction(layer, cp.Unstructured(0.8))  # noqa: E731
+    pruned, _ = cp.prune(model, [x], build)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    found = cp.additivity(model, pruned, [x[:20], x[20:]])
+    assert len(found.alone) == 2
+    assert found.measured == pytest.approx(float((pruned(x) - model(x)).detach().square().sum(1).mean()), rel=1e-5)
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+    last, _ = cp.prune(model, [x], build, names="2")
+    assert cp.additivity(model, last, [x]).ratio == pytest.approx(1)
+    with pytest.raises(ValueError, match="no layer has changed"):
+        cp.additivity(model, model, [x])
+    with pytest.raises(ValueError, match="tolerance is 1"):
+        found.statement(1)
+
+
+def test_theorems_on_a_published_network(data):
+    """LeNet-300-100, pruned for real: each statement applies and is true; broken inputs say so."""
+    model, x = trained_lenet300(data / "lenet300.npz"), mnist(data / "mnist.npz").x_train[:300].flatten(1)
+    layers = [module for module in model.modules() if isinstance(module, torch.nn.Linear)]
+    weights, biases = [layer.weight for layer in layers], [layer.bias for layer in layers]
+    dense, built = LinkNormalised.of(weights, biases), {}
+
+    def build(layer):
+        built[layer.name] = cp.NetTrim(layer, 0.2)
+        return built[layer.name]
+
+    thin, report = cp.prune(model, [x], build)
+    others = [module for module in thin.modules() if isinstance(module, torch.nn.Linear)]
+    for row, layer in zip(report.rows[:2], others, strict=False):
+        problem = built[row.name]
+        u = torch.cat([layer.weight, layer.bias[:, None]], 1)
+        statement = proposition_1(problem.inputs, problem.outputs, u, problem.radius * (1 + 1e-6))
+        assert statement.applies, str(statement)
+        assert statement.true
+    errors = [
+        problem.radius * (1 + 1e-6) / math.prod(dense.scales[: index + 1])
+        for index, problem in enumerate(built.values())
+    ]
+    normal = dense.like([layer.weight for layer in others], [layer.bias for layer in others])
+    whole = theorem_1(dense, normal, None, x, errors, linear_last=True)
+    assert whole.applies, str(whole)
+    assert whole.true
+    raw = LinkNormalised(tuple(w.double() for w in weights), tuple(b.double() for b in biases), (1.0,) * 3)
+    assert not theorem_1(raw, normal, None, x, errors, linear_last=True).applies
+    rules = report.network.rules
+    assert report.network.measured <= rules["by channel"] <= rules["spectral"] <= rules["Frobenius"]
+    starved, _ = cp.prune(model, [x], lambda layer: cp.Reconstruction(layer.damped(1e-3), cp.Unstructured(0.02)))
+    weak = next(module for module in starved.modules() if isinstance(module, torch.nn.Linear))
+    lost = torch.cat([weak.weight, weak.bias[:, None]], 1)
+    first = built[report.rows[0].name]
+    assert not proposition_1(first.inputs, first.outputs, lost, first.radius).applies

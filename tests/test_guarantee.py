@@ -83,7 +83,7 @@ def test_the_gain_of_a_convolution_is_above_its_norm_and_near_it(seed, out, kern
         x = x.reshape(1, 3, size, size)
         columns.append(F.conv2d(x, weight, padding=padding, dilation=dilation, stride=stride).flatten())
     norm = float(torch.linalg.matrix_norm(torch.stack(columns), 2))
-    gain = ConvolutionOperator(weight, (size + 2 * padding,) * 2, (dilation,) * 2).spectral()
+    gain = ConvolutionOperator(weight, (size + 2 * padding,) * 2, (dilation,) * 2).spectral
     assert norm <= gain
     if stride == 1:
         assert gain <= 2 * norm
@@ -92,13 +92,13 @@ def test_the_gain_of_a_convolution_is_above_its_norm_and_near_it(seed, out, kern
 def test_gains_of_groups_and_pools():
     torch.manual_seed(0)
     weight = torch.randn(4, 1, 3)
-    each = max(ConvolutionOperator(weight[i : i + 1], (10,), (1,)).spectral() for i in range(4))
-    assert ConvolutionOperator(weight, (10,), (1,), 4).spectral() == pytest.approx(each)
+    each = max(ConvolutionOperator(weight[i : i + 1], (10,), (1,)).spectral for i in range(4))
+    assert ConvolutionOperator(weight, (10,), (1,), 4).spectral == pytest.approx(each)
     assert pooling_gain((2, 2), (2, 2), average=False) == 1
     assert pooling_gain((3, 3), (2, 2), average=False) == 2
     assert pooling_gain((2, 2), (2, 2), average=True) == 0.5
     matrix = torch.randn(5, 7)
-    assert LinearOperator(matrix).spectral() == pytest.approx(float(torch.linalg.matrix_norm(matrix.double(), 2)))
+    assert LinearOperator(matrix).spectral == pytest.approx(float(torch.linalg.matrix_norm(matrix.double(), 2)))
     with pytest.raises(ValueError, match="must hold the dilated kernel"):
         ConvolutionOperator(weight, (2,), (1,))
 

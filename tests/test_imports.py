@@ -18,6 +18,7 @@ TOP = {
     "defaults",
     "allocation",
     "distortion",
+    "goal",
     "guarantee",
     "merge",
     "unseen",

@@ -58,6 +58,7 @@ def test_json_is_strict_and_says_what_a_reader_looks_for(report):
         "reason": "",
         "rules": {},
         "layers": [],
+        "wanted": None,
     }
 
 

@@ -1,5 +1,6 @@
 """The papers' theorems as objects: hypotheses checked, the guaranteed and the measured side computed."""
 
+from convexprune.bounds.additivity import Additivity
 from convexprune.bounds.chain import ChainBound, cascade_bound, parallel_bound, slack_product_bound
 from convexprune.bounds.input_sets import Ball, Box
 from convexprune.bounds.layerwise_obs import lemma_3_1, removal, theorem_3_2
@@ -27,6 +28,7 @@ from convexprune.bounds.worst_case import (
 )
 
 __all__ = [
+    "Additivity",
     "Ball",
     "Box",
     "ChainBound",

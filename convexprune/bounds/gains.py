@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Protocol
 
 import torch
@@ -31,6 +32,7 @@ class Operator(Protocol):
     def frobenius(self) -> float:
         """Of the published bounds: >= ||op(D)||_F / ||D||_F by the norm of all weights."""
 
+    @property
     def spectral(self) -> float:
         """||op||_2."""
 
@@ -63,6 +65,7 @@ class LinearOperator:
         """||W||_F."""
         return float(self._matrix().norm()) * (1 + ROUNDING)
 
+    @cached_property
     def spectral(self) -> float:
         """||W||_2."""
         return float(torch.linalg.matrix_norm(self._matrix(), 2)) * (1 + ROUNDING)
@@ -113,6 +116,7 @@ class ConvolutionOperator:
         """sqrt(taps) ||W||_F: an input is in as many patches as the kernel has taps."""
         return math.sqrt(math.prod(self.weight.shape[2:])) * float(self._kernel().norm()) * (1 + ROUNDING)
 
+    @cached_property
     def spectral(self) -> float:
         """The largest singular value over all frequencies, and over the groups."""
         parts = self._waves().chunk(self.groups, dim=1)

@@ -50,16 +50,19 @@ class LinkNormalised:
     @classmethod
     def of(cls, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> LinkNormalised:
         """Normalise the matrices (out, in) of a chain. Raises ValueError for one that is all zero."""
-        scales, found, shifts, total = [], [], [], 1.0
-        for index, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
-            size = float(weight.detach().double().abs().sum())
-            if size == 0:
-                raise ValueError(f"weights {index} are all zero; the network behind them is a constant")
+        scales = tuple(float(weight.detach().double().abs().sum()) for weight in weights)
+        if 0 in scales:
+            raise ValueError(f"weights {scales.index(0)} are all zero; the network behind them is a constant")
+        return cls((), (), scales).like(weights, biases)
+
+    def like(self, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> LinkNormalised:
+        """Another network's weights, such as the pruned one's, divided by this one's factors."""
+        found, shifts, total = [], [], 1.0
+        for weight, bias, size in zip(weights, biases, self.scales, strict=True):
             total *= size
-            scales.append(size)
             found.append(weight.detach().cpu().double() / size)
             shifts.append(None if bias is None else bias.detach().cpu().double() / total)
-        return cls(tuple(found), tuple(shifts), tuple(scales))
+        return LinkNormalised(tuple(found), tuple(shifts), self.scales)
 
     @property
     def factor(self) -> float:

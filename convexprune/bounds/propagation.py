@@ -109,7 +109,7 @@ class Spectral:
 
     def through(self, operator: Operator, before: Spread) -> Spread:
         """Bounds of op(D)."""
-        return Spread(operator.spectral() * before.total)
+        return Spread(operator.spectral * before.total)
 
     def scaled(self, scale: Tensor, before: Spread) -> Spread:
         """Max |s|."""
@@ -127,7 +127,7 @@ class ByChannel:
 
     def through(self, operator: Operator, before: Spread) -> Spread:
         """Bounds of op(D)."""
-        whole = operator.spectral() * before.total
+        whole = operator.spectral * before.total
         channels = operator.rows() * before.total
         gram = None
         if before.channels is not None and operator.channels % len(before.channels) == 0:

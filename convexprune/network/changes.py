@@ -34,6 +34,21 @@ def alone(model: nn.Module, pruned: nn.Module, batches: Iterable[Any], layers: R
     return {name: gram.cpu() for name, gram in grams.items()}
 
 
+def norms(model: nn.Module, batches: Iterable[Any], layers: Rectified) -> tuple[dict[str, float], float | None]:
+    """||Y_l||_F of each layer, and of the outputs, in float64; None for these where they are not one tensor."""
+    squares = dict.fromkeys(layers, 0.0)
+    whole: float | None = 0.0
+
+    def add(name: str, module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
+        squares[name] += _square(_behind(output, layers[name]).double())
+
+    with undisturbed(model), _hooked(model, layers, add):
+        for batch in batches:
+            output = run(model, batch)
+            whole = whole + _square(output.double()) if whole is not None and isinstance(output, Tensor) else None
+    return {name: each**0.5 for name, each in squares.items()}, None if whole is None else whole**0.5
+
+
 def together(
     model: nn.Module, pruned: nn.Module, batches: Iterable[Any], layers: Rectified, tell: Callable[[int], None]
 ) -> tuple[dict[str, float], float | None, float]:

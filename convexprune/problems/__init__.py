@@ -1,5 +1,6 @@
 """One file for each problem: the formula first, then value, violation, lower_bound, to_cvxpy."""
 
+from convexprune.problems.error_budget import ErrorBudget
 from convexprune.problems.l1_reconstruction import L1Reconstruction
 from convexprune.problems.net_trim import NetTrim
 from convexprune.problems.neuron_merging import NeuronMerging
@@ -8,6 +9,7 @@ from convexprune.problems.reconstruction import Reconstruction
 from convexprune.problems.sparsity_allocation import SparsityAllocation
 
 __all__ = [
+    "ErrorBudget",
     "L1Reconstruction",
     "NetTrim",
     "NeuronMerging",

@@ -36,6 +36,7 @@ class NetworkError:
     scale       ||Y||_F of the dense network
     rules       what each rule of propagation guarantees, by its name
     layers      the same along the way, where there is a guarantee
+    wanted      what the guaranteed error had to be within, where it was asked for
     """
 
     measured: float | None
@@ -44,12 +45,15 @@ class NetworkError:
     reason: str = ""
     rules: Mapping[str, float] = field(default_factory=dict)
     layers: tuple[Link, ...] = ()
+    wanted: float | None = None
 
     def lines(self) -> tuple[str, ...]:
         """Guaranteed and measured, a sentence each."""
         guaranteed = self._line(self.guaranteed) if self.guaranteed is not None else f"no guarantee: {self.reason}"
         measured = self._line(self.measured) if self.measured is not None else "not measured"
-        lines = (f"network error, guaranteed: {guaranteed}", f"network error, measured:   {measured}")
+        lines: tuple[str, ...] = (f"network error, guaranteed: {guaranteed}", f"network error, measured:   {measured}")
+        if self.wanted is not None:
+            lines = (f"network error, wanted:     {self._line(self.wanted)}", *lines)
         if not self.rules or not self.measured:
             return lines
         ratios = ", ".join(f"{rule} {total / self.measured:.3g}" for rule, total in self.rules.items())
@@ -214,7 +218,8 @@ def _network_from_json(content: dict[str, Any]) -> NetworkError:
         Link(link["name"], float(link["guaranteed"]), float(link["measured"])) for link in content.get("layers", [])
     )
     rules = {key: float(value) for key, value in content.get("rules", {}).items()}
-    return NetworkError(measured, guaranteed, scale, content["reason"], rules, tuple(links))
+    wanted = _read(content.get("wanted"))
+    return NetworkError(measured, guaranteed, scale, content["reason"], rules, tuple(links), wanted)
 
 
 def _row_to_json(row: Row) -> dict[str, Any]:

@@ -1,0 +1,85 @@
+"""The additivity that allocation rests on, as a measured statement: what makes the sum right, and what breaks it.
+
+With delta_l the change of the network's output where layer l alone is pruned, and delta where all are,
+
+    delta = sum_l delta_l + rest,     E|sum_l delta_l|^2 = sum_l E|delta_l|^2 + cross terms
+
+so E|delta|^2 is the sum of the layers' distortions as far as the rest and the cross terms are small: small errors, of
+mean zero and uncorrelated between layers. Source: Xu et al., ICCV 2023, section 3, where both are assumed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from convexprune.bounds.statement import Hypothesis, Statement
+
+PAPER = "Xu et al., ICCV 2023"
+
+
+@dataclass(frozen=True)
+class Additivity:
+    """Distortions, means over the samples of squared changes of the output.
+
+    alone      E|delta_l|^2, layer by layer
+    superposed E|sum_l delta_l|^2
+    measured   E|delta|^2
+    rest       E|delta - sum_l delta_l|^2
+    """
+
+    alone: tuple[float, ...]
+    superposed: float
+    measured: float
+    rest: float
+
+    @classmethod
+    def of(cls, alone: Sequence[Tensor], together: Tensor) -> Additivity:
+        """From delta_l (n, outputs) of each layer, and delta."""
+        if not alone:
+            raise ValueError("no layer has changed; there is nothing to add up")
+        total = torch.stack([each.double() for each in alone]).sum(0)
+        return cls(tuple(map(_mean, alone)), _mean(total), _mean(together), _mean(together.double() - total))
+
+    @property
+    def predicted(self) -> float:
+        """sum_l E|delta_l|^2."""
+        return math.fsum(self.alone)
+
+    @property
+    def ratio(self) -> float:
+        """measured / predicted: 1 where the distortions add."""
+        return self.measured / self.predicted if self.predicted else math.nan
+
+    @property
+    def crossing(self) -> float:
+        """The cross terms over the sum: 0 where the layers' changes are uncorrelated."""
+        return self.superposed / self.predicted - 1 if self.predicted else math.nan
+
+    @property
+    def bending(self) -> float:
+        """The rest's norm over the change's: 0 where the network is linear in the layers' changes."""
+        return math.sqrt(self.rest / self.measured) if self.measured else 0.0
+
+    def statement(self, tolerance: float = 0.25) -> Statement:
+        """E|delta|^2 <= (1 + t) / (1 - t)^2 sum_l E|delta_l|^2, if bending and crossing are at most the tolerance t.
+
+        Proof. |delta| <= |sum delta_l| + |rest| in the norm sqrt(E|.|^2), the first at most sqrt((1 + t) sum), the
+        second at most t |delta|. Raises ValueError for a tolerance outside (0, 1).
+        """
+        if not 0 < tolerance < 1:
+            raise ValueError(f"tolerance is {tolerance}; it must be in (0, 1)")
+        hypotheses = (
+            Hypothesis(f"the changes add: what is left over is {self.bending:.1%} of them", self.bending <= tolerance),
+            Hypothesis(f"they are uncorrelated: cross terms {self.crossing:+.1%}", self.crossing <= tolerance),
+        )
+        factor = (1 + tolerance) / (1 - tolerance) ** 2
+        return Statement("additivity", PAPER, hypotheses, factor * self.predicted, self.measured)
+
+
+def _mean(change: Tensor) -> float:
+    return float(change.double().square().sum()) / max(len(change), 1)
