@@ -37,7 +37,7 @@ LIPSCHITZ: Final = frozenset(
 ORDERED: Final = frozenset(("view", "view_as", "reshape", "reshape_as", "flatten", "squeeze", "unsqueeze"))
 COPIES: Final = DROPOUT | frozenset(("contiguous", "clone", "detach", "alias"))
 MOVES: Final = RESHAPING | DROPOUT | frozenset(("getitem", "pad", "narrow", "select", "chunk"))
-POOLS: Final = ("max_pool2d", "max_pool1d", "avg_pool2d", "avg_pool1d")
+POOLS: Final = (nn.MaxPool1d, nn.MaxPool2d, nn.AvgPool1d, nn.AvgPool2d)
 MEANS: Final = ("mean", "adaptive_avg_pool2d", "adaptive_avg_pool1d")
 SUMS: Final = frozenset(("add", "iadd", "sub", "isub"))
 RULES: Final[Mapping[str, Rule]] = {"Frobenius": Frobenius(), "spectral": Spectral(), "by channel": ByChannel()}
@@ -169,19 +169,44 @@ class _Walk:
             scale = (module.running_var.double() + module.eps).rsqrt()
             scale = scale if module.weight is None else scale * module.weight
             return before.folded(scale) if before.folded else self.rule.scaled(scale, before)
-        if name in POOLS and hasattr(module, "kernel_size"):
-            planes = int(name[-2])
-            kernel, stride = (value if isinstance(value, tuple) else (value,) * planes
-                              for value in (module.kernel_size, module.stride))  # fmt: skip
-            return before.times(pooling_gain(kernel, stride, name.startswith("avg")))
+        if isinstance(module, POOLS):
+            return before.times(_pooling(module, step))
         if name in MEANS and len(step.sizes) == 2:
-            many, few = (math.prod(size) for size in step.sizes)
-            share = 1 / math.sqrt(many / max(few, 1))
-            if name == "mean":
-                return before.plain().times(share)
-            if math.prod(step.sizes[1][2:]) == 1:
-                return before.times(share)
+            return _mean(step, before)
         raise _Uncovered(f"{step.place} is not covered by the bound")
+
+
+def _pooling(module: Any, step: Step) -> float:
+    """The gain of a pooling module."""
+    planes = 1 if isinstance(module, (nn.MaxPool1d, nn.AvgPool1d)) else 2
+    sizes = {key: getattr(module, key, 1) for key in ("kernel_size", "stride", "dilation")}
+    kernel, stride, dilation = ((size,) * planes if isinstance(size, int) else size for size in sizes.values())
+    if getattr(module, "divisor_override", None):
+        raise _Uncovered(f"{step.place} divides by its divisor_override, and is not covered")
+    average = isinstance(module, (nn.AvgPool1d, nn.AvgPool2d))
+    # a window that hangs over the edge may divide by fewer entries than it has
+    whole = not module.ceil_mode and (getattr(module, "count_include_pad", True) or not _any(module.padding))
+    return pooling_gain(kernel, stride, dilation, average and whole)
+
+
+def _any(padding: int | Sequence[int]) -> bool:
+    return bool(padding) if isinstance(padding, int) else any(padding)
+
+
+def _mean(step: Step, before: Spread) -> Spread:
+    """An average over axes other than the samples'; the channels stay if their axis does."""
+    many, few = (math.prod(size) for size in step.sizes)
+    share = 1 / math.sqrt(many / max(few, 1))
+    if step.operation != "mean":
+        if math.prod(step.sizes[1][2:]) != 1:
+            raise _Uncovered(f"{step.place} averages to more than one entry, and is not covered")
+        return before.times(share)
+    planes = len(step.sizes[0])
+    given = (step.detail,) if isinstance(step.detail, int) else step.detail
+    axes = {axis % planes for axis in given} if isinstance(given, (tuple, list)) else {0}
+    if 0 in axes:
+        raise _Uncovered(f"{step.place} averages over the samples, and is not covered")
+    return before.plain().times(share) if 1 in axes else before.times(share)
 
 
 def _operator(module: Any, step: Step) -> Operator:

@@ -254,6 +254,9 @@ def _bounds(
         reason = "`positions` was given, and the positions it leaves out are in the network's output"
     if "relu" in (options["activations"] or {}).values():
         reason = "a ReLU was told by `activations`, not found in the network"
+    shapes = {tuple(tensor.shape[1:] for tensor in tensors_in(batch)) for batch in batches}
+    if len(shapes) > 1:
+        reason = "the batches have samples of several shapes, and the bound knows those of the first"
     if reason:
         return dict.fromkeys(RULES, GraphBound(None, {}, reason))
     own = own_errors(rows)

@@ -94,9 +94,10 @@ def test_gains_of_groups_and_pools():
     weight = torch.randn(4, 1, 3)
     each = max(ConvolutionOperator(weight[i : i + 1], (10,), (1,)).spectral for i in range(4))
     assert ConvolutionOperator(weight, (10,), (1,), 4).spectral == pytest.approx(each)
-    assert pooling_gain((2, 2), (2, 2), average=False) == 1
-    assert pooling_gain((3, 3), (2, 2), average=False) == 2
-    assert pooling_gain((2, 2), (2, 2), average=True) == 0.5
+    assert pooling_gain((2, 2), (2, 2), (1, 1), average=False) == 1
+    assert pooling_gain((3, 3), (2, 2), (1, 1), average=False) == 2
+    assert pooling_gain((3,), (2,), (2,), average=False) == pytest.approx(3**0.5)
+    assert pooling_gain((2, 2), (2, 2), (1, 1), average=True) == 0.5
     matrix = torch.randn(5, 7)
     assert LinearOperator(matrix).spectral == pytest.approx(float(torch.linalg.matrix_norm(matrix.double(), 2)))
     with pytest.raises(ValueError, match="must hold the dilated kernel"):
@@ -178,6 +179,44 @@ def test_channels_go_through_slices_zero_channels_and_flattening(seed, mode):
     assert report.network.guaranteed <= 0.999 * rules["spectral"] or mode == "cascade"
 
 
+class Shifted:
+    """The dense layer and 0.5 on every weight."""
+
+    def solve(self, problem, start=None):
+        return Attempt(problem.dense + 0.5, None, cp.Status.CONVERGED, 1)
+
+
+SPIKE = F.one_hot(torch.tensor([[10]]), 21).float()  # (1, 1, 21)
+
+
+@pytest.mark.parametrize(
+    ("pool", "batches"),
+    [
+        (nn.MaxPool1d(3, 2, dilation=2), [SPIKE]),
+        (nn.AvgPool1d(4, 4, ceil_mode=True), [SPIKE[:, :, 6:11]]),
+        (nn.AvgPool1d(4, 4, padding=2, count_include_pad=False), [SPIKE[:, :, 10:14] + 1]),
+        (nn.AvgPool1d(3, 2), [SPIKE]),
+        (nn.AdaptiveAvgPool1d(1), [SPIKE, SPIKE.repeat(3, 1, 1)]),
+    ],
+)
+def test_pools_that_count_entries_twice_or_divide_by_fewer(pool, batches):
+    net = nn.Sequential(nn.Conv1d(1, 1, 1, bias=False), pool).eval()
+    net[0].weight.data.fill_(1.0)
+    _, report = cp.prune(net, batches, lambda layer: cp.L1Reconstruction(layer, 1e-3), Shifted())
+    assert report.network.measured <= report.network.guaranteed * (1 + 1e-6)
+
+
+def test_batches_of_several_shapes_have_no_bound():
+    net = nn.Sequential(nn.Conv1d(1, 1, 1), nn.AdaptiveAvgPool1d(1)).eval()
+    batches = [torch.randn(1, 1, 50), torch.randn(9, 1, 2)]
+    _, report = cp.prune(net, batches, lambda layer: cp.L1Reconstruction(layer, 1e-3), Shifted())
+    assert report.network.guaranteed is None
+    assert "samples of several shapes" in report.network.reason
+    override = nn.Sequential(nn.Conv2d(1, 1, 1), nn.AvgPool2d(2, divisor_override=1)).eval()
+    _, report = cp.prune(override, [torch.randn(2, 1, 4, 4)], lambda layer: cp.L1Reconstruction(layer, 1e-3), Shifted())
+    assert "divisor_override" in report.network.reason
+
+
 class Functional(nn.Module):
     def __init__(self, function):
         super().__init__()
@@ -201,6 +240,8 @@ class Functional(nn.Module):
         (lambda m, x: [m.a(x), m.b(x)], "the model does not return one tensor"),
         (lambda m, x: m.b(F.pad(m.a(x)[None], (2, 2), "reflect")[0, :, 2:8]), "pad by reflect in the model"),
         (lambda m, x: m.b(torch.add(x, m.a(x), alpha=3)), "add with alpha in the model"),
+        (lambda m, x: m.b(m.a(x)).mean(0), "averages over the samples"),
+        (lambda m, x: m.b(m.a(x)).mean(), "averages over the samples"),
         (lambda m, x: m.b(m.a(x)[:, [0, 1, 2, 3, 3, 3]]), "takes entries by a list or a tensor"),
         (lambda m, x: x[None] + m.a(x)[:, None], "stretches a tensor over another"),
     ],

@@ -79,7 +79,8 @@ def slack_product_bound(first: float, gammas: Sequence[float], weights: Sequence
     """e_1 <= first, e_l <= sqrt(gamma_l) ||W_l||_2 e_{l-1}: Theorem 2, known before anything after layer 1 is solved.
 
     first    the radius of the first layer's ball
-    gammas   gamma_l >= 1 of the layers after it, each pruned by `NetTrim.cascade(layer, epsilon, gamma_l)`, risk 1
+    gammas   gamma_l >= 1 of the layers after it, each feasible for the cascade problem of that factor, risk 1 (where a
+             layer's inputs have not changed `NetTrim.cascade` states the parallel problem instead: not that one)
     weights  W_l (out, in) of those layers, the *dense* ones, without the bias
 
     Proof. Let D be the dense layer's pre-activations on the pruned inputs. Where Y_l is active, the ball keeps Yhat_l

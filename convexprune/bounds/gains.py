@@ -175,9 +175,12 @@ def _scaled(weight: Tensor, scale: Tensor) -> Tensor:
     return kernel * scale.detach().cpu().double().reshape(-1, *[1] * (kernel.ndim - 1))
 
 
-def pooling_gain(kernel: Sequence[int], stride: Sequence[int], average: bool) -> float:
-    """sqrt(prod ceil(k / s)), the most windows that an input is in; for averages over the root of a window's size."""
-    overlap = math.prod(math.ceil(k / s) for k, s in zip(kernel, stride, strict=True))
+def pooling_gain(kernel: Sequence[int], stride: Sequence[int], dilation: Sequence[int], average: bool) -> float:
+    """The root of the most windows that an input is in; for averages of whole windows over that of a window's size.
+
+    Along an axis those are ceil(k / (s / gcd(s, d))): the taps that lie a multiple of the stride apart.
+    """
+    overlap = math.prod(math.ceil(k * math.gcd(s, d) / s) for k, s, d in zip(kernel, stride, dilation, strict=True))
     return math.sqrt(overlap / (math.prod(kernel) if average else 1))
 
 

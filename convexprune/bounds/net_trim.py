@@ -86,7 +86,8 @@ def theorem_1(
 ) -> Statement:  # fmt: skip
     """Parallel: || Yhat_L - Y_L ||_F <= sum_l eps_l in a link-normalised network; with a linear last layer, Prop. S.1.
 
-    pruned   the layers' pruned weights in the normalised network, ||What_l||_1 <= 1 (an optimum of Net-Trim is)
+    pruned   the layers' pruned weights in the normalised network, ||What_l||_1 <= 1 (an optimum of Net-Trim
+             without biases is; with them it usually is)
     errors   eps_l: each layer's error on the dense network's inputs, in the normalised network
     """
     thin = _chain(pruned, biases)
@@ -210,7 +211,7 @@ def _chain(pruned: LinkNormalised | Sequence[Tensor], biases: Sequence[Tensor | 
 
 
 def _normal(dense: LinkNormalised, thin: LinkNormalised | None) -> tuple[Hypothesis, ...]:
-    sizes = [float(weight.abs().sum()) for weight in dense.weights]
+    sizes = [float(weight.detach().abs().sum()) for weight in dense.weights]
     found = [Hypothesis(f"every ||W_l||_1 is 1: {max(sizes):.6g} at most", max(sizes) <= 1 + 1e-9)]
     if thin is not None:
         most = max(float(weight.abs().sum()) for weight in thin.weights[1:]) if len(thin.weights) > 1 else 0.0

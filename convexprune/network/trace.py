@@ -35,7 +35,7 @@ class Step:
     place      where it happened, as "bn1 (BatchNorm2d)"
     sizes      the shapes of the first tensor that it read and of the first that it made, where there are both
     even       whether every tensor that it read has the shape of the one that it made
-    detail     the index of a getitem, the amounts of a pad
+    detail     the index of a getitem, the amounts of a pad, the axes of a mean
     """
 
     operation: str
@@ -172,6 +172,8 @@ def _detail(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, A
     name = getattr(func, "__name__", "").strip("_")
     if name == "pad":
         return kwargs.get("pad", args[1] if len(args) > 1 else None)
+    if name == "mean":
+        return kwargs.get("dim", args[1] if len(args) > 1 else None)
     return args[1] if name == "getitem" and len(args) > 1 else None
 
 

@@ -127,7 +127,8 @@ class OptimalBrainSurgeon:
 
 
 def saliencies(layer: Layer) -> Tensor:
-    """(M, P), float64: theta_q^2 / [G^-1]_qq, by how much the value rises when one weight is removed.
+    """(M, P), float64: theta_q^2 / [G^-1]_qq, by how much the value rises when one weight is removed
+    from its minimiser, which the dense weights are where the targets are their own outputs (not in a cascade).
 
     An input that is constantly zero costs nothing. Raises ValueError where G is singular otherwise: damp the layer.
     """
@@ -138,7 +139,8 @@ def saliencies(layer: Layer) -> Tensor:
 
 
 def increase(layer: Layer, removed: Tensor) -> Tensor:
-    """(M,), float64: theta_Q^T ([G^-1]_QQ)^-1 theta_Q for each neuron, by how much removing `removed` (M, P) raises it.
+    """(M,), float64: theta_Q^T ([G^-1]_QQ)^-1 theta_Q for each neuron, by how much removing `removed` (M, P) raises it
+    from its minimiser, as for `saliencies`.
 
     An input that is constantly zero costs nothing. Raises ValueError where G is singular otherwise: damp the layer.
     """
