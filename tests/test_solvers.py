@@ -3,8 +3,11 @@
 import functools
 
 import pytest
+import torch
 from table import PAIRS, PROBLEMS, SOLVERS
 
+from convexprune.layer import Layer
+from convexprune.problems import NetTrim
 from convexprune.solution import Status
 from convexprune.solve import solve
 from convexprune.solvers.cvxpy import CVXPY
@@ -14,6 +17,20 @@ from convexprune.solvers.cvxpy import CVXPY
 def optimum(problem):
     """Clarabel's verdict, the oracle."""
     return solve(PROBLEMS[problem](), CVXPY("CLARABEL")).certificate
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("epsilon", [0.0, 1e-9, 1e-7])
+def test_a_ball_without_an_interior_is_solved_to_the_tolerance(seed, epsilon):
+    """Outputs that must be met exactly, from inputs that are nearly dependent."""
+    generator = torch.Generator().manual_seed(seed)
+    draw = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)  # noqa: E731
+    x = (draw(150, 8) @ draw(8, 40) + 0.1 * draw(150, 40)).relu()
+    problem = NetTrim(Layer.from_samples(draw(3, 40) * (torch.rand(3, 40, generator=generator) < 0.1), x), epsilon)
+    solution, oracle = solve(problem), solve(problem, CVXPY("CLARABEL")).certificate
+    assert solution.status is Status.CONVERGED
+    assert solution.certificate.violation <= 1e-6
+    assert solution.certificate.value == pytest.approx(oracle.value, rel=1e-4)
 
 
 @pytest.mark.parametrize(("solver", "problem"), PAIRS)

@@ -156,7 +156,9 @@ class BallView:
         self.ceiling = problem.ceiling.to(self.device)
         # a row's margin is this times its norm: in units of the output's rms for a row of typical norm
         self.margin = options.margin * self.scale / max(float(self.inputs.norm(dim=1).mean()), 1e-300)
-        self.radius = problem.radius * (1 - options.margin)
+        # an interior point needs an interior: a ball far narrower than the tolerance is taken half as wide as that
+        least = 0.5 * options.eps_abs * math.sqrt(float(self.energies.sum()))
+        self.radius = max(problem.radius * (1 - options.margin), least)
         self.changed = torch.ones(len(self.point), dtype=torch.bool, device=self.device)
         self.lost = False
         self.tau = self._first_tau()
