@@ -261,7 +261,9 @@ def test_theorems_on_a_published_network(data):
     whole = theorem_1(dense, normal, None, x, errors, linear_last=True)
     assert whole.applies, str(whole)
     assert whole.true
-    raw = LinkNormalised(tuple(w.double() for w in weights), tuple(b.double() for b in biases), (1.0,) * 3)
+    raw = LinkNormalised(
+        tuple(w.detach().double() for w in weights), tuple(b.detach().double() for b in biases), (1.0,) * 3
+    )
     assert not theorem_1(raw, normal, None, x, errors, linear_last=True).applies
     rules = report.network.rules
     assert report.network.measured <= rules["by channel"] <= rules["spectral"] <= rules["Frobenius"]
