@@ -59,7 +59,7 @@ def main():
     cases.append(("ResNet-20", resnet, list(torch.split(y, 128)), "*conv*", 0.5))
     rows = []
     for name, model, batches, names, keep in cases:
-        for mode in ("parallel", "cascade"):
+        for mode in ("parallel", "cascade") if names is None else ("parallel", "cascade", "residual"):
             _, report = cp.prune(
                 model, batches, lambda layer, k=keep: cp.Reconstruction(layer.damped(1e-3), cp.Unstructured(k)),
                 mode=mode, names=names, keep_inputs=False,

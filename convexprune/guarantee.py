@@ -6,7 +6,7 @@ Every tensor D that a forward pass made carries bounds of its change over the ca
                       cascade   e_out <= E                          E: its error against the dense outputs
                       unjudged  e_out <= gain(W) e_in
     batch norm        e_out <= max |s| e_in
-    a sum             e_out <= e_1 + e_2
+    a sum             e_out <= e_1 + e_2    residual mode, if one of the two repairs the other:  its E alone
     1-Lipschitz       e_out <= e_in       activations, reshapings, slices, padding
     a mean over P     e_out <= e_in / sqrt(P)
 
@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from convexprune.bounds.gains import ConvolutionOperator, LinearOperator, Operator, pooling_gain
-from convexprune.bounds.propagation import ByChannel, Frobenius, Rule, Spectral, Spread
+from convexprune.bounds.propagation import ByChannel, Frobenius, Repair, Rule, Spectral, Spread
 from convexprune.network.trace import DROPOUT, RESHAPING, Record, Step
 from convexprune.report.row import Row
 
@@ -63,7 +63,8 @@ def own_errors(rows: Sequence[Row]) -> dict[str, Spread]:
     for module, parts in judged.items():
         every = [part.errors for part in parts]
         channels = torch.cat([each for each in every if each is not None]) if None not in every else None
-        found[module] = Spread(math.hypot(*(part.error or 0.0 for part in parts)), channels)
+        repair = Repair(module) if any(part.repairs for part in parts) else None
+        found[module] = Spread(math.hypot(*(part.error or 0.0 for part in parts)), channels, repair=repair)
     return found
 
 
@@ -81,27 +82,33 @@ class Propagation:
 
     def bound(self, own: Mapping[str, Spread], rule: Rule | None = None) -> GraphBound:
         """From each module's own error; a module that is not there is as it was. Without `rule`, `ByChannel`."""
-        if self.mode == "residual":
-            why = "residual mode judges layers against repaired targets, not the dense network's"
-            return GraphBound(None, {}, why)
-        walk = _Walk(self.modules, self.operators, own, self.mode == "cascade", rule or ByChannel())
+        walk = _Walk(self.modules, self.operators, own, self.mode != "parallel", rule or ByChannel())
+        order = {name: index for index, name in enumerate(own)}  # in which they were pruned
+        latest: dict[int, int] = {}  # of the layers that a tensor depends on
         changed: dict[int, Spread] = {}
         found: dict[str, float] = {}
+        called: set[str] = set()
         for step in self.record.steps:
             reads = [changed[number] for number in step.reads if number in changed]
+            ages = [latest[number] for number in step.reads if number in changed]
             made = Spread(0.0)
             try:
                 if step.layer is not None:
-                    if step.layer in found:
+                    if step.layer in called:
                         raise _Uncovered(f"{step.place} is called more than once")
                     made = walk.layer(step.layer, step, max(reads, key=lambda each: each.total, default=made))
-                    found[step.layer] = made.total
+                    called.add(step.layer)
+                    if made.repair is None:
+                        found[step.layer] = made.total
+                elif any(each.repair for each in reads):
+                    made = walk.repaired(step, reads, ages, order)
                 elif any(each.total for each in reads):
                     made = walk.step(step, reads)
             except _Uncovered as error:
                 return GraphBound(None, found, str(error))
             for number in step.makes:
                 changed[number] = made
+                latest[number] = max([order.get(step.layer or "", -1), *ages])
         if len(self.record.results) != 1:
             return GraphBound(None, found, "the model does not return one tensor")
         return GraphBound(changed.get(self.record.results[0], Spread(0.0)).total, found)
@@ -151,6 +158,44 @@ class _Walk:
 
         return replace(own.plus(through), folded=folded)
 
+    def repaired(self, step: Step, reads: Sequence[Spread], ages: Sequence[int], order: Mapping[str, int]) -> Spread:
+        """Between a layer that repairs a residual sum and the sum, and the sum itself.
+
+        With s the norm's scale and b the other branch, the layer aims at y' = y + (b - b_now) / s, so that its own
+        error, scaled, is the sum's: s yhat + b_now - (s y + b) = s (yhat - y'), but in channels of a faint s.
+        """
+        # of two layers that repair one sum the later knows what the earlier has done
+        age = lambda each: -1 if each.repair is None else order[each.repair.layer]  # noqa: E731
+        first, *others = sorted(reads, key=age, reverse=True)
+        assert first.repair is not None
+        if step.operation == "batch_norm" and not others:
+            scale = self._norm(step)
+            passed = scale if first.repair.scale is None else scale * first.repair.scale
+            return replace(self.rule.scaled(scale, first), repair=replace(first.repair, scale=passed))
+        if step.operation in COPIES:
+            return first
+        if step.operation not in SUMS or not step.even or len(step.reads) != 2:
+            raise _Uncovered(f"{step.place} reads a layer that was judged by a residual sum, and is no such sum")
+        if max(ages) > order[first.repair.layer]:
+            raise _Uncovered(f"{step.place}: a branch was pruned after {first.repair.layer}, which was to repair it")
+        total, faint = replace(first, repair=None, folded=None), first.repair.faint()
+        if faint is not None:
+            for each in others:
+                if each.repair is not None:
+                    raise _Uncovered(
+                        f"{step.place}: {first.repair.layer} leaves out channels that its norm switches off"
+                    )
+                total = total.plus(each.within(faint))
+        return total
+
+    def _norm(self, step: Step) -> Tensor:
+        """The scale (C,) of a batch norm in evaluation mode."""
+        module: Any = self.modules.get(step.place.split(" ")[0])
+        if not isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d)) or module.running_var is None:
+            raise _Uncovered(f"{step.place} is not covered by the bound")
+        scale = (module.running_var.double() + module.eps).rsqrt()
+        return scale if module.weight is None else (scale * module.weight).detach()
+
     def step(self, step: Step, reads: Sequence[Spread]) -> Spread:
         """Anything else; `reads` are the changes of what it reads, the unchanged tensors among them or left out."""
         name = step.operation
@@ -163,12 +208,10 @@ class _Walk:
             return before.activated()
         if name in MOVES:
             return _moved(step, before)
-        module: Any = self.modules.get(step.place.split(" ")[0])
-        norm = isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d)) and module.running_var is not None
-        if name == "batch_norm" and norm:
-            scale = (module.running_var.double() + module.eps).rsqrt()
-            scale = scale if module.weight is None else scale * module.weight
+        if name == "batch_norm":
+            scale = self._norm(step)
             return before.folded(scale) if before.folded else self.rule.scaled(scale, before)
+        module: Any = self.modules.get(step.place.split(" ")[0])
         if isinstance(module, POOLS):
             return before.times(_pooling(module, step))
         if name in MEANS and len(step.sizes) == 2:

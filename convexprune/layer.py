@@ -35,6 +35,7 @@ class Layer:
     inputs: Tensor | None = field(default=None, repr=False)  # (samples, in)   kept only when asked for
     targets: Tensor | None = field(default=None, repr=False)  # (samples, out)  y; None where y = W x + b
     kernel: int = 1  # kernel positions: inputs i, i + kernel, ... are one position of consecutive channels
+    repairs: bool = False  # whether the targets also make good what the other branch of the sum behind it has lost
     damping: float = 0.0  # the ridge that is in the moments, as a fraction of the mean diagonal of the Gram matrix
 
     def __post_init__(self) -> None:

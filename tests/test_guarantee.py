@@ -57,7 +57,7 @@ def random_net(seed, stride, dilation, groups, pool):
 @given(
     st.integers(0, 10**6), st.sampled_from([1, 2]), st.sampled_from([1, 2]), st.sampled_from([1, 4]),
     st.sampled_from([nn.Identity(), nn.MaxPool2d(3, 2), nn.AvgPool2d(2), nn.AvgPool2d(3, 1)]),
-    st.sampled_from(["parallel", "cascade"]), st.sampled_from([None, ["conv2", "head"], ["conv1"]]),
+    st.sampled_from(["parallel", "cascade", "residual"]), st.sampled_from([None, ["conv2", "head"], ["conv1"]]),
 )  # fmt: skip
 def test_measured_is_never_above_guaranteed(seed, stride, dilation, groups, pool, mode, names):
     net, batches = random_net(seed, stride, dilation, groups, pool)
@@ -168,7 +168,7 @@ class Shortcut(nn.Module):
 
 
 @pytest.mark.parametrize("seed", range(8))
-@pytest.mark.parametrize("mode", ["parallel", "cascade"])
+@pytest.mark.parametrize("mode", ["parallel", "cascade", "residual"])
 def test_channels_go_through_slices_zero_channels_and_flattening(seed, mode):
     torch.manual_seed(seed)
     net, batches = Shortcut().eval().double(), [torch.randn(6, 2, 8, 8).double() for _ in range(2)]
@@ -176,7 +176,66 @@ def test_channels_go_through_slices_zero_channels_and_flattening(seed, mode):
     _, report = cp.prune(net, batches, build, mode=mode)
     rules = report.network.rules
     assert report.network.measured <= report.network.guaranteed * (1 + 1e-5) + 1e-12
-    assert report.network.guaranteed <= 0.999 * rules["spectral"] or mode == "cascade"
+    assert report.network.guaranteed <= 0.999 * rules["spectral"] or mode != "parallel"
+
+
+class Blocks(nn.Module):
+    """Residual blocks, the first with a layer on its shortcut, which runs before or after the other branch."""
+
+    def __init__(self, late, faint):
+        super().__init__()
+        self.late = late
+        self.stem, self.a, self.b = (nn.Conv2d(w, 6, 3, padding=1, bias=False) for w in (3, 6, 6))
+        self.c, self.d = (nn.Conv2d(6, 6, 3, padding=1, bias=False) for _ in range(2))
+        self.side, self.head = nn.Conv2d(6, 6, 1), nn.Linear(6, 4)
+        self.norm, self.norm2 = nn.BatchNorm2d(6), nn.BatchNorm2d(6)
+        for norm in (self.norm, self.norm2):
+            nn.init.uniform_(norm.weight, -2, 2)
+            norm.weight.data[:2] *= 1e-5 if faint else 1.0
+
+    def forward(self, x):
+        x = F.relu(self.stem(x))
+        short = x if self.late else self.side(x)
+        y = self.norm(self.b(F.relu(self.a(x))))
+        short = self.side(x) if self.late else short
+        short = F.relu(short) if self.late == "rectified" else short
+        x = F.relu(y + short)
+        return self.head(F.relu(x + self.norm2(self.d(F.relu(self.c(x))))).mean((2, 3)))
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("late", ["", "late"])
+@pytest.mark.parametrize("faint", [False, True])
+@pytest.mark.parametrize("names", [None, ["a", "b", "c", "d"], ["side", "b", "d"], ["stem", "c"]])
+def test_a_repaired_sum_is_charged_the_repairing_layer_alone(seed, late, faint, names):
+    torch.manual_seed(seed)
+    net, batches = Blocks(late, faint).eval().double(), [torch.randn(5, 3, 6, 6).double() for _ in range(2)]
+    build = lambda layer: cp.Reconstruction(layer, cp.Unstructured(0.5))  # noqa: E731
+    _, residual = cp.prune(net, batches, build, cp.Magnitude(), mode="residual", names=names)
+    if faint and residual.network.guaranteed is None:
+        assert "leaves out channels that its norm switches off" in residual.network.reason
+        assert names is None or "side" in names
+        return
+    assert residual.network.guaranteed is not None, residual.network.reason
+    for total in residual.network.rules.values():
+        assert residual.network.measured <= total * (1 + 1e-9) + 1e-9
+    for link in residual.network.layers:
+        assert link.measured <= link.guaranteed * (1 + 1e-9) + 1e-9
+    repairing = {row.name for row in residual.rows if row.repairs}
+    assert repairing <= {"b", "d", "side"}
+    assert {link.name for link in residual.network.layers}.isdisjoint(repairing)
+    if names == ["a", "b", "c", "d"] and not faint:
+        _, cascade = cp.prune(net, batches, build, cp.Magnitude(), mode="cascade", names=names)
+        assert residual.network.guaranteed < cascade.network.guaranteed
+
+
+def test_a_branch_that_is_pruned_after_its_repair_has_no_bound():
+    torch.manual_seed(0)
+    net, batches = Blocks("rectified", False).eval(), [torch.randn(5, 3, 6, 6)]
+    build = lambda layer: cp.Reconstruction(layer, cp.Unstructured(0.5))  # noqa: E731
+    _, report = cp.prune(net, batches, build, cp.Magnitude(), mode="residual")
+    assert report.network.guaranteed is None
+    assert "a branch was pruned after b, which was to repair it" in report.network.reason
 
 
 class Shifted:
@@ -256,7 +315,7 @@ def test_what_is_not_covered_is_named(function, message):
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"mode": "residual"}, "residual mode"), ({"positions": 3}, "`positions` was given")],
+    [({"positions": 3}, "`positions` was given")],
 )
 def test_what_was_not_judged_on_all_the_data_is_not_guaranteed(options, message):
     net, batches = random_net(0, 1, 1, 1, nn.Identity())

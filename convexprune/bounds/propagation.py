@@ -23,6 +23,25 @@ from convexprune.bounds.gains import Operator
 
 
 @dataclass(frozen=True, eq=False)
+class Repair:
+    """A layer that was judged by the residual sum ahead of it, other branch included.
+
+    scale  (C,) of the norms that its output has passed since, or None
+    """
+
+    layer: str
+    scale: Tensor | None = None
+
+    def faint(self) -> Tensor | None:
+        """(C,) bool: channels that the norms have all but switched off, which repair nothing; None if all do."""
+        if self.scale is None:
+            return None
+        size = self.scale.abs()
+        off = size <= FAINT * size.max()
+        return off if bool(off.any()) else None
+
+
+@dataclass(frozen=True, eq=False)
 class Spread:
     """Upper bounds of a tensor's change D.
 
@@ -30,6 +49,7 @@ class Spread:
     channels   (C,) of the norms of D's columns, or None
     gram       (C, C), at least D^T D in the order of semidefinite matrices, or None
     rectified  whether D is the change after the ReLU that comes next
+    repair     where D is not this tensor's change but that of the residual sum that it goes into
     folded     of a layer's output: scale (C,) -> the bounds of D with its channels scaled, sharper than from D's own
     """
 
@@ -37,6 +57,7 @@ class Spread:
     channels: Tensor | None = None
     gram: Tensor | None = None
     rectified: bool = False
+    repair: Repair | None = None
     folded: Callable[[Tensor], Spread] | None = None
 
     @classmethod
@@ -65,6 +86,13 @@ class Spread:
         gram = None if self.gram is None else torch.nn.functional.pad(self.gram, ends * 2)
         return Spread(self.total, torch.nn.functional.pad(self.channels, ends), gram)
 
+    def within(self, channels: Tensor) -> Spread:
+        """With only these channels (C,) bool changed."""
+        if self.channels is None or len(self.channels) != len(channels):
+            return self.plain()
+        left = self.channels * channels
+        return Spread(min(self.total, float(left.norm())), left)
+
     def plus(self, other: Spread) -> Spread:
         """Of a sum of two tensors: (a D_1 + b D_2)^T (...) is at most (1 + t) D_1^T D_1 + (1 + 1/t) D_2^T D_2."""
         if not other.total:
@@ -78,6 +106,9 @@ class Spread:
                 share = other.total / self.total
                 gram = (1 + share) * self.gram + (1 + 1 / share) * other.gram
         return _tight(self.total + other.total, channels, gram)
+
+
+FAINT = 1e-3  # of the largest scale: a channel below it is left out of a repair
 
 
 class Rule(Protocol):

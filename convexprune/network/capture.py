@@ -96,7 +96,7 @@ def capture(
     layers: list[Layer] = []
     for module in account.slots:
         layers += _layers(module, modules[module], account, wanted, told, found[module])
-    return layers
+    return [replace(layer, repairs=residual) for layer in layers]
 
 
 def count_calls(model: nn.Module, batches: Iterable[Any], names: Iterable[str]) -> list[dict[str, int]]:

@@ -71,6 +71,7 @@ class Row:
     wanted: int | None = None  # how many weights the problem's pattern allows; None where it has none
     moments: Moments | None = None
     errors: Tensor | None = field(default=None, repr=False, compare=False)  # (out,): `error`, each output's
+    repairs: bool = False  # whether `error` is that of the residual sum behind the layer, in the layer's units
 
     @property
     def total(self) -> int:
