@@ -18,6 +18,7 @@ What is not in this list stops the chain, by name. Source: the triangle inequali
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final
@@ -37,6 +38,7 @@ LIPSCHITZ: Final = frozenset(
 ORDERED: Final = frozenset(("view", "view_as", "reshape", "reshape_as", "flatten", "squeeze", "unsqueeze"))
 COPIES: Final = DROPOUT | frozenset(("contiguous", "clone", "detach", "alias"))
 MOVES: Final = RESHAPING | DROPOUT | frozenset(("getitem", "pad", "narrow", "select", "chunk"))
+NORMS: Final = (nn.BatchNorm1d, nn.BatchNorm2d)
 POOLS: Final = (nn.MaxPool1d, nn.MaxPool2d, nn.AvgPool1d, nn.AvgPool2d)
 MEANS: Final = ("mean", "adaptive_avg_pool2d", "adaptive_avg_pool1d")
 SUMS: Final = frozenset(("add", "iadd", "sub", "isub"))
@@ -78,6 +80,8 @@ class Propagation:
     def __init__(self, pruned: nn.Module, record: Record, mode: str) -> None:
         self.record, self.mode = record, mode
         self.modules = dict(pruned.named_modules())
+        held = (parameter for module in pruned.modules() for parameter in module._parameters.values())
+        self.holders = Counter(id(parameter) for parameter in held if parameter is not None)
         self.operators: dict[Any, Operator] = {}  # they remember their norms, which are the work
 
     def bound(self, own: Mapping[str, Spread], rule: Rule | None = None) -> GraphBound:
@@ -91,6 +95,8 @@ class Propagation:
         for step in self.record.steps:
             reads = [changed[number] for number in step.reads if number in changed]
             ages = [latest[number] for number in step.reads if number in changed]
+            shapes = zip(step.reads, step.shaped, strict=False)
+            stretched = any(not fits and _changed(changed.get(number)) for number, fits in shapes)
             made = Spread(0.0)
             try:
                 if step.layer is not None:
@@ -102,16 +108,33 @@ class Propagation:
                         found[step.layer] = made.total
                 elif any(each.repair for each in reads):
                     made = walk.repaired(step, reads, ages, order)
-                elif any(each.total for each in reads):
+                elif any(map(_changed, reads)):
+                    if step.operation in SUMS and stretched:
+                        raise _Uncovered(f"{step.place} stretches a tensor over another, and is not covered")
                     made = walk.step(step, reads)
             except _Uncovered as error:
                 return GraphBound(None, found, str(error))
             for number in step.makes:
                 changed[number] = made
                 latest[number] = max([order.get(step.layer or "", -1), *ages])
-        if len(self.record.results) != 1:
-            return GraphBound(None, found, "the model does not return one tensor")
+        why = self._unfit(own)
+        if why:
+            return GraphBound(None, found, why)
         return GraphBound(changed.get(self.record.results[0], Spread(0.0)).total, found)
+
+    def _unfit(self, own: Mapping[str, Spread]) -> str:
+        """Why the record does not say what the pruned network does, or nothing."""
+        if len(self.record.results) != 1:
+            return "the model does not return one tensor"
+        if self.record.random:
+            return "the model draws random numbers, others in each of the two networks"
+        if self.record.transformed:
+            return "the model uses torch.func, whose transforms are not covered"
+        for name in own:
+            for key, parameter in self.modules[name]._parameters.items():
+                if f"{name}.{key}" in self.record.parameters or self.holders[id(parameter)] > 1:
+                    return f"the {key} of {name} ({type(self.modules[name]).__name__}) is read elsewhere as well"
+        return ""
 
 
 _BASIC: Final = (int, slice, type(None), type(...))
@@ -135,17 +158,25 @@ class _Walk:
         """A whole Linear or convolution."""
         own = self.own.get(name, Spread(0.0))
         module = self.modules[name]
-        if isinstance(module, nn.Linear) and len(step.sizes) == 2 and len(step.sizes[1]) != 2:
-            own = own.plain()  # of tokens, the second axis is no channel
-        if self.cascade and name in self.own:
-            if own.channels is not None and len(own.channels) < len(module.weight) and before.total > 0:
+        if module._forward_hooks:
+            raise _Uncovered(f"{step.place} has forward hooks, and is not covered")
+        linear = isinstance(module, nn.Linear)
+        if own.channels is not None and len(own.channels) < (module.out_features if linear else module.out_channels):
+            if self.cascade and (before.total > 0 or own.repair):
                 raise _Uncovered(f"{step.place}: some of its groups were judged on the pruned inputs and some were not")
+            own = own.plain()
+        batched = len(step.sizes[0]) == (2 if linear else len(module.kernel_size) + 2)
+        if not batched:  # of tokens, and of a single image, the second axis is no channel
+            own, before = replace(own.plain(), repair=own.repair), before.plain()
+        if self.cascade and name in self.own:
             return own
         if before.total == 0:
             return own
         if name not in self.operators:
             self.operators[name] = _operator(module, step)
         through = self.rule.through(self.operators[name], before)
+        if not batched:
+            return own.plus(through).plain()
         if own.rectified:  # a Gram matrix of what the ReLU reads says nothing of what it makes
             return replace(own.plus(through.activated()), rectified=True)
 
@@ -190,10 +221,10 @@ class _Walk:
 
     def _norm(self, step: Step) -> Tensor:
         """The scale (C,) of a batch norm in evaluation mode."""
-        module: Any = self.modules.get(step.place.split(" ")[0])
-        if not isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d)) or module.running_var is None:
+        module: Any = self.modules[step.module]
+        if not _computes(module, NORMS) or module.running_var is None:
             raise _Uncovered(f"{step.place} is not covered by the bound")
-        scale = (module.running_var.double() + module.eps).rsqrt()
+        scale: Tensor = (module.running_var.double() + module.eps).rsqrt()
         return scale if module.weight is None else (scale * module.weight).detach()
 
     def step(self, step: Step, reads: Sequence[Spread]) -> Spread:
@@ -201,8 +232,8 @@ class _Walk:
         name = step.operation
         before = max(reads, key=lambda each: each.total)
         if name in SUMS:
-            return _sum(step, reads)
-        if sum(each.total > 0 for each in reads) > 1:
+            return _sum(reads)
+        if sum(map(_changed, reads)) > 1:
             raise _Uncovered(f"{step.place} reads two tensors that have changed, and is not covered")
         if name in LIPSCHITZ:
             return before.activated()
@@ -211,12 +242,27 @@ class _Walk:
         if name == "batch_norm":
             scale = self._norm(step)
             return before.folded(scale) if before.folded else self.rule.scaled(scale, before)
-        module: Any = self.modules.get(step.place.split(" ")[0])
-        if isinstance(module, POOLS):
-            return before.times(_pooling(module, step))
+        module: Any = self.modules[step.module]
+        if name.startswith(("max_pool", "avg_pool")) and _computes(module, POOLS):
+            through = before.times(_pooling(module, step))
+            return through if _batched(step) else through.plain()
         if name in MEANS and len(step.sizes) == 2:
             return _mean(step, before)
         raise _Uncovered(f"{step.place} is not covered by the bound")
+
+
+def _changed(spread: Spread | None) -> bool:
+    return spread is not None and spread.total != 0
+
+
+def _computes(module: nn.Module, kinds: tuple[type[nn.Module], ...]) -> bool:
+    """Whether a module is of these kinds, and no subclass with a forward of its own."""
+    return any(isinstance(module, kind) and type(module).forward is kind.forward for kind in kinds)
+
+
+def _batched(step: Step) -> bool:
+    """Whether a pool has read (samples, channels, ...); torch takes a tensor of one axis less for a single image."""
+    return len(step.sizes[0]) == (3 if "1d" in step.operation else 4)
 
 
 def _pooling(module: Any, step: Step) -> float:
@@ -241,9 +287,9 @@ def _mean(step: Step, before: Spread) -> Spread:
     many, few = (math.prod(size) for size in step.sizes)
     share = 1 / math.sqrt(many / max(few, 1))
     if step.operation != "mean":
-        if math.prod(step.sizes[1][2:]) != 1:
+        if math.prod(step.sizes[1][-1 if "1d" in step.operation else -2 :]) != 1:
             raise _Uncovered(f"{step.place} averages to more than one entry, and is not covered")
-        return before.times(share)
+        return before.times(share) if _batched(step) else before.plain().times(share)
     planes = len(step.sizes[0])
     given = (step.detail,) if isinstance(step.detail, int) else step.detail
     axes = {axis % planes for axis in given} if isinstance(given, (tuple, list)) else {0}
@@ -260,16 +306,13 @@ def _operator(module: Any, step: Step) -> Operator:
         reach = [d * (k - 1) + 1 for d, k in zip(module.dilation, module.kernel_size, strict=True)]
         # "same" pads by the dilated kernel less one in all
         room = [2 * p for p in module.padding] if isinstance(module.padding, tuple) else [r - 1 for r in reach]
-        torus = [max(s + p, r) for s, p, r in zip(step.sizes[0][2:], room, reach, strict=True)]
+        torus = [max(s + p, r) for s, p, r in zip(step.sizes[0][-len(reach) :], room, reach, strict=True)]
         return ConvolutionOperator(module.weight, torus, module.dilation, module.groups)
     raise _Uncovered(f"{step.place}: no gain is known of this layer")
 
 
-def _sum(step: Step, reads: Sequence[Spread]) -> Spread:
-    """A sum of two tensors, or of a tensor and a constant; nothing that has changed may be stretched over the other."""
-    first_only = len(reads) == 1 or not any(each.total for each in reads[1:])
-    if not step.even and not (first_only and len(step.sizes) == 2 and step.sizes[0] == step.sizes[1]):
-        raise _Uncovered(f"{step.place} stretches a tensor over another, and is not covered")
+def _sum(reads: Sequence[Spread]) -> Spread:
+    """A sum of two tensors, or of a tensor and a constant."""
     total = Spread(0.0)
     for each in reads:
         total = total.plus(each)
@@ -300,6 +343,6 @@ def _moved(step: Step, before: Spread) -> Spread:
     if step.operation == "pad" and isinstance(step.detail, (tuple, list)) and len(old) >= 2:
         amounts = [int(part) for part in step.detail] + [0] * (2 * len(old))
         left, right = amounts[2 * len(old) - 4 : 2 * len(old) - 2]
-        if min(amounts) >= 0 and not any(amounts[2 * len(old) - 2 :]):
+        if old[1] == len(before.channels) and min(amounts) >= 0 and not any(amounts[2 * len(old) - 2 :]):
             return before.padded(left, right)
     return before.plain()

@@ -76,8 +76,8 @@ def prune(
     The weights are cast to the model's dtype first and judged then: the certificates speak of what is in the model.
     A layer whose solver ends INFEASIBLE or NUMERICAL is left as it was, and its row says so.
 
-    Raises ValueError for an unknown mode, a budget that cannot be met and when `build` stated no problem at all; else
-    what `capture`, `build` and the solver raise.
+    Raises ValueError for an unknown mode, a budget that cannot be met, two layers that are tied and when `build` stated
+    no problem at all; else what `capture`, `build` and the solver raise.
     """
     if mode not in MODES:
         raise ValueError(f"mode is {mode!r}; it must be one of {MODES}")
@@ -94,10 +94,13 @@ def prune(
     rows: list[Row] = []
     rectified: dict[str, bool] = {}
     used = ""
+    owners: dict[int, str] = {}
     for total, layer in _layers(mode, model, pruned, batches, names, options, tell):
         tell(Progress("solve", layer.name, len(rows), total))
         problem = state(layer)
         rectified[layer.name.partition("[")[0]] = layer.activation == "relu"
+        if problem is not None:
+            _check_untied(pruned, layer.name, owners)
         solution = None if problem is None else _written(pruned, layer.name, problem, solver)
         used = used or (solution.solver if solution else "")
         rows.append(_row(layer, read(pruned, layer.name), problem, solution))
@@ -160,6 +163,18 @@ def _layers(
         known["residual"] = mode == "residual" and len({*map(modules.get, together)}) == 1 and summed(steps, module)
         for layer in capture(pruned, batches, together, dense=model, progress=taken(module), **known):
             yield len(first), layer
+
+
+def _check_untied(pruned: nn.Module, name: str, owners: dict[int, str]) -> None:
+    """Of two layers with one parameter, writing the second would overwrite what the first was judged by."""
+    module = name.partition("[")[0]
+    for parameter in pruned.get_submodule(module).parameters():
+        owner = owners.setdefault(id(parameter), module)
+        if owner != module:
+            raise ValueError(
+                f"layers {owner!r} and {module!r} are tied: they share a parameter, which only one of them can be "
+                "pruned by; leave the other out of `names`"
+            )
 
 
 def _written(pruned: nn.Module, name: str, problem: LayerProblem, solver: Solver | None) -> Solution:
@@ -258,6 +273,9 @@ def _bounds(
     shapes = {tuple(tensor.shape[1:] for tensor in tensors_in(batch)) for batch in batches}
     if len(shapes) > 1:
         reason = "the batches have samples of several shapes, and the bound knows those of the first"
+    with undisturbed(model):
+        if not reason and not all(steps.like(record(model, batch)) for batch in batches):
+            reason = "the batches do not all take the same way through the model, and the bound knows that of the first"
     if reason:
         return dict.fromkeys(RULES, GraphBound(None, {}, reason))
     own = own_errors(rows)

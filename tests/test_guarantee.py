@@ -288,6 +288,17 @@ class Functional(nn.Module):
         return self.function(self, x)
 
 
+@torch.jit.script
+def tripled(x):
+    return x * 3.0
+
+
+def written_to_a_view(x, change):
+    made = x.clone()
+    made[:, :6].add_(change)
+    return made
+
+
 @pytest.mark.parametrize(
     ("function", "message"),
     [
@@ -303,6 +314,20 @@ class Functional(nn.Module):
         (lambda m, x: m.b(m.a(x)).mean(), "averages over the samples"),
         (lambda m, x: m.b(m.a(x)[:, [0, 1, 2, 3, 3, 3]]), "takes entries by a list or a tensor"),
         (lambda m, x: x[None] + m.a(x)[:, None], "stretches a tensor over another"),
+        (lambda m, x: x[None].repeat(9, 1, 1) + m.a(x)[:, None], "stretches a tensor over another"),
+        (lambda m, x: torch.add(x, 5, m.a(x)), "add with alpha"),
+        (lambda m, x: F.softplus(m.a(x), 0.01, 0), "softplus with a threshold of 0"),
+        (lambda m, x: m.a(x).view(torch.int32), "view as another dtype"),
+        (lambda m, x: x if bool(m.a(x)[0, 0]) else 2 * x, "bool in the model"),
+        (lambda m, x: torch.from_dlpack(m.a(x)), "dlpack_device in the model"),
+        (lambda m, x: tripled(m.a(x)), "aten.mul in the model"),
+        (lambda m, x: torch.func.vmap(lambda each: 3 * each)(m.a(x)), "uses torch.func"),
+        (lambda m, x: written_to_a_view(x, m.a(x)), "a change in place in the model"),
+        (lambda m, x: m.b(written_to_a_view(x, m.a(x))), "a change in place in b (Linear)"),
+        (lambda m, x: torch.add(x, m.a(x), out=torch.zeros(9, 12)[:, :6])._base, "get in the model"),
+        (lambda m, x: m.a(x) + F.linear(x, m.a.weight), "the weight of a (Linear) is read elsewhere"),
+        (lambda m, x: m.a(x) + torch.randn(9, 6), "the model draws random numbers"),
+        (lambda m, x: m.b(m.a(x + torch.randn_like(x))), "the model draws random numbers"),
     ],
 )
 def test_what_is_not_covered_is_named(function, message):
@@ -331,3 +356,162 @@ def test_cascade_through_a_residual_sum_adds_errors_and_multiplies_none():
     _, cascade = cp.prune(net, batches, build, mode="cascade")
     _, parallel = cp.prune(net, batches, build, mode="parallel")
     assert cascade.network.measured <= cascade.network.guaranteed <= parallel.network.guaranteed
+
+
+class Strange(nn.AvgPool1d):
+    def forward(self, x):
+        return super().forward(7 * x)
+
+
+class Louder(nn.BatchNorm1d):
+    def forward(self, x):
+        return F.batch_norm(x, self.running_mean, self.running_var, 5 * self.weight, self.bias)
+
+
+def hooked(module):
+    module.register_forward_hook(lambda module, args, output: 3 * output)
+    return module
+
+
+def tied(first, second):
+    second.weight = first.weight
+    return nn.Sequential(first, nn.ReLU(), second)
+
+
+class Middle(nn.Module):
+    """Nothing of what `max_pool1d`, the module, says holds for the function of that name."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.max_pool1d = nn.Conv1d(2, 2, 1), nn.MaxPool1d(1)
+
+    def forward(self, x):
+        return F.max_pool1d(self.conv(x), 5, 1)
+
+
+@pytest.mark.parametrize(
+    ("model", "x", "message"),
+    [
+        (nn.Sequential(nn.Conv1d(2, 2, 1), Strange(2)), (3, 2, 8), "1 (Strange) is not covered"),
+        (nn.Sequential(nn.Conv1d(2, 2, 1), Louder(2)), (3, 2, 8), "1 (Louder) is not covered"),
+        (nn.Sequential(nn.Conv1d(2, 2, 1), hooked(nn.MaxPool1d(2))), (3, 2, 8), "1 (MaxPool1d) is not covered"),
+        (nn.Sequential(nn.Linear(6, 6), hooked(nn.Linear(6, 6))), (9, 6), "1 (Linear) has forward hooks"),
+        (nn.Sequential(nn.Linear(6, 6), torch.jit.script(nn.Linear(6, 6))), (9, 6), "aten."),
+        (Middle(), (3, 2, 8), "max_pool1d in the model (Middle)"),
+        (nn.Sequential(nn.Conv1d(2, 4, 1), nn.AdaptiveAvgPool2d((3, 1))), (5, 2, 7), "averages to more than one entry"),
+        (tied(nn.Linear(6, 6), nn.Linear(6, 6)), (9, 6), "the weight of 0 (Linear) is read elsewhere"),
+    ],
+)
+@pytest.mark.parametrize("mode", ["parallel", "cascade"])
+def test_modules_that_do_not_do_what_their_kind_does_are_named(model, x, message, mode):
+    build = lambda layer: cp.L1Reconstruction(layer, 0.1)  # noqa: E731
+    _, report = cp.prune(
+        model.eval(), [torch.randn(x)], build, Noise(), mode, names=[next(iter(dict(model.named_children())))]
+    )
+    assert report.network.guaranteed is None
+    assert message in report.network.reason
+
+
+class ByBatch(nn.Module):
+    """What it does depends on the batch: on its size, or on what is in it."""
+
+    def __init__(self, which):
+        super().__init__()
+        self.layer, self.which = nn.Linear(4, 4), which
+
+    def forward(self, x):
+        y = self.layer(x)
+        if self.which == "values":
+            return y + y + y if x[0, 0] > 0 else y
+        return y.view(1, -1, 4).mean(1) if self.which == "mean" else y
+
+
+@pytest.mark.parametrize("which", ["values", "mean"])
+def test_batches_that_go_different_ways_have_no_bound(which):
+    batches = [-torch.ones(8, 4), torch.ones(1, 4)]
+    _, report = cp.prune(ByBatch(which).eval(), batches, lambda layer: cp.L1Reconstruction(layer, 0.1), Shifted())
+    assert report.network.guaranteed is None
+    assert "do not all take the same way" in report.network.reason
+    _, report = cp.prune(ByBatch("").eval(), batches, lambda layer: cp.L1Reconstruction(layer, 0.1), Shifted())
+    assert report.network.measured <= report.network.guaranteed * (1 + 1e-5)
+
+
+def picking(inputs, column, outputs=1, row=0):
+    """A Linear that reads one of its inputs, and writes it to one of its outputs."""
+    layer = nn.Linear(inputs, outputs, bias=False)
+    layer.weight.data.zero_()[row, column] = 1
+    return layer
+
+
+def first_only(size):
+    norm = nn.BatchNorm1d(size)
+    norm.weight.data[1:] = 0
+    return norm
+
+
+class Spiked:
+    """The dense layer, with another bias of its first output."""
+
+    def solve(self, problem, start=None):
+        x = problem.dense.clone()
+        x[0, -1] += 1
+        return Attempt(x, None, cp.Status.CONVERGED, 1)
+
+
+@pytest.mark.parametrize("mode", ["parallel", "cascade"])
+@pytest.mark.parametrize(
+    ("model", "shape"),
+    [
+        ((nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 6), nn.BatchNorm1d(4)), (5, 4, 6)),
+        ((nn.Linear(6, 6), nn.Identity(), picking(6, 0, 4, 1), first_only(4)), (5, 4, 6)),
+        ((nn.Conv1d(2, 4, 3, padding=1), picking(8, 7)), (5, 2, 8)),
+        ((nn.Conv1d(2, 4, 3, padding=1), nn.ReLU(), nn.Conv1d(4, 2, 3)), (2, 8)),
+        ((nn.Linear(6, 6), nn.AvgPool1d(3, 1, 1), picking(6, 1)), (9, 6)),
+        ((nn.Conv1d(2, 4, 1), nn.Flatten(), nn.ZeroPad1d((4, 0)), picking(16, 4)), (5, 2, 3)),
+    ],
+)
+def test_the_second_axis_is_not_always_that_of_the_channels(model, shape, mode):
+    net = nn.Sequential(*model).eval()
+    build = lambda layer: cp.L1Reconstruction(layer, 0.1) if layer.name.startswith("0") else None  # noqa: E731
+    _, report = cp.prune(net, [torch.randn(shape)], build, Spiked(), mode)
+    assert 0 < report.network.measured <= report.network.guaranteed * (1 + 1e-5)
+
+
+@pytest.mark.parametrize("mode", ["parallel", "cascade"])
+@pytest.mark.parametrize("group", [0, 1])
+def test_groups_that_were_left_out_keep_their_places(mode, group):
+    model = nn.Sequential(nn.Conv1d(2, 8, 1, groups=2), nn.Conv1d(8, 1, 1, bias=False)).eval()
+    nn.init.zeros_(model[1].weight)
+    model[1].weight.data[:, 4 * group : 4 * group + 2] = 1.0
+    build = lambda layer: cp.L1Reconstruction(layer, 0.1) if layer.name == f"0[{group}]" else None  # noqa: E731
+    _, report = cp.prune(model, [torch.randn(4, 2, 5)], build, Spiked(), mode)
+    assert 0 < report.network.measured <= report.network.guaranteed * (1 + 1e-5)
+
+
+class InPlace(nn.Module):
+    """Normalises its input where it stands."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, x):
+        x -= 0.5
+        x *= 2
+        return self.layer(x)
+
+
+@pytest.mark.parametrize("mode", ["parallel", "cascade"])
+def test_a_model_that_writes_to_its_input_does_not_change_the_data(mode):
+    x = torch.randn(8, 4)
+    kept = x.clone()
+    _, report = cp.prune(InPlace().eval(), [x], lambda layer: cp.L1Reconstruction(layer, 0.1), Shifted(), mode)
+    assert torch.equal(x, kept)
+    assert report.network.measured <= report.network.guaranteed * (1 + 1e-5)
+
+
+def test_a_transposed_convolution_in_a_cascade_is_judged_whole():
+    model = nn.Sequential(nn.Conv1d(2, 8, 3), nn.ReLU(), nn.ConvTranspose1d(8, 2, 3)).eval()
+    build = lambda layer: cp.L1Reconstruction(layer, 0.1)  # noqa: E731
+    _, report = cp.prune(model, [torch.randn(4, 2, 9)], build, Noise(), "cascade")
+    assert report.network.measured <= report.network.guaranteed * (1 + 1e-5)

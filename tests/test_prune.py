@@ -303,3 +303,13 @@ def test_digits_pruned_by_admm(mode, one_thread):
         assert row.status is Status.CONVERGED, row.name
         assert row.certificate.violation <= 1e-6
         assert -1e-6 <= row.certificate.relative_gap <= 1e-4
+
+
+def test_of_tied_layers_only_one_is_pruned(batches):
+    first, second = nn.Linear(6, 6), nn.Linear(6, 6)
+    second.weight = first.weight
+    net = nn.Sequential(first, nn.ReLU(), second)
+    with pytest.raises(ValueError, match="'0' and '2' are tied"):
+        prune(net, batches, trim, ADMM(max_iter=10))
+    pruned, _ = prune(net, batches, trim, ADMM(max_iter=10), names=["2"])
+    assert pruned[0].weight is pruned[2].weight

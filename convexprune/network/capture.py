@@ -18,7 +18,7 @@ from convexprune.network.branches import repaired
 from convexprune.network.forward import Enough, run, undisturbed
 from convexprune.network.matrices import Stack, stack_of
 from convexprune.network.names import choose, stacks, suggestion
-from convexprune.network.trace import Record, Recorder
+from convexprune.network.trace import Recorder
 
 Hook = Callable[[str, Stack, Tensor, Tensor], None]  # module name, its matrices, its input, its output
 
@@ -82,7 +82,7 @@ def capture(
                 # hooked first, so that what the hooks do falls inside the layer's own step and is not recorded
                 with _hooked(modules, into), Recorder(model) as recorder:
                     output = run(model, batch)
-                first = Record(tuple(recorder.steps), recorder.numbers(output))
+                first = recorder.record(output)
                 del output
             seen = True
             account.end()

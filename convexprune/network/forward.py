@@ -15,7 +15,7 @@ class Enough(BaseException):  # no Exception: a model that catches those must no
 
 
 def run(model: nn.Module, batch: Any) -> Any:
-    """The model's output on a batch, without gradients.
+    """The model's output on a batch, without gradients; on a copy of it, as a model may change its input in place.
 
     A batch is a tensor, a tuple or list whose first element is the input, or a mapping of keyword arguments.
     """
@@ -30,7 +30,15 @@ def run(model: nn.Module, batch: Any) -> Any:
             "dict of keyword arguments"
         )
     with torch.inference_mode(False), torch.no_grad():
-        return model(**first) if isinstance(first, Mapping) else model(first)
+        return model(**_copy({**first})) if isinstance(first, Mapping) else model(_copy(first))
+
+
+def _copy(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.clone()
+    if type(value) is dict:
+        return {key: _copy(part) for key, part in value.items()}
+    return type(value)(map(_copy, value)) if type(value) in (tuple, list) else value
 
 
 @contextmanager
@@ -39,7 +47,7 @@ def undisturbed(*models: nn.Module) -> Iterator[None]:
     modules = [module for model in models for module in model.modules()]
     modes = [(module, module.training) for module in modules]
     buffers = [
-        (module, key, buffer, _version(buffer), buffer.detach().clone())
+        (module, key, buffer, edits(buffer), buffer.detach().clone())
         for module in modules
         for key, buffer in module._buffers.items()
         if buffer is not None
@@ -55,7 +63,7 @@ def undisturbed(*models: nn.Module) -> Iterator[None]:
                 module.training = training
             for module, key, buffer, version, value in buffers:
                 module._buffers[key] = buffer
-                if version is None or _version(buffer) != version:
+                if version is None or edits(buffer) != version:
                     with torch.no_grad():
                         buffer.copy_(value)
 
@@ -72,5 +80,6 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
             yield from tensors_in(part)
 
 
-def _version(tensor: Tensor) -> int | None:
+def edits(tensor: Tensor) -> int | None:
+    """How often it was changed in place; None of an inference tensor, which does not say."""
     return None if tensor.is_inference() else tensor._version
