@@ -1,4 +1,4 @@
-"""The network's error from its layers' certificates, along the real graph: before the pruned network is run.
+"""The layers' own errors carried along the real graph to the network's output: before the pruned network is run.
 
 Every tensor D that a forward pass made carries bounds of its change over the calibration samples, here by ||D||_F:
 
@@ -23,13 +23,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
-import torch
 from torch import Tensor, nn
 
 from convexprune.bounds.gains import ConvolutionOperator, LinearOperator, Operator, pooling_gain
-from convexprune.bounds.propagation import ByChannel, Frobenius, Repair, Rule, Spectral, Spread
+from convexprune.bounds.propagation import ByChannel, Rule, Spread
 from convexprune.network.trace import DROPOUT, RESHAPING, Record, Step
-from convexprune.report.row import Row
 
 # |f(a) - f(b)| <= |a - b|, entry by entry
 LIPSCHITZ: Final = frozenset(
@@ -42,8 +40,6 @@ NORMS: Final = (nn.BatchNorm1d, nn.BatchNorm2d)
 POOLS: Final = (nn.MaxPool1d, nn.MaxPool2d, nn.AvgPool1d, nn.AvgPool2d)
 MEANS: Final = ("mean", "adaptive_avg_pool2d", "adaptive_avg_pool1d")
 SUMS: Final = frozenset(("add", "iadd", "sub", "isub"))
-RULES: Final[Mapping[str, Rule]] = {"Frobenius": Frobenius(), "spectral": Spectral(), "by channel": ByChannel()}
-SHARPEST: Final = "by channel"
 
 
 @dataclass(frozen=True)
@@ -53,21 +49,6 @@ class GraphBound:
     total: float | None
     layers: Mapping[str, float]
     obstacle: str = ""
-
-
-def own_errors(rows: Sequence[Row]) -> dict[str, Spread]:
-    """What the certificates say of each judged layer: module -> its own error, groups of a convolution together."""
-    judged: dict[str, list[Row]] = {}
-    for row in rows:
-        if row.error is not None and not row.left_dense:
-            judged.setdefault(row.name.partition("[")[0], []).append(row)
-    found = {}
-    for module, parts in judged.items():
-        every = [part.errors for part in parts]
-        channels = torch.cat([each for each in every if each is not None]) if None not in every else None
-        repair = Repair(module) if any(part.repairs for part in parts) else None
-        found[module] = Spread(math.hypot(*(part.error or 0.0 for part in parts)), channels, repair=repair)
-    return found
 
 
 class Propagation:

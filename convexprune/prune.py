@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 import hashlib
 import itertools
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import replace
 from typing import Any, Final
@@ -19,19 +18,17 @@ import torch
 from torch import Tensor, nn
 
 from convexprune.allocation import Allocation
-from convexprune.bounds.propagation import Spread
-from convexprune.guarantee import RULES, SHARPEST, GraphBound, Propagation, own_errors
 from convexprune.layer import Layer
 from convexprune.network import capture, count_calls, read, write
 from convexprune.network.branches import summed
-from convexprune.network.changes import alone, together, turns
 from convexprune.network.forward import tensors_in, undisturbed
-from convexprune.network.trace import Record, record
+from convexprune.network.trace import record
+from convexprune.network_error import network_error
 from convexprune.patterns import Unstructured
 from convexprune.problem import EqualityQuadratic, LassoProblem, LayerProblem, Solver, SparseLeastSquares
 from convexprune.problems import Reconstruction
 from convexprune.progress import Progress
-from convexprune.report import Link, NetworkError, Report, Settings, described
+from convexprune.report import Report, Settings, described
 from convexprune.report.allocation import Shares
 from convexprune.report.row import Moments, Row
 from convexprune.solution import Solution, Status
@@ -40,7 +37,6 @@ from convexprune.solve import rejudged, solve
 MODES: Final = ("parallel", "cascade", "residual")
 UNSOLVED: Final = (Status.INFEASIBLE, Status.NUMERICAL)  # no point worth writing: the layer stays as it was
 Build = Callable[..., LayerProblem | None]  # of a layer, and of its count where there is an allocation
-MEMORY: Final = 1e9  # bytes of dense outputs that are held to compare layers with; more layers take more passes
 GRID: Final = (300, 800)  # a weight pattern is drawn on at most this many cells
 
 
@@ -106,7 +102,10 @@ def prune(
         rows.append(_row(layer, read(pruned, layer.name), problem, solution))
     if not used:
         raise ValueError("nothing was pruned: build(layer) returned None for every layer; return a problem for one")
-    network = _network_error(model, pruned, batches, rows, rectified, mode, options, tell)
+    seen = lambda index: tell(Progress("measure", None, index + 1, _length(batches)))  # noqa: E731
+    network = network_error(
+        model, pruned, batches, rows, rectified=rectified, mode=mode, refusal=_refusal(options), tell=seen
+    )
     data, samples = _fingerprint(batches)
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
     settings = Settings(mode, used, samples, data, dtype, seed, torch.get_num_threads(), torch.__version__)
@@ -222,70 +221,15 @@ def _grid(kept: Tensor) -> Tensor:
     return nn.functional.adaptive_avg_pool2d(kept.float()[None], cells)[0]
 
 
-def _network_error(
-    model: nn.Module,
-    pruned: nn.Module,
-    batches: Iterable[Any],
-    rows: Sequence[Row],
-    rectified: Mapping[str, bool],
-    mode: str,
-    options: Mapping[str, Any],
-    tell: Callable[[Progress], None],
-) -> NetworkError:
-    """The bounds along the network's graph, or why there are none, beside what is measured."""
-    with undisturbed(model):
-        steps = record(model, next(iter(batches)))
-    bounds = _bounds(model, pruned, batches, steps, rows, rectified, mode, options)
-    best = bounds[SHARPEST]
-    held = {
-        step.layer: 8 * math.prod(step.sizes[-1]) for step in steps.steps if step.layer and step.layer in best.layers
-    }
-    found: dict[str, float] = {}
-    measured = scale = None
-    for group in turns({} if best.total is None else held, MEMORY) or [[]]:
-        seen = lambda index: tell(Progress("measure", None, index + 1, _length(batches)))  # noqa: E731
-        layers = {name: rectified.get(name, False) for name in group}
-        changes, measured, scale = together(model, pruned, batches, layers, seen)
-        found |= changes
-    links = () if best.total is None else tuple(Link(name, best.layers[name], found[name]) for name in best.layers)
-    totals = {name: bound.total for name, bound in bounds.items() if bound.total is not None}
-    return NetworkError(measured, best.total, scale, best.obstacle, totals, links)
-
-
-def _bounds(
-    model: nn.Module,
-    pruned: nn.Module,
-    batches: Iterable[Any],
-    steps: Record,
-    rows: Sequence[Row],
-    rectified: Mapping[str, bool],
-    mode: str,
-    options: Mapping[str, Any],
-) -> Mapping[str, GraphBound]:
-    """By each rule, from the layers' certificates; the sharpest also from the Gram matrices of their own errors."""
-    reason = ""
+def _refusal(options: Mapping[str, Any]) -> str:
+    """Which option keeps the layers' errors from saying anything of the network's, or nothing."""
     if options["mask"] is not None:
-        reason = "a mask was given, and the samples it leaves out are in the network's output"
+        return "a mask was given, and the samples it leaves out are in the network's output"
     if options["positions"] is not None:
-        reason = "`positions` was given, and the positions it leaves out are in the network's output"
+        return "`positions` was given, and the positions it leaves out are in the network's output"
     if "relu" in (options["activations"] or {}).values():
-        reason = "a ReLU was told by `activations`, not found in the network"
-    shapes = {tuple(tensor.shape[1:] for tensor in tensors_in(batch)) for batch in batches}
-    if len(shapes) > 1:
-        reason = "the batches have samples of several shapes, and the bound knows those of the first"
-    with undisturbed(model):
-        if not reason and not all(steps.like(record(model, batch)) for batch in batches):
-            reason = "the batches do not all take the same way through the model, and the bound knows that of the first"
-    if reason:
-        return dict.fromkeys(RULES, GraphBound(None, {}, reason))
-    own = own_errors(rows)
-    network = Propagation(pruned, steps, mode)
-    bounds = {name: network.bound(own, rule) for name, rule in RULES.items()}
-    if mode == "parallel" and bounds[SHARPEST].total is not None:
-        grams = alone(model, pruned, batches, {name: rectified[name] for name in own})
-        own = {name: Spread.of(gram, rectified[name]) for name, gram in grams.items()}
-        bounds[SHARPEST] = network.bound(own, RULES[SHARPEST])
-    return bounds
+        return "a ReLU was told by `activations`, not found in the network"
+    return ""
 
 
 def _fingerprint(batches: Iterable[Any]) -> tuple[str, int]:

@@ -21,6 +21,7 @@ TOP = {
     "goal",
     "guarantee",
     "merge",
+    "network_error",
     "unseen",
     "worst_case",
     "",
