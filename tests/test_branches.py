@@ -69,6 +69,22 @@ def test_no_sum_no_repair():
     assert all(torch.equal(a, b) for a, b in zip(residual.parameters(), cascade.parameters(), strict=True))
 
 
+class Sum(nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.first, self.second, self.function = nn.Linear(4, 4), nn.Linear(4, 4), function
+
+    def forward(self, x):
+        return self.function(self.first(x), self.second)
+
+
+@pytest.mark.parametrize("function", [lambda y, f: y + y, lambda y, f: f(y) + y[None].repeat(2, 1, 1)])
+def test_doubled_and_stretched_tensors_are_no_residual_sums(function):
+    build = lambda layer: cp.L1Reconstruction(layer, 0.1)  # noqa: E731
+    _, report = cp.prune(Sum(function).eval(), [torch.randn(9, 4)], build, mode="residual")
+    assert report.network.measured > 0
+
+
 def test_residual_mode_repairs_a_network():
     torch.manual_seed(0)
     model = resnet.ResNet(1).eval()

@@ -28,7 +28,7 @@ FAINT: Final = 1e-3  # of the largest scale: a channel the norm has all but swit
 
 
 def summed(record: Record, layer: str) -> bool:
-    """Whether the layer's output, behind at most a batch norm and dropout, goes into a sum of two tensors only."""
+    """Whether the layer's output, behind at most a batch norm and dropout, goes into a sum of two of one shape only."""
     made = [number for step in record.steps if step.layer == layer for number in step.makes]
     return bool(made) and all(_into_sum(record, number) for number in made)
 
@@ -39,7 +39,7 @@ def _into_sum(record: Record, number: int) -> bool:
         return False
     (step,) = readers
     if step.operation in SUMS and len(step.reads) == 2:
-        return True
+        return step.even and step.reads[0] != step.reads[1]
     passes = step.operation == "batch_norm" or step.operation in DROPOUT
     return passes and len(step.makes) == 1 and _into_sum(record, step.makes[0])
 
