@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,20 +51,26 @@ def certify_unseen(
     held_out, used  batches as for `prune`; a sample of `used`, the calibration data, among those held out is refused
     clip            the squared error |zhat - z|^2 counts up to this; choose it before looking at the samples
 
-    Raises ValueError for a sample that was used, for no samples, and where the outputs are not one (n, classes) tensor.
+    Raises ValueError for a sample that was used, for no samples, for none that were used (an iterator that has run
+    out), and where the outputs are not one (n, classes) tensor of numbers.
     """
     known = {digest for batch in used for digest in _digests(batch)}
+    if not known:
+        raise ValueError("no used samples; give the calibration data, so that none of it is among those held out")
     changed, errors = 0, []
     with undisturbed(model, pruned):
         for index, batch in enumerate(held_out):
-            for row, digest in enumerate(_digests(batch)):
+            digests = list(_digests(batch))
+            for row, digest in enumerate(digests):
                 if digest in known:
                     raise ValueError(
                         f"sample {row} of held-out batch {index} was used to prune; hold out samples that were not"
                     )
             dense, sparse = run(model, batch), run(pruned, batch)
-            if not isinstance(dense, Tensor) or dense.ndim != 2:
+            if not isinstance(dense, Tensor) or dense.ndim != 2 or len(dense) != len(digests):
                 raise ValueError("the outputs must be one tensor of a row for each sample")
+            if bool(dense.isnan().any() | sparse.isnan().any()):
+                raise ValueError(f"a network makes NaN of held-out batch {index}")
             changed += int((dense.argmax(1) != sparse.argmax(1)).sum())
             errors.append((sparse.double() - dense.double()).square().sum(1))
     every = torch.cat(errors) if errors else torch.zeros(0)
@@ -75,11 +81,15 @@ def certify_unseen(
 
 
 def _digests(batch: Any) -> Iterator[bytes]:
-    """A hash of each sample's input."""
+    """A hash of each sample's input: of its numbers, whatever their dtype, the order of the keys and the wrapping."""
     first = batch[0] if isinstance(batch, (tuple, list)) else batch
-    tensors = [tensor.detach().cpu().contiguous() for tensor in tensors_in(first)]
-    for row in range(len(tensors[0])):
+    parts = [first[key] for key in sorted(first)] if isinstance(first, Mapping) else first
+    tensors = [tensor.detach().cpu().double() + 0.0 for tensor in tensors_in(parts)]  # -0.0 is 0.0
+    sizes = {len(tensor) if tensor.ndim else 0 for tensor in tensors}
+    if len(sizes) != 1:
+        raise ValueError(f"the tensors of a batch have {sorted(sizes)} rows; each must have one for each sample")
+    for row in range(sizes.pop()):
         content = hashlib.sha256()
         for tensor in tensors:
-            content.update(tensor[row].flatten().view(torch.uint8).numpy().tobytes())
+            content.update(tensor[row].contiguous().numpy().tobytes())
         yield content.digest()

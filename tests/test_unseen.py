@@ -71,6 +71,21 @@ def test_a_used_sample_is_refused(networks):
         cp.certify_unseen(model, pruned, [torch.randn(4, 6), mixed], used, clip=1.0)
 
 
+@pytest.mark.parametrize("wrap", [lambda x: x.double(), lambda x: (x, x), lambda x: {"input": x}, lambda x: -x])
+def test_a_used_sample_is_known_in_other_wrappings(networks, wrap):
+    model, pruned, used = networks
+    used = [*used, torch.zeros(1, 6)]
+    with pytest.raises(ValueError, match="of held-out batch 0 was used"):
+        cp.certify_unseen(model, pruned, [wrap(torch.cat([used[2], used[0]]))], used, clip=1.0)
+
+
+def test_of_several_inputs_the_order_of_the_keys_does_not_count(networks):
+    model, pruned, _ = networks
+    a, b = torch.randn(2, 5, 6)
+    with pytest.raises(ValueError, match="of held-out batch 0 was used"):
+        cp.certify_unseen(model, pruned, [{"b": b, "a": a}], [{"a": a, "b": b}], clip=1.0)
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -78,6 +93,12 @@ def test_a_used_sample_is_refused(networks):
         (
             lambda m, p, u: cp.certify_unseen(m, p, [torch.randn(9, 6)], u, clip=1.0, confidence=1.0),
             "confidence is 1.0",
+        ),
+        (lambda m, p, u: cp.certify_unseen(m, p, u, iter([]), clip=1.0), "no used samples"),
+        (lambda m, p, u: cp.certify_unseen(m, p, [torch.full((9, 6), torch.nan)], u, clip=1.0), "NaN of held-out"),
+        (
+            lambda m, p, u: cp.certify_unseen(m, p, [{"a": torch.ones(4, 6), "b": torch.ones(1, 6)}], u, clip=1.0),
+            r"have \[1, 4\] rows",
         ),
         (lambda m, p, u: clopper_pearson(5, 4, 0.9), "successes is 5"),
         (lambda m, p, u: empirical_bernstein(torch.tensor([-1.0, 1.0]), 2.0, 0.9), "least value -1"),
