@@ -184,9 +184,13 @@ def _read_by_linears(graph: ChannelGraph, channels: Channels, maker: str) -> boo
 def _covered(graph: ChannelGraph, node: fx.Node) -> bool:
     if node.op == "call_module":
         module = graph.modules[str(node.target)]
-        return isinstance(module, COVERED) and abs(getattr(module, "negative_slope", 0)) <= 1
+        # a Softplus jumps at its threshold, by log(1 + exp(-threshold)) / beta
+        smooth = getattr(module, "threshold", 20) >= 20
+        return isinstance(module, COVERED) and abs(getattr(module, "negative_slope", 0)) <= 1 and smooth
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
     slope = node.kwargs.get("negative_slope", 0.01)
+    if name == "softplus":
+        return len(node.args) + len(node.kwargs) == 1
     return name in FUNCTIONS and (name != "leaky_relu" or (len(node.args) == 1 and 0 <= float(slope) <= 1))  # type: ignore[arg-type]
 
 

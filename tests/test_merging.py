@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import convexprune as cp
-from convexprune.solvers import Merges
+from convexprune.solvers import GreedyMerging, Merges
 
 ACTIVATIONS = {
     "relu": torch.relu,
@@ -202,3 +202,18 @@ def test_bad_input_is_named(make, message):
 def test_costs_that_do_not_fit_are_refused():
     with pytest.raises(MemoryError, match="GreedyMerging"):
         cp.solve(problem(keep=3)[0], cp.Exchange(memory=100))
+
+
+def test_the_greedy_solver_leaves_a_problem_of_one_output_as_it_is():
+    torch.manual_seed(0)
+    outgoing = torch.randn(1, 8)
+    problem = cp.NeuronMerging(torch.randn(8, 5), outgoing, keep=3)
+    solution = cp.solve(problem, GreedyMerging())
+    assert torch.equal(problem.outgoing, outgoing.double())
+    assert float(problem.merged(solution.x).sum()) == pytest.approx(float(outgoing.sum()), rel=1e-5)
+
+
+@pytest.mark.parametrize("steep", [nn.Softplus(0.01, 0), nn.Softplus(1, 5)])
+def test_an_activation_that_jumps_is_not_merged_through(steep):
+    with pytest.raises(ValueError, match="no layer can merge"):
+        cp.merge(nn.Sequential(nn.Linear(3, 4), steep, nn.Linear(4, 2)), keep=2)

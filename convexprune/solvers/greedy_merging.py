@@ -96,7 +96,7 @@ class GreedyMerging:
     def merges(self, problem: MergingProblem, survivors: int = 1) -> Merges:
         """The run down to `survivors`."""
         screen = _Neighbours(problem.features, self.neighbours, self.device, self.dtype)
-        outgoing = problem.outgoing.T.contiguous()  # (n, out)
+        outgoing = problem.outgoing.T.clone(memory_format=torch.contiguous_format)  # (n, out), to be added to
         importance = outgoing.square().mean(1).tolist()
         n = len(outgoing)
         near, distance = screen.lists(torch.arange(n))
