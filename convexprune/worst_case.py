@@ -138,6 +138,8 @@ def _chain(model: nn.Module, x: Tensor, whose: str) -> tuple[list[Tensor], list[
         if step.reads != (current,) or len(step.makes) != 1:
             raise ValueError(f"{whose}: {step.place} joins or splits tensors; {COVERED}")
         (current,) = step.makes
+        if step.layer is not None and modules[step.layer]._forward_hooks:
+            raise ValueError(f"{whose}: {step.place} has forward hooks; {COVERED}")
         if step.operation == "relu":
             blocks = blocks or [_identity(math.prod(step.sizes[0][1:]))]
             bent = True
