@@ -1,15 +1,17 @@
 """Every solver on every problem that it takes: the optimum, certified."""
 
 import functools
+import math
 
 import pytest
 import torch
 from table import PAIRS, PROBLEMS, SOLVERS
 
 from convexprune.layer import Layer
-from convexprune.problems import NetTrim
+from convexprune.problems import L1Reconstruction, NetTrim
 from convexprune.solution import Status
 from convexprune.solve import solve
+from convexprune.solvers import WorkingSet
 from convexprune.solvers.cvxpy import CVXPY
 
 
@@ -43,3 +45,12 @@ def test_agrees_with_clarabel_and_certifies_it(solver, problem):
     assert certificate.relative_gap <= 1e-4
     # no feasible point is below the bound, so neither is the oracle's
     assert certificate.bound <= optimum(problem).value * (1 + 1e-6)
+
+
+@pytest.mark.parametrize("state", [lambda layer: L1Reconstruction(layer, 1e6), lambda layer: NetTrim(layer, 2.0)])
+def test_a_working_set_that_begins_empty_may_be_the_answer(state):
+    generator = torch.Generator().manual_seed(0)
+    problem = state(Layer.from_samples(torch.randn(3, 4, generator=generator), torch.randn(9, 4, generator=generator)))
+    found = WorkingSet().refine(problem, torch.zeros(problem.shape).double(), torch.zeros(9, 3).double(), math.inf)
+    assert found.status is Status.CONVERGED
+    assert not found.x.any()

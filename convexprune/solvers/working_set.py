@@ -118,6 +118,8 @@ class LassoView:
         columns = (self.columns & self.changed[:, None]).cpu()
         buckets = [restrict_lasso(self.problem, group, columns, self.device)
                    for group in buckets_of(columns, columns[:, :0])]  # fmt: skip
+        if not buckets:  # nothing is known to want a weight
+            return 0
         unit = _typical(self.point)
         mu = _centre(buckets, self.point, gap)
         for bucket in buckets:
@@ -194,6 +196,8 @@ class BallView:
         self._check_memory(columns, rows)
         buckets = [restrict_ball(self.problem, self.inputs, group, columns, rows, self.margin)
                    for group in buckets_of(columns, rows)]  # fmt: skip
+        if not buckets:  # nothing is known to want a weight
+            return 0
         unit, mu, ratio = _typical(self.point), _centre(buckets, self.point, gap), self._ratio()
         for bucket in buckets:
             u = torch.gather(self.point[bucket.neurons], 1, bucket.columns) * bucket.column_mask
