@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import convexprune as cp
@@ -52,6 +52,7 @@ def optimum(problem):
     st.integers(0, 10**6), st.integers(1, 5), st.integers(1, 5), st.floats(0, 1), st.booleans(),
     st.one_of(st.none(), st.floats(-1, 100), st.tuples(st.floats(0, 50), st.floats(-10, 500))),
 )  # fmt: skip
+@example(10, 3, 3, 1.0, True, None)
 def test_exact_solvers_find_the_optimum_and_no_witness_passes_it(seed, layers, levels, share, whole, witness):
     found = curves(layers, levels, seed, whole)
     budget = share * sum(float(curve.costs.max()) for curve in found)

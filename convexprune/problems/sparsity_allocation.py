@@ -134,7 +134,9 @@ class SparsityAllocation:
         if self.cheapest > self.budget:
             return math.inf
         price, value = witness if isinstance(witness, tuple) else (witness or 0.0, None)
-        bound = max(knapsack.dual(cost, loss, self.budget, float(price)), float(loss.min(1).sum()))
+        free = float(loss.min(1).sum())
+        free -= 4 * len(self.curves) * knapsack.UNIT * abs(free)  # the sum's rounding, as below
+        bound = max(knapsack.dual(cost, loss, self.budget, float(price)), free)
         if value is None or not bound < value < math.inf:
             return bound
         found, complete = knapsack.best_below(cost, loss, self.budget, float(price), value)
