@@ -201,7 +201,7 @@ def test_importance_weighs_the_outputs(solver):
     certificate = solution.certificate
     assert certificate.violation == 0
     assert certificate.bound <= certificate.value
-    errors = problem._errors(solution.x)
+    errors = problem.layer.squared_errors(solution.x)
     assert certificate.value == pytest.approx(float((errors * importance).sum()))
     kept = (solution.x[:, :8] != 0).sum(1)
     assert kept[0] >= kept[4]
