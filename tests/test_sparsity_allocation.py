@@ -75,10 +75,10 @@ def test_exact_solvers_find_the_optimum_and_no_witness_passes_it(seed, layers, l
 @settings(max_examples=30, deadline=None)
 @given(st.integers(0, 10**6), st.floats(0.2, 0.9), st.integers(5, 200))
 def test_buckets_waste_at_most_one_a_layer(seed, share, buckets):
-    found = curves(5, 6, seed, whole=False)
+    found = curves(4, 5, seed, whole=False)
     budget = share * sum(float(curve.costs.max()) for curve in found)
     solution = cp.solve(cp.SparsityAllocation(found, budget), cp.DynamicProgramming(buckets=buckets))
-    tighter = cp.SparsityAllocation(found, budget * max(0, 1 - 5 / buckets))
+    tighter = cp.SparsityAllocation(found, budget * max(0, 1 - 4 / buckets))
     if solution.status is cp.Status.CONVERGED:
         assert solution.certificate.violation == 0
         assert solution.certificate.value <= optimum(tighter) + 1e-9
