@@ -8,7 +8,7 @@ Every tensor D that a forward pass made carries bounds of its change over the ca
     batch norm        e_out <= max |s| e_in
     a sum             e_out <= e_1 + e_2    residual mode, if one of the two repairs the other:  its E alone
     1-Lipschitz       e_out <= e_in       activations, reshapings, slices, padding
-    a mean over P     e_out <= e_in / sqrt(P)
+    a mean over P     e_out <= e_in / sqrt(P)      also over each of many disjoint windows
 
 `bounds.propagation` has the rules for layers and norms: by Frobenius norms, by spectral norms, channel by channel.
 What is not in this list stops the chain, by name. Source: the triangle inequality; for a plain chain this is
@@ -268,8 +268,10 @@ def _mean(step: Step, before: Spread) -> Spread:
     many, few = (math.prod(size) for size in step.sizes)
     share = 1 / math.sqrt(many / max(few, 1))
     if step.operation != "mean":
-        if math.prod(step.sizes[1][-1 if "1d" in step.operation else -2 :]) != 1:
-            raise _Uncovered(f"{step.place} averages to more than one entry, and is not covered")
+        maps = slice(-1 if "1d" in step.operation else -2, None)
+        wide, narrow = (size[maps] for size in step.sizes)
+        if 0 in narrow or any(a % b for a, b in zip(wide, narrow, strict=True)):
+            raise _Uncovered(f"{step.place} averages windows that overlap, and is not covered")
         return before.times(share) if _batched(step) else before.plain().times(share)
     planes = len(step.sizes[0])
     given = (step.detail,) if isinstance(step.detail, int) else step.detail

@@ -256,6 +256,8 @@ SPIKE = F.one_hot(torch.tensor([[10]]), 21).float()  # (1, 1, 21)
         (nn.AvgPool1d(4, 4, padding=2, count_include_pad=False), [SPIKE[:, :, 10:14] + 1]),
         (nn.AvgPool1d(3, 2), [SPIKE]),
         (nn.AdaptiveAvgPool1d(1), [SPIKE, SPIKE.repeat(3, 1, 1)]),
+        (nn.AdaptiveAvgPool1d(7), [SPIKE, torch.ones(1, 1, 21)]),
+        (nn.AdaptiveAvgPool1d(21), [SPIKE]),
     ],
 )
 def test_pools_that_count_entries_twice_or_divide_by_fewer(pool, batches):
@@ -398,7 +400,7 @@ class Middle(nn.Module):
         (nn.Sequential(nn.Linear(6, 6), hooked(nn.Linear(6, 6))), (9, 6), "1 (Linear) has forward hooks"),
         (nn.Sequential(nn.Linear(6, 6), torch.jit.script(nn.Linear(6, 6))), (9, 6), "aten."),
         (Middle(), (3, 2, 8), "max_pool1d in the model (Middle)"),
-        (nn.Sequential(nn.Conv1d(2, 4, 1), nn.AdaptiveAvgPool2d((3, 1))), (5, 2, 7), "averages to more than one entry"),
+        (nn.Sequential(nn.Conv1d(2, 4, 1), nn.AdaptiveAvgPool2d((3, 1))), (5, 2, 7), "averages windows that overlap"),
         (tied(nn.Linear(6, 6), nn.Linear(6, 6)), (9, 6), "the weight of 0 (Linear) is read elsewhere"),
     ],
 )

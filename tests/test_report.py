@@ -98,6 +98,11 @@ def test_feasible_is_exact_or_says_how_nearly(violation, words, report):
     assert cells[HEADINGS.index("constraints")] == words
 
 
+def test_an_infeasible_point_has_no_gap(report):
+    cells = replace(report.rows[0], certificate=Certificate(0.0, 1.0, 0.5)).cells()
+    assert cells[HEADINGS.index("gap")] == "-"
+
+
 @pytest.mark.parametrize("gap", [0.0, 1e-9, 2.5e-7, 0.03, 1.0, 40.0, -2e-7])
 def test_gaps_are_never_shown_as_better_than_zero_where_they_are_not(gap, report):
     cells = replace(report.rows[0], certificate=Certificate(1.0, 1.0 - gap, 0.0)).cells()

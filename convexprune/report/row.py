@@ -92,8 +92,9 @@ class Row:
         """The row as text, in the order of HEADINGS."""
         proof = ("-",) * 4
         if self.certificate is not None:
-            gap = "-" if self.left_dense else small(self.certificate.relative_gap)
             missed = self.certificate.violation
+            proven = not self.left_dense and missed <= TOLERANCE  # a gap is one of feasible points
+            gap = small(self.certificate.relative_gap) if proven else "-"
             word = "feasible to" if missed <= TOLERANCE else "off by"
             feasible = f"{word} {small(missed)}" if missed else "feasible"
             proof = (gap, feasible, number(self.certificate.value), number(self.certificate.bound))
