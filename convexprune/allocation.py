@@ -51,8 +51,8 @@ class Allocation:
 
     def __post_init__(self) -> None:
         whole = isinstance(self.budget, int) and not isinstance(self.budget, bool)
-        if not whole and not 0 < self.budget <= 1:
-            raise ValueError(f"budget is {self.budget}; it must be a fraction in (0, 1] (a float) or a cost (an int)")
+        if not whole and not (isinstance(self.budget, float) and 0 < self.budget <= 1):
+            raise ValueError(f"budget is {self.budget!r}; it must be a fraction in (0, 1] (a float) or a cost (an int)")
 
     def shares(
         self,

@@ -18,7 +18,7 @@ from convexprune.bounds.additivity import Additivity
 from convexprune.curve import Curve
 from convexprune.layer import Layer
 from convexprune.network import capture, directions, read, write
-from convexprune.network.forward import run, tensors_in, undisturbed
+from convexprune.network.forward import check_batches, run, tensors_in, undisturbed
 from convexprune.patterns import Unstructured
 from convexprune.problem import Solver
 from convexprune.problems import Reconstruction
@@ -107,9 +107,14 @@ def additivity(model: nn.Module, pruned: nn.Module, batches: Iterable[Any]) -> A
 
     model, pruned  the same architecture; the modules whose weights or biases differ are the pruned layers
 
-    Raises ValueError where none differs.
+    Raises ValueError where none differs, and where the architectures do.
     """
+    check_batches(batches)
     batches = list(batches)
+    mine, its = ({key: tuple(value.shape) for key, value in each.named_parameters()} for each in (model, pruned))
+    if mine != its:
+        odd = min(key for key in mine | its if mine.get(key) != its.get(key))
+        raise ValueError(f"{odd!r} is not the same in both networks; give a network and its pruned copy")
     trial = copy.deepcopy(model)
     dense = torch.cat([_outputs(model, batch) for batch in batches])
     theirs = dict(pruned.named_modules())
@@ -160,6 +165,7 @@ def rate_distortion(
 
     Raises ValueError for levels outside (0, 1] and for what `capture` refuses.
     """
+    check_batches(batches)
     batches = list(batches)
     wrong = [level for level in levels if not 0 < level <= 1]
     if wrong or not levels:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from numbers import Real
 from typing import Any
 
 import torch
@@ -46,8 +47,8 @@ class Goal:
     rounds: int = 6
 
     def __post_init__(self) -> None:
-        if not 0 < self.error < float("inf"):
-            raise ValueError(f"error is {self.error}; it must be a finite number > 0, such as 0.05")
+        if not isinstance(self.error, Real) or not 0 < self.error < float("inf"):
+            raise ValueError(f"error is {self.error!r}; it must be a finite number > 0, such as 0.05")
         if not 0 < self.near < 1:
             raise ValueError(f"near is {self.near}; it must be in (0, 1)")
         if self.rounds < 1:
@@ -75,7 +76,7 @@ def prune_within(
     unfit = {"mode", "allocation"} & set(options)
     if unfit:
         raise TypeError(f"{min(unfit)} is no option here: the goal says what each layer may lose, in parallel mode")
-    goal = goal if isinstance(goal, Goal) else Goal(float(goal))
+    goal = goal if isinstance(goal, Goal) else Goal(goal)
     batches = list(batches) if isinstance(batches, Iterator) else batches
     names = options.pop("names", None)
     first = capture(model, itertools.islice(batches, 1), names, **{**_captured(options), "keep_inputs": False})

@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 
 from convexprune.network import capture, compact, write
 from convexprune.network.channels import ChannelGraph, Channels
-from convexprune.network.forward import run, tensors_in, undisturbed
+from convexprune.network.forward import check_model, run, tensors_in, undisturbed
 from convexprune.problem import Solver
 from convexprune.problems import NeuronMerging, OptimalBrainSurgeon
 from convexprune.report.merging import MergedLayer, MergeReport
@@ -70,6 +70,7 @@ def merge(
     if keep is not None and max_saliency is not None:
         raise ValueError("give keep or max_saliency, not both")
     data = None if batches is None else list(batches)
+    check_model(model)
     small = copy.deepcopy(model)
     junctions = _junctions(small)
     wanted = _wanted(junctions, names, keep)
@@ -136,8 +137,9 @@ def _survivors(keep: Any, name: str, count: int, merges: Merges) -> int:
     share = keep.get(name, 1.0) if isinstance(keep, Mapping) else keep
     if share is None:
         return max(count - merges.published_cutoff(), 1)
-    if isinstance(share, bool) or not (0 < share <= 1 if isinstance(share, float) else share >= 1):
-        raise ValueError(f"keep is {share}; it must be a fraction in (0, 1] (a float) or a count >= 1 (an int)")
+    number = isinstance(share, (int, float)) and not isinstance(share, bool)
+    if not number or not (0 < share <= 1 if isinstance(share, float) else share >= 1):
+        raise ValueError(f"keep is {share!r}; it must be a fraction in (0, 1] (a float) or a count >= 1 (an int)")
     return min(share, count) if isinstance(share, int) else max(1, math.floor(share * count + 0.5))
 
 

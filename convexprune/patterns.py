@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -83,8 +84,11 @@ class NM:
     m: int
 
     def __post_init__(self) -> None:
-        if not (0 <= self.n <= self.m and self.m >= 1):
-            raise ValueError(f"NM({self.n}, {self.m}) keeps n of every m weights: it needs 0 <= n <= m and m >= 1")
+        whole = isinstance(self.n, Integral) and isinstance(self.m, Integral)
+        if not (whole and 0 <= self.n <= self.m and self.m >= 1):
+            raise ValueError(
+                f"NM({self.n!r}, {self.m!r}) keeps n of every m weights: it needs integers 0 <= n <= m, m >= 1"
+            )
 
     def quota(self, shape: tuple[int, int], kernel: int = 1) -> int:
         """n."""
@@ -207,8 +211,9 @@ def _largest(cells: Tensor, quota: int) -> Tensor:
 
 
 def _check_keep(keep: float | int) -> None:
-    if isinstance(keep, bool) or not math.isfinite(keep) or keep < 0 or (isinstance(keep, float) and keep > 1):
-        raise ValueError(f"keep is {keep}; it must be a fraction in [0, 1] (a float) or a count >= 0 (an int)")
+    number = isinstance(keep, (int, float)) and not isinstance(keep, bool)
+    if not number or not math.isfinite(keep) or keep < 0 or (isinstance(keep, float) and keep > 1):
+        raise ValueError(f"keep is {keep!r}; it must be a fraction in [0, 1] (a float) or a count >= 0 (an int)")
 
 
 def _count(keep: float | int, total: int, of: str) -> int:

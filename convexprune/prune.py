@@ -21,7 +21,7 @@ from convexprune.allocation import Allocation
 from convexprune.layer import Layer
 from convexprune.network import capture, count_calls, read, write
 from convexprune.network.branches import summed
-from convexprune.network.forward import tensors_in, undisturbed
+from convexprune.network.forward import check_model, tensors_in, undisturbed
 from convexprune.network.trace import record
 from convexprune.network_error import network_error
 from convexprune.patterns import Unstructured
@@ -32,7 +32,7 @@ from convexprune.report import Report, Settings, described
 from convexprune.report.allocation import Shares
 from convexprune.report.row import Moments, Row
 from convexprune.solution import Solution, Status
-from convexprune.solve import rejudged, solve
+from convexprune.solve import check_solver, rejudged, solve
 
 MODES: Final = ("parallel", "cascade", "residual")
 UNSOLVED: Final = (Status.INFEASIBLE, Status.NUMERICAL)  # no point worth writing: the layer stays as it was
@@ -77,6 +77,13 @@ def prune(
     """
     if mode not in MODES:
         raise ValueError(f"mode is {mode!r}; it must be one of {MODES}")
+    check_model(model)
+    if solver is not None:
+        check_solver(solver)
+    if build is not None and not callable(build):
+        raise TypeError(f"build is {build!r}; give a function from a layer to a problem, such as `lambda layer: ...`")
+    if allocation is not None and not isinstance(allocation, Allocation):
+        raise TypeError(f"allocation is {allocation!r}; give an Allocation, such as Allocation(0.2)")
     batches = list(batches) if isinstance(batches, Iterator) else batches
     tell = progress or (lambda event: None)
     pruned = copy.deepcopy(model)

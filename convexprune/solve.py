@@ -40,7 +40,7 @@ def solve(problem: Problem, solver: Solver | None = None, *, start: Tensor | Non
         raise TypeError(f"{type(problem).__name__} is not a problem: it lacks value, violation, lower_bound or shape")
     if start is not None and tuple(start.shape) != problem.shape:
         raise ValueError(f"start has shape {tuple(start.shape)}, expected {problem.shape}")
-    solver = default_solver(problem) if solver is None else solver
+    solver = default_solver(problem) if solver is None else check_solver(solver)
     takes = getattr(solver, "takes", Problem)
     if not isinstance(problem, takes):
         raise TypeError(f"{type(solver).__name__} takes {takes.__name__} problems; {type(problem).__name__} is none")
@@ -51,9 +51,16 @@ def solve(problem: Problem, solver: Solver | None = None, *, start: Tensor | Non
         # a matrix that should have been positive definite was not: the dense layer, and the status says why
         attempt = Attempt(problem.dense, None, Status.NUMERICAL, 0)
     seconds = time.perf_counter() - begun
+    if not isinstance(attempt, Attempt) or not isinstance(attempt.x, Tensor):
+        kind = f"an Attempt of a {type(attempt.x).__name__}" if isinstance(attempt, Attempt) else type(attempt).__name__
+        raise TypeError(f"{type(solver).__name__} returned {kind}; return Attempt(x, witness, status, iterations)")
     x, status = attempt.x.detach().cpu().double(), attempt.status
     if tuple(x.shape) != problem.shape:
-        raise ValueError(f"{type(solver).__name__} returned a point of shape {tuple(x.shape)}, not {problem.shape}")
+        bias = problem.shape[0], problem.shape[1] - 1
+        hint = " (the last column is the bias)" if tuple(x.shape) == bias else ""
+        raise ValueError(
+            f"{type(solver).__name__} returned a point of shape {tuple(x.shape)}, not {problem.shape}{hint}"
+        )
     if bool(torch.isfinite(x).all()):
         certificate = judge(problem, x, attempt.witness)
     else:
@@ -62,6 +69,17 @@ def solve(problem: Problem, solver: Solver | None = None, *, start: Tensor | Non
     return Solution(
         x, attempt.witness, status, certificate, seconds, attempt.iterations, repr(solver), attempt.trace, attempt.note
     )
+
+
+def check_solver(solver: Solver) -> Solver:
+    """The solver; raises TypeError for what is none: a name, a class."""
+    if isinstance(solver, type):
+        raise TypeError(f"the solver is the class {solver.__name__}; give an object of it: {solver.__name__}()")
+    if not callable(getattr(solver, "solve", None)):
+        raise TypeError(
+            f"{solver!r} is not a solver, which has a method solve(problem, start); give one such as ADMM()"
+        )
+    return solver
 
 
 def rejudged(solution: Solution, problem: Problem, x: Tensor) -> Solution:

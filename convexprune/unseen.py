@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from convexprune.bounds.unseen import clopper_pearson, empirical_bernstein
-from convexprune.network.forward import run, tensors_in, undisturbed
+from convexprune.network.forward import check_batches, run, tensors_in, undisturbed
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,8 @@ def certify_unseen(
     Raises ValueError for a sample that was used, for no samples, for none that were used (an iterator that has run
     out), and where the outputs are not one (n, classes) tensor of numbers.
     """
+    check_batches(held_out)
+    check_batches(used)
     known = {digest for batch in used for digest in _digests(batch)}
     if not known:
         raise ValueError("no used samples; give the calibration data, so that none of it is among those held out")
@@ -69,6 +71,9 @@ def certify_unseen(
             dense, sparse = run(model, batch), run(pruned, batch)
             if not isinstance(dense, Tensor) or dense.ndim != 2 or len(dense) != len(digests):
                 raise ValueError("the outputs must be one tensor of a row for each sample")
+            if sparse.shape != dense.shape:
+                shapes = tuple(sparse.shape), tuple(dense.shape)
+                raise ValueError(f"the pruned network's outputs have shape {shapes[0]}, the dense one's {shapes[1]}")
             if bool(dense.isnan().any() | sparse.isnan().any()):
                 raise ValueError(f"a network makes NaN of held-out batch {index}")
             changed += int((dense.argmax(1) != sparse.argmax(1)).sum())

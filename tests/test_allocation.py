@@ -154,6 +154,7 @@ def test_build_gets_the_count(model, batches):
     [
         (lambda m, b: cp.Allocation(0.0), ValueError, "budget is 0.0"),
         (lambda m, b: cp.Allocation(1.5), ValueError, "budget is 1.5"),
+        (lambda m, b: cp.Allocation("20%"), ValueError, "budget is '20%'"),
         (lambda m, b: cp.prune(m, b), TypeError, "give a `build`"),
         (lambda m, b: cp.prune(m, b, allocation=cp.Allocation(1, levels=LEVELS)), ValueError, "cheapest choice costs"),
         (lambda m, b: cp.rate_distortion(m, b, levels=[0.0]), ValueError, "got 0.0"),

@@ -224,12 +224,17 @@ def test_additivity_of_a_network():
     before = {key: value.clone() for key, value in model.state_dict().items()}
     found = cp.additivity(model, pruned, [x[:20], x[20:]])
     assert len(found.alone) == 2
+    assert "the sum over 2 layers, each pruned alone" in str(found)
     assert found.measured == pytest.approx(float((pruned(x) - model(x)).detach().square().sum(1).mean()), rel=1e-5)
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
     last, _ = cp.prune(model, [x], build, names="2")
     assert cp.additivity(model, last, [x]).ratio == pytest.approx(1)
     with pytest.raises(ValueError, match="no layer has changed"):
         cp.additivity(model, model, [x])
+    with pytest.raises(ValueError, match=r"'0.bias' is not the same in both networks"):
+        cp.additivity(model, torch.nn.Linear(6, 3), [x])
+    with pytest.raises(TypeError, match="batches is a Tensor"):
+        cp.additivity(model, pruned, x)
     with pytest.raises(ValueError, match="tolerance is 1"):
         found.statement(1)
 

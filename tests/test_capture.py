@@ -367,7 +367,7 @@ def test_batches_that_do_not_fit_raise_the_models_error():
         ([()], ValueError, "empty sequence"),
         ([torch.tensor([[1.0, 2.0, float("nan"), 4.0]])], ValueError, "layer '0' reads NaN or inf in batch 0; check"),
         ([torch.ones(2, 4), torch.full((2, 4), float("inf"))], ValueError, "in batch 1"),
-        ([torch.ones(0, 4)], ValueError, "no samples reached it"),
+        ([torch.ones(2, 4), torch.ones(0, 4)], ValueError, r"a batch is empty: its input has shape \(0, 4\)"),
     ],
 )
 def test_bad_batches(batches, error, message):
@@ -376,6 +376,22 @@ def test_bad_batches(batches, error, message):
     with pytest.raises(error, match=message):
         capture(model, batches)
     assert_same(before, snapshot(model))
+
+
+@pytest.mark.parametrize("key", ["weight", "bias"])
+def test_weights_that_are_not_finite_are_named(key):
+    model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
+    getattr(model[0], key).data[0] = float("nan")
+    with pytest.raises(ValueError, match=f"layer '0': its {key} holds NaN or inf"):
+        capture(model, [torch.ones(2, 4)])
+    with pytest.raises(ValueError, match=r"layer '2' reads NaN or inf in batch 0; check .* the layers before it"):
+        capture(model, [torch.ones(2, 4)], "2")
+
+
+@pytest.mark.parametrize(("model", "what"), [(nn.Linear, "the class Linear"), ({}, "a dict")])
+def test_what_is_no_network_is_refused(model, what):
+    with pytest.raises(TypeError, match=f"the model is {what}; give an nn.Module"):
+        capture(model, [torch.ones(2, 4)])
 
 
 def test_names_and_patterns():

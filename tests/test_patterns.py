@@ -90,7 +90,7 @@ def test_excess_counts_what_is_too_much():
     assert excess(Support(~mask), mask) == 4
 
 
-@pytest.mark.parametrize("keep", [-1, 1.5, math.nan, math.inf, True])
+@pytest.mark.parametrize("keep", [-1, 1.5, math.nan, math.inf, True, "0.5"])
 @pytest.mark.parametrize("kind", [Unstructured, PerRow, lambda keep: Blocks((1, 1), keep)])
 def test_a_bad_keep_is_refused(kind, keep):
     with pytest.raises(ValueError, match="keep is"):
@@ -107,6 +107,8 @@ def test_what_does_not_fit_is_refused():
         select(Unstructured(49), s)
     with pytest.raises(ValueError, match="0 <= n <= m"):
         NM(5, 4)
+    with pytest.raises(ValueError, match=r"NM\('2', '4'\)"):
+        NM("2", "4")
     with pytest.raises(ValueError, match="the support has shape"):
         select(Support(torch.ones(2, 2, dtype=torch.bool)), s)
     with pytest.raises(ValueError, match="boolean"):

@@ -9,6 +9,7 @@ from torch import nn
 
 from convexprune import examples
 from convexprune.network import capture, read
+from convexprune.patterns import Unstructured
 from convexprune.problem import judge
 from convexprune.problems import L1Reconstruction, NetTrim
 from convexprune.progress import Progress
@@ -273,6 +274,14 @@ def test_wrong_calls(model, batches, mode):
         prune(model, batches, trim, Given(), mode, names=["nowhere"])
     with pytest.raises(TypeError, match="not a problem"):
         prune(model, batches, lambda layer: "trim", Given(), mode)
+    with pytest.raises(TypeError, match="the model is the class Linear"):
+        prune(nn.Linear, batches, trim, Given(), mode)
+    with pytest.raises(TypeError, match="build is Unstructured"):
+        prune(model, batches, Unstructured(0.5), Given(), mode)
+    with pytest.raises(TypeError, match="'admm' is not a solver"):
+        prune(model, batches, trim, "admm", mode)
+    with pytest.raises(TypeError, match=r"allocation is 0.2; give an Allocation"):
+        prune(model, batches, mode=mode, allocation=0.2)
 
 
 @pytest.fixture

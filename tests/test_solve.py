@@ -104,3 +104,34 @@ def test_wrong_calls_are_refused(problem):
         solve(problem, Liar(problem.dense), start=torch.zeros(1, 1))
     with pytest.raises(TypeError, match="no default solver"):
         default_solver(object())
+
+
+class Returns:
+    """A solver that returns what it is told to."""
+
+    def __init__(self, found):
+        self.found = found
+
+    def solve(self, problem, start=None):
+        return self.found
+
+
+@pytest.mark.parametrize(
+    ("solver", "message"),
+    [
+        ("admm", "'admm' is not a solver"),
+        (CVXPY, r"the solver is the class CVXPY; give an object of it: CVXPY\(\)"),
+        (Returns(None), "Returns returned NoneType; return Attempt"),
+        (Returns(torch.zeros(2, 2)), "Returns returned Tensor"),
+        (Returns(Attempt([1.0], None, Status.CONVERGED, 1)), "Returns returned an Attempt of a list"),
+    ],
+)
+def test_what_is_no_solver_is_named(problem, solver, message):
+    with pytest.raises(TypeError, match=message):
+        solve(problem, solver)
+
+
+def test_a_point_without_its_bias_is_told_where_it_goes():
+    problem = NetTrim(random_layer(bias=True), epsilon=0.1)
+    with pytest.raises(ValueError, match="the last column is the bias"):
+        solve(problem, Liar(problem.dense[:, :-1]))

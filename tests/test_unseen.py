@@ -100,6 +100,10 @@ def test_of_several_inputs_the_order_of_the_keys_does_not_count(networks):
             lambda m, p, u: cp.certify_unseen(m, p, [{"a": torch.ones(4, 6), "b": torch.ones(1, 6)}], u, clip=1.0),
             r"have \[1, 4\] rows",
         ),
+        (
+            lambda m, p, u: cp.certify_unseen(m, torch.nn.Linear(6, 1), [torch.ones(9, 6)], u, clip=1.0),
+            r"the pruned network's outputs have shape \(9, 1\)",
+        ),
         (lambda m, p, u: clopper_pearson(5, 4, 0.9), "successes is 5"),
         (lambda m, p, u: empirical_bernstein(torch.tensor([-1.0, 1.0]), 2.0, 0.9), "least value -1"),
         (lambda m, p, u: empirical_bernstein(torch.ones(1), 2.0, 0.9), "at least two"),

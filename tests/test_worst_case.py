@@ -340,6 +340,10 @@ def test_bad_input_is_named(networks, change, message):
         (lambda w, b: ChainPair([w / 0], [b], [w], [b]), "weights hold numbers that are not finite"),
         (lambda w, b: Box(b, 0.1), r"center has shape \(2,\)"),
         (
+            lambda w, b: Box(torch.tensor([[0.5, -2.0]]), 0.1, 0.0, 1.0),
+            "sample 0 has no point between least and most within 0.1: its entry 1 is -2; give",
+        ),
+        (
             lambda w, b: difference_bounds(ChainPair([w], [b], [w], [b]), Box(torch.zeros(1, 2), 0.1)),
             "the centers have 2 entries; the networks read 3",
         ),

@@ -37,6 +37,14 @@ class Additivity:
     measured: float
     rest: float
 
+    def __str__(self) -> str:
+        """Two sentences."""
+        return (
+            f"squared change of the outputs: {self.measured:.4g} measured, {self.predicted:.4g} the sum over "
+            f"{len(self.alone)} layers, each pruned alone (ratio {self.ratio:.3g})\n"
+            f"cross terms {self.crossing:+.1%} of the sum; {self.bending:.1%} of the change is beyond the layers' own"
+        )
+
     @classmethod
     def of(cls, alone: Sequence[Tensor], together: Tensor) -> Additivity:
         """From delta_l (n, outputs) of each layer, and delta."""

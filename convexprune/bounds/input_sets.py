@@ -50,7 +50,11 @@ class Box:
         empty = ~(self.lower <= self.upper).all(1)
         if bool(empty.any()):
             row = int(empty.nonzero()[0])
-            raise ValueError(f"sample {row} has no point between least and most within {self.radius}")
+            entry = int((~(self.lower <= self.upper))[row].nonzero()[0])
+            raise ValueError(
+                f"sample {row} has no point between least and most within {self.radius}: its entry {entry} is "
+                f"{float(self.center[row, entry]):.4g}; give least and most in the units of the inputs"
+            )
 
     @cached_property
     def lower(self) -> Tensor:

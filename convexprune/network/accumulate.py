@@ -172,7 +172,10 @@ class Account:
             moments.add(rows[:, group])
             # one NaN or inf among the rows stays in their sum
             if not bool(torch.isfinite(moments.mean).all()):
-                raise ValueError(f"layer {name!r} reads NaN or inf in batch {self._batch}; check the calibration data")
+                raise ValueError(
+                    f"layer {name!r} reads NaN or inf in batch {self._batch}; check the calibration data, and the "
+                    "weights of the layers before it"
+                )
         if self.keep:
             stream.kept.append(rows.to(dtype, copy=True))
 

@@ -15,7 +15,7 @@ from convexprune.layer import ACTIVATIONS, Layer
 from convexprune.network.accumulate import Account
 from convexprune.network.activation import activation
 from convexprune.network.branches import repaired
-from convexprune.network.forward import Enough, run, undisturbed
+from convexprune.network.forward import Enough, check_batches, check_model, run, undisturbed
 from convexprune.network.matrices import Stack, stack_of
 from convexprune.network.names import choose, stacks, suggestion
 from convexprune.network.trace import Recorder
@@ -57,11 +57,14 @@ def capture(
 
     Layers that read the same tensor share one `gram` array. A module called several times in a pass counts all the
     rows. Raises ValueError for names that mean no layer or a layer never called, for no batches, for a mask of the
-    wrong shape and for non-finite inputs; TypeError for integer weights and for batches of another kind.
+    wrong shape and for non-finite inputs and weights; TypeError for integer weights and for batches of another kind.
     """
+    check_model(model)
     _check_options(batches, positions)
     requests = choose(model, names)
     modules = {module: _stack(model, module) for pairs in requests.values() for module, _ in pairs}
+    for name, stack in modules.items():
+        _check_finite(name, stack.module)
     told = _told(model, activations)
     if dense is not None:
         _check_dense(dense, modules)
@@ -201,10 +204,17 @@ def _mask(mask: Callable[[Any], Tensor], batch: Any) -> Tensor:
 
 
 def _check_options(batches: Any, positions: int | None) -> None:
-    if isinstance(batches, (Tensor, Mapping, str)):
-        raise TypeError(f"batches is a {type(batches).__name__}; give an iterable of batches, such as [x]")
+    check_batches(batches)
     if positions is not None and positions < 1:
         raise ValueError(f"positions is {positions}; it must be at least 1, or None for all")
+
+
+def _check_finite(name: str, module: nn.Module) -> None:
+    for key, parameter in module.named_parameters(recurse=False):
+        if not bool(torch.isfinite(parameter).all()):
+            raise ValueError(
+                f"layer {name!r}: its {key} holds NaN or inf; leave it out of `names`, or repair the model"
+            )
 
 
 def _check_dense(dense: nn.Module, modules: Mapping[str, Stack]) -> None:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from convexprune.network.channels import CONVS, FUNCTIONS, METHODS, ChannelGraph, Channels, unpadded
-from convexprune.network.forward import undisturbed
+from convexprune.network.forward import check_model, undisturbed
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,7 @@ def compact(
     """
     if round_to < 1:
         raise ValueError(f"round_to is {round_to}; it must be at least 1")
+    check_model(model)
     small = copy.deepcopy(model)
     data = None if batches is None else list(batches)
     removed: dict[str, int] = {}

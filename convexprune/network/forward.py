@@ -14,6 +14,19 @@ class Enough(BaseException):  # no Exception: a model that catches those must no
     """A hook has seen what the pass was made for; the rest of it is not needed."""
 
 
+def check_batches(batches: Any) -> None:
+    """Raise TypeError for what iterates over something else than batches: a lone tensor gives its rows."""
+    if isinstance(batches, (Tensor, Mapping, str)):
+        raise TypeError(f"batches is a {type(batches).__name__}; give an iterable of batches, such as [x]")
+
+
+def check_model(model: Any) -> None:
+    """Raise TypeError for what is no network: its class, its state_dict."""
+    if not isinstance(model, nn.Module):
+        what = f"the class {model.__name__}" if isinstance(model, type) else f"a {type(model).__name__}"
+        raise TypeError(f"the model is {what}; give an nn.Module that has its weights")
+
+
 def run(model: nn.Module, batch: Any) -> Any:
     """The model's output on a batch, without gradients; on a copy of it, as a model may change its input in place.
 
@@ -29,6 +42,8 @@ def run(model: nn.Module, batch: Any) -> Any:
             f"a batch is a {type(batch).__name__}; give a tensor, a tuple or list that begins with the input, or a "
             "dict of keyword arguments"
         )
+    if isinstance(first, Tensor) and first.ndim and len(first) == 0:
+        raise ValueError(f"a batch is empty: its input has shape {tuple(first.shape)}; leave it out")
     with torch.inference_mode(False), torch.no_grad():
         return model(**_copy({**first})) if isinstance(first, Mapping) else model(_copy(first))
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import cached_property
+from numbers import Real
 from typing import TYPE_CHECKING
 
 import torch
@@ -42,8 +43,8 @@ class NetTrim:
     slack: Tensor | float | None = None
 
     def __post_init__(self) -> None:
-        if not 0 <= self.epsilon < math.inf:
-            raise ValueError(f"epsilon is {self.epsilon}; it must be a finite number >= 0, such as 0.05")
+        if not isinstance(self.epsilon, Real) or not 0 <= self.epsilon < math.inf:
+            raise ValueError(f"epsilon is {self.epsilon!r}; it must be a finite number >= 0, such as 0.05")
         self.layer.affine_inputs  # noqa: B018   a layer without samples says so now, not in the solver
         if isinstance(self.slack, Tensor):
             expected = (self.layer.samples, len(self.layer.weight))
