@@ -197,3 +197,7 @@ def _save(report: Report, pruned: nn.Module, out: Path) -> None:
     report.save_json(out / "report.json")
     save(pruned, out / "pruned.safetensors", {"report": "report.json", "kept": f"{report.kept_fraction:.6f}"})
     click.echo(f"written: {out / 'report.html'}, report.json, pruned.safetensors")
+
+
+if __name__ == "__main__":
+    main(prog_name="convexprune")

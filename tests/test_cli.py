@@ -1,6 +1,8 @@
 """The command line, on digits, with few samples."""
 
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -126,6 +128,10 @@ def test_an_unwritable_folder_is_named(tmp_path, files):
 def test_version_and_help():
     assert "version" in CliRunner().invoke(main, ["--version"]).output
     assert "demo" in CliRunner().invoke(main, ["--help"]).output
+    module = subprocess.run(
+        [sys.executable, "-m", "convexprune.cli", "--help"], capture_output=True, text=True, check=True
+    )
+    assert module.stdout.startswith("Usage: convexprune")
 
 
 def test_published_network(data):
