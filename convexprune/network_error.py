@@ -39,14 +39,16 @@ def network_error(
     refusal    why the rows say nothing of the network's output, if so
     tell       is called with the number of each batch that was measured
     """
+    if refusal:
+        return _measured(model, pruned, batches, GraphBound(None, {}, refusal), {}, {}, tell)
     with undisturbed(model):
         steps = record(model, next(iter(batches)))
     own = own_errors(rows)
     network = Propagation(pruned, steps, mode)
     bounds = {name: network.bound(own, rule) for name, rule in RULES.items()}
-    refusal = refusal or bounds[SHARPEST].obstacle or _uneven(model, batches, steps)
-    if refusal:
-        return _measured(model, pruned, batches, GraphBound(None, {}, refusal), {}, {}, tell)
+    obstacle = bounds[SHARPEST].obstacle or _uneven(model, batches, steps)
+    if obstacle:
+        return _measured(model, pruned, batches, GraphBound(None, {}, obstacle), {}, {}, tell)
     if mode == "parallel":
         grams = alone(model, pruned, batches, {name: rectified[name] for name in own})
         own = {name: Spread.of(gram, rectified[name]) for name, gram in grams.items()}
