@@ -11,14 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from convexprune.bounds.input_sets import Ball, Box
-from convexprune.bounds.worst_case import (
-    ChainPair,
-    LinearRelaxation,
-    Method,
-    cannot_change,
-    difference_bounds,
-    sampled_difference,
-)
+from convexprune.bounds.relaxation import ChainPair
+from convexprune.bounds.worst_case import LinearRelaxation, Method, cannot_change, difference_bounds, sampled_difference
 from convexprune.network.forward import run, undisturbed
 from convexprune.network.trace import DROPOUT, RESHAPING, Recorder, Step
 

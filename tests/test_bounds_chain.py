@@ -92,10 +92,13 @@ def test_feasible_layers_are_charged_at_most_their_radius():
 @given(WIDTHS, st.integers(0, 1000), st.floats(0, 0.9), st.sampled_from(["parallel", "cascade"]))
 def test_sharper_rules_guarantee_no_more(widths, seed, dropped, mode):
     model, x = network(widths, seed), samples(widths[0], seed)
-    _, report = prune(model, [x], lambda layer: NetTrim(layer, 0.05), Crude(seed, dropped, 0.1), mode)
+    pruned, report = prune(model, [x], lambda layer: NetTrim(layer, 0.05), Crude(seed, dropped, 0.1), mode)
     rules = report.network.rules
     assert report.network.guaranteed == rules["by channel"] <= rules["spectral"] * (1 + 1e-9)
     assert rules["spectral"] <= rules["Frobenius"] * (1 + 1e-9)
+    errors, weights = [row.error for row in report.rows], [read(pruned, row.name)[:, :-1] for row in report.rows]
+    chain = parallel_bound(errors, weights) if mode == "parallel" else cascade_bound(errors, weights)
+    assert rules["spectral"] == pytest.approx(chain.total, rel=1e-6, abs=1e-9)
     for link in report.network.layers:
         assert link.measured <= link.guaranteed * (1 + 1e-9) + 1e-9
     assert [link.name for link in report.network.layers] == [row.name for row in report.rows]

@@ -22,6 +22,7 @@ TOP = {
     "guarantee",
     "merge",
     "network_error",
+    "operations",
     "unseen",
     "worst_case",
     "",

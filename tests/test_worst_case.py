@@ -10,10 +10,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from convexprune.bounds.input_sets import Ball, Box, Interval
+from convexprune.bounds.relaxation import ChainPair, Hidden
 from convexprune.bounds.worst_case import (
-    ChainPair,
     Exact,
-    Hidden,
     IntervalPropagation,
     LinearRelaxation,
     cannot_change,

@@ -14,10 +14,10 @@ from convexprune.bounds.net_trim import (
     theorem_1,
     theorem_2,
 )
+from convexprune.bounds.relaxation import ChainPair
 from convexprune.bounds.statement import Hypothesis, Statement
 from convexprune.bounds.unseen import cannot_flip, clopper_pearson, empirical_bernstein
 from convexprune.bounds.worst_case import (
-    ChainPair,
     DifferenceBounds,
     Exact,
     IntervalPropagation,

@@ -32,12 +32,12 @@ class Repair:
     layer: str
     scale: Tensor | None = None
 
-    def faint(self) -> Tensor | None:
-        """(C,) bool: channels that the norms have all but switched off, which repair nothing; None if all do."""
+    def faint(self, share: float) -> Tensor | None:
+        """(C,) bool: channels whose scale is below this share of the largest, which repair nothing; None if all do."""
         if self.scale is None:
             return None
         size = self.scale.abs()
-        off = size <= FAINT * size.max()
+        off = size <= share * size.max()
         return off if bool(off.any()) else None
 
 
@@ -106,9 +106,6 @@ class Spread:
                 share = other.total / self.total
                 gram = (1 + share) * self.gram + (1 + 1 / share) * other.gram
         return _tight(self.total + other.total, channels, gram)
-
-
-FAINT = 1e-3  # of the largest scale: a channel below it is left out of a repair
 
 
 class Rule(Protocol):
