@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdKeyDictionary
 
+from convexprune.network.batch_norm import NORMS
 from convexprune.network.forward import Enough, run
 from convexprune.network.trace import DROPOUT, Record
 
 SUMS: Final = frozenset(("add", "iadd", "radd"))
-NORMS: Final = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 PASSING: Final = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
 FAINT: Final = 1e-3  # of the largest scale: a channel the norm has all but switched off can repair nothing
 
