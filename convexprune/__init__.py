@@ -52,6 +52,7 @@ from convexprune.solvers import (
     Then,
     Uniform,
     UniformPlus,
+    WaterFilling,
     WorkingSet,
 )
 from convexprune.unseen import certify_unseen
@@ -110,6 +111,7 @@ __all__ = [
     "Uniform",
     "UniformPlus",
     "Unstructured",
+    "WaterFilling",
     "WorkingSet",
     "WorstCase",
     "additivity",

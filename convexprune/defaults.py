@@ -12,7 +12,7 @@ from convexprune.problems import (
     SparsityAllocation,
 )
 from convexprune.solve import set_default
-from convexprune.solvers import ADMM, CVXPY, Balanced, ClosedForm, GreedyMerging, MinimalCore
+from convexprune.solvers import ADMM, Balanced, ClosedForm, GreedyMerging, MinimalCore, WaterFilling
 
 set_default(NetTrim, ADMM)
 set_default(L1Reconstruction, ADMM)
@@ -20,4 +20,4 @@ set_default(OptimalBrainSurgeon, ClosedForm)
 set_default(Reconstruction, Balanced)
 set_default(SparsityAllocation, MinimalCore)
 set_default(NeuronMerging, GreedyMerging)
-set_default(ErrorBudget, lambda: CVXPY("CLARABEL"))
+set_default(ErrorBudget, WaterFilling)

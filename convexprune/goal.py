@@ -89,8 +89,6 @@ def prune_within(
     allowed, bound = budget.goal, float("inf")
     for _ in range(goal.rounds):
         solution = solve(replace(budget, goal=allowed))
-        if not bool(torch.isfinite(solution.x).all()):
-            break  # the budget has become too small for its solver
         shares = dict(zip(rectified, (solution.x[:, 0] / budget.caps).clamp(0, 1).tolist(), strict=True))
         state = lambda layer: build(layer, shares[layer.name.partition("[")[0]])  # noqa: B023, E731
         network, report = prune(model, batches, state, solver, names=names, **options)

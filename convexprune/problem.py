@@ -208,6 +208,26 @@ class KnapsackProblem(Problem, Protocol):
 
 
 @runtime_checkable
+class BudgetProblem(Problem, Protocol):
+    """Share a goal among L layers: minimise sum_l n_l log(cap_l / e_l) with sum_l g_l e_l <= goal and e_l <= cap_l."""
+
+    @property
+    def gains(self) -> Tensor:
+        """(L,) >= 0, float64: g."""
+
+    @property
+    def sizes(self) -> Tensor:
+        """(L,) > 0, float64: n."""
+
+    @property
+    def caps(self) -> Tensor:
+        """(L,) > 0, float64."""
+
+    @property
+    def goal(self) -> float:
+        """> 0."""
+
+
 class MergingProblem(Problem, Protocol):
     """Choose survivors among n neurons, and whom each other joins; see NeuronMerging."""
 

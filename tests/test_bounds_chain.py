@@ -17,7 +17,7 @@ from convexprune.prune import prune
 from convexprune.solution import Attempt, Status
 from convexprune.solvers import ADMM
 
-GUARANTEED = settings(max_examples=25, deadline=None, derandomize=True)
+GUARANTEED = settings(max_examples=25)
 WIDTHS = st.lists(st.integers(1, 12), min_size=2, max_size=5)
 
 

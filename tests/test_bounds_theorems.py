@@ -48,7 +48,7 @@ def solved(x, y, weight, bias, epsilon, cascade=None, linear=False):
     return (found, None, problem) if bias is None else (found[:, :-1], found[:, -1], problem)
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(st.integers(0, 10**6), st.sampled_from([0.05, 0.2]))
 def test_proposition_1_on_what_the_solver_returns(seed, epsilon):
     x, (weight, *_), (bias, *_) = chain(seed)
@@ -107,7 +107,7 @@ def test_theorem_2_on_cascade_net_trim(seed, linear_last):
     assert statement.true
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.integers(0, 10**6), st.booleans())
 def test_normalising_carries_the_scale(seed, bias):
     x, weights, biases = chain(seed, bias=bias)
@@ -126,7 +126,7 @@ def test_an_unnormalised_network_is_refused():
         LinkNormalised.of([torch.zeros(2, 2)], [None])
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.integers(0, 10**6), st.floats(0, 1))
 def test_layerwise_obs_lemma_and_theorem(seed, noise):
     x, weights, _ = chain(seed, bias=False)
@@ -158,7 +158,7 @@ def test_the_published_constant_is_too_small():
     assert not removal(weight[0], inverse, 2, increase, published=True).true
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.integers(0, 10**6), st.sampled_from([torch.relu, torch.tanh, torch.sigmoid, torch.nn.functional.leaky_relu]))
 def test_lemma_1_for_one_merge_and_for_many(seed, activation):
     generator = torch.Generator().manual_seed(seed)
@@ -198,7 +198,7 @@ def test_inputs_tiny_beside_the_bias_are_no_trouble():
     assert solution.certificate.violation == 0
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.integers(0, 10**6), st.floats(1e-4, 1.0))
 def test_additivity_holds_wherever_its_assumptions_do(seed, size):
     generator = torch.Generator().manual_seed(seed)

@@ -69,7 +69,7 @@ def convolutions(draw):
     return module, x
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(convolutions())
 def test_convolution_is_a_matrix_on_unfolded_rows(case):
     module, x = case

@@ -11,7 +11,7 @@ from torch import nn
 import convexprune as cp
 from convexprune.solution import Attempt
 
-LAW = settings(max_examples=40, deadline=None)
+LAW = settings(max_examples=40)
 
 
 def budget(seed, count=6, goal=None):
@@ -39,9 +39,18 @@ def test_the_solution_is_certified(seed):
     problem = budget(seed)
     found = cp.solve(problem)
     assert found.status is cp.Status.CONVERGED
-    assert found.certificate.violation <= 1e-6
+    assert found.certificate.violation <= 1e-12
     # the objective may be near 0; its unit is the sum of the sizes
-    assert abs(found.certificate.value - found.certificate.bound) <= 1e-4 * float(problem.sizes.sum())
+    assert abs(found.certificate.value - found.certificate.bound) <= 1e-12 * float(problem.sizes.sum())
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_solution_is_clarabels(seed):
+    problem = budget(seed)
+    ours, oracle = cp.solve(problem), cp.solve(problem, cp.CVXPY("CLARABEL"))
+    assert oracle.status is cp.Status.CONVERGED
+    assert ours.certificate.value == pytest.approx(oracle.certificate.value, abs=1e-4 * float(problem.sizes.sum()))
+    assert ours.witness == pytest.approx(oracle.witness, rel=1e-3)
 
 
 def test_without_caps_every_layer_spends_in_proportion_to_its_size():

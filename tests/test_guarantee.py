@@ -53,7 +53,7 @@ def random_net(seed, stride, dilation, groups, pool):
         return net, list(torch.randn(2, 4, 3, 9, 8))
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     st.integers(0, 10**6), st.sampled_from([1, 2]), st.sampled_from([1, 2]), st.sampled_from([1, 4]),
     st.sampled_from([nn.Identity(), nn.MaxPool2d(3, 2), nn.AvgPool2d(2), nn.AvgPool2d(3, 1)]),
@@ -67,7 +67,7 @@ def test_measured_is_never_above_guaranteed(seed, stride, dilation, groups, pool
     assert report.network.measured <= report.network.guaranteed * (1 + 1e-5)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     st.integers(0, 10**6), st.integers(1, 4), st.integers(1, 3), st.integers(1, 2), st.integers(0, 2),
     st.integers(1, 2),
@@ -104,7 +104,7 @@ def test_gains_of_groups_and_pools():
         ConvolutionOperator(weight, (2,), (1,))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     st.integers(0, 10**6), st.sampled_from([1, 2]), st.integers(1, 3), st.integers(1, 2), st.integers(0, 2),
     st.booleans(), st.booleans(),
@@ -140,7 +140,7 @@ def test_every_rule_is_above_what_an_operator_does(seed, groups, kernel, stride,
     assert totals == sorted(totals)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.integers(0, 10**6), st.floats(0.05, 20))
 def test_sums_of_changes(seed, factor):
     generator = torch.Generator().manual_seed(seed)

@@ -40,7 +40,7 @@ def optimum(instance):
     return best
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.integers(0, 10**6), st.sampled_from([*ACTIVATIONS]), st.booleans(), st.integers(1, 8))
 def test_no_merge_changes_more_than_lemma_1_allows(seed, name, data, keep):
     instance, x = problem(seed, data=data, keep=keep)
@@ -83,7 +83,7 @@ def test_the_greedy_is_the_published_one(seed, neighbours):
     torch.testing.assert_close(merges.saliency, torch.tensor([cost for *_, cost in steps], dtype=torch.float64))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.integers(0, 10**6), st.integers(1, 9), st.booleans())
 def test_no_multipliers_pass_the_optimum(seed, keep, data):
     instance, _ = problem(seed, data=data, keep=keep)

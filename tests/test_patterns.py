@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from convexprune.patterns import NM, Blocks, PerRow, Support, Unstructured, excess, select
 
 SEEDS = st.integers(0, 2**32 - 1)
-LAW = settings(max_examples=40, deadline=None)
+LAW = settings(max_examples=40)
 
 
 def scores(seed, shape=(4, 12), levels=None):

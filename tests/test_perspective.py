@@ -20,7 +20,7 @@ from convexprune.solvers.perspective import centred
 from convexprune.solvers.support import best_on_support
 
 SEEDS = st.integers(0, 2**32 - 1)
-LAW = settings(max_examples=15, deadline=None)
+LAW = settings(max_examples=15)
 
 
 def normal(seed, shape):

@@ -14,7 +14,7 @@ from convexprune.problem import Problem, judge
 from convexprune.problems import L1Reconstruction, NetTrim, OptimalBrainSurgeon
 
 SEEDS = st.integers(0, 2**32 - 1)
-LAW = settings(max_examples=20, deadline=None)
+LAW = settings(max_examples=20)
 
 
 def normal(seed, shape):

@@ -5,13 +5,14 @@ import math
 
 import pytest
 import torch
+from instances import random_layer
 from table import PAIRS, PROBLEMS, SOLVERS
 
 from convexprune.layer import Layer
 from convexprune.problems import L1Reconstruction, NetTrim
 from convexprune.solution import Status
 from convexprune.solve import solve
-from convexprune.solvers import WorkingSet
+from convexprune.solvers import ADMM, WorkingSet
 from convexprune.solvers.cvxpy import CVXPY
 
 
@@ -33,6 +34,29 @@ def test_a_ball_without_an_interior_is_solved_to_the_tolerance(seed, epsilon):
     assert solution.status is Status.CONVERGED
     assert solution.certificate.violation <= 1e-6
     assert solution.certificate.value == pytest.approx(oracle.value, rel=1e-4)
+
+
+@pytest.mark.parametrize("seed", [458, 482, 515])
+def test_the_finish_gets_over_neurons_that_their_rows_pin(seed):
+    """458, 515: a neuron alone cannot fill its share of the ball; 482: the first columns cannot meet the rows."""
+    generator = torch.Generator().manual_seed(seed)
+    draw = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)  # noqa: E731
+    weight, _, _, bias = draw(8, 5), draw(7, 8), draw(4, 7), draw(8)
+    draw(7), draw(4)
+    problem = NetTrim(Layer.from_samples(weight, draw(40, 5), bias), 0.2)
+    solution = solve(problem)
+    assert solution.status is Status.CONVERGED
+    assert solution.iterations <= 200  # without it the first-order steps had to go on, to 5,000
+
+
+@pytest.mark.parametrize("finish", [None, WorkingSet()])
+@pytest.mark.parametrize("seed", range(20))
+def test_what_is_called_converged_meets_the_rule(seed, finish):
+    problem = NetTrim(random_layer(seed, out=8), 0.2)
+    solution = solve(problem, ADMM(eps_abs=1e-6, eps_rel=1e-5, max_iter=1000, finish=finish))
+    certificate = solution.certificate
+    met = certificate.violation <= 1e-6 and certificate.relative_gap <= 1e-5
+    assert met == (solution.status is Status.CONVERGED)
 
 
 @pytest.mark.parametrize(("solver", "problem"), PAIRS)

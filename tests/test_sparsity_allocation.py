@@ -47,7 +47,7 @@ def optimum(problem):
     return best
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(
     st.integers(0, 10**6), st.integers(1, 5), st.integers(1, 5), st.floats(0, 1), st.booleans(),
     st.one_of(st.none(), st.floats(-1, 100), st.tuples(st.floats(0, 50), st.floats(-10, 500))),
@@ -72,7 +72,7 @@ def test_exact_solvers_find_the_optimum_and_no_witness_passes_it(seed, layers, l
         assert solution.certificate.bound == pytest.approx(best, rel=1e-9, abs=1e-9)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.integers(0, 10**6), st.floats(0.2, 0.9), st.integers(5, 200))
 def test_buckets_waste_at_most_one_a_layer(seed, share, buckets):
     found = curves(4, 5, seed, whole=False)

@@ -67,7 +67,7 @@ cases = given(
 )  # fmt: skip
 
 
-@settings(max_examples=80, deadline=None, derandomize=True)
+@settings(max_examples=80)
 @cases
 def test_no_point_of_the_set_is_outside_the_bounds(seed, widths, kind, shift, radius, shape):
     pair, center = random_pair(seed, widths, kind, shift)
@@ -85,7 +85,7 @@ def test_no_point_of_the_set_is_outside_the_bounds(seed, widths, kind, shift, ra
     assert (tight.upper <= loose.upper + 1e-9).all()
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=60)
 @cases
 def test_what_cannot_change_does_not(seed, widths, kind, shift, radius, shape):
     pair, center = random_pair(seed, widths, "moved" if kind == "rows" else kind, shift)
@@ -135,7 +135,7 @@ def test_one_layer_is_exact():
         torch.testing.assert_close(sampled_difference(pair, around), bounds.largest)
 
 
-@settings(max_examples=300, deadline=None, derandomize=True)
+@settings(max_examples=300)
 @given(st.lists(st.integers(-6, 6), min_size=2, max_size=2), st.lists(st.integers(-6, 6), min_size=2, max_size=2))
 def test_the_relaxed_difference_of_one_neuron(z_ends, delta_ends):
     (zl, zu), (dl, du) = sorted(z_ends), sorted(delta_ends)

@@ -21,6 +21,7 @@ from convexprune.solvers.minimal_core import MinimalCore
 from convexprune.solvers.presets import Balanced, Best, Fast
 from convexprune.solvers.rising_penalty import RisingPenalty
 from convexprune.solvers.swap_search import SwapSearch
+from convexprune.solvers.water_filling import WaterFilling
 from convexprune.solvers.working_set import WorkingSet
 
 __all__ = [
@@ -55,5 +56,6 @@ __all__ = [
     "Traces",
     "Uniform",
     "UniformPlus",
+    "WaterFilling",
     "WorkingSet",
 ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -70,7 +71,7 @@ class ADMM:
         if trivial is not None:
             return trivial
         split = splitting(problem, start, self.alpha, torch.device(self.device), self.dtype)
-        run = _Run(problem, begun)
+        run = _Run(problem, self._meets, begun)
         handover = self.handover
         for step in range(1, self.max_iter + 1):
             split.step()
@@ -97,7 +98,7 @@ class ADMM:
     def _verdict(self, problem: Problem, certificate: Certificate) -> Status | None:
         if not math.isfinite(certificate.value):
             return Status.NUMERICAL
-        if certificate.relative_gap <= self.eps_rel and certificate.violation <= self.eps_abs:
+        if self._meets(certificate):
             return Status.CONVERGED
         if certificate.bound > DIVERGED * problem.value(problem.dense) and certificate.violation > self.eps_abs:
             return Status.INFEASIBLE
@@ -110,15 +111,17 @@ class ADMM:
         offset = time.perf_counter() - run.begun
         finer = finish.refine(problem, split.point.cpu().double(), split.witness, deadline)
         run.adopt(finer, offset)
-        certificate = run.best_certificate
+        return self._meets(run.best_certificate)
+
+    def _meets(self, certificate: Certificate) -> bool:
         return certificate.relative_gap <= self.eps_rel and certificate.violation <= self.eps_abs
 
 
 class _Run:
     """What a run has seen: its trace, and the best point by the problem's own verdict."""
 
-    def __init__(self, problem: Problem, begun: float) -> None:
-        self.problem, self.begun = problem, begun
+    def __init__(self, problem: Problem, meets: Callable[[Certificate], bool], begun: float) -> None:
+        self.problem, self.meets, self.begun = problem, meets, begun
         self.trace: list[TracePoint] = []
         self.best: tuple[Tensor, Tensor] | None = None
         self.last: tuple[Tensor, Tensor] | None = None
@@ -139,8 +142,8 @@ class _Run:
         self._keep(attempt.x, attempt.witness, judge(self.problem, attempt.x, attempt.witness))
 
     def _keep(self, x: Tensor, witness: Tensor, certificate: Certificate) -> None:
-        def merit(c: Certificate) -> float:
-            return c.violation + abs(c.relative_gap)
+        def merit(c: Certificate) -> tuple[bool, float]:  # what meets the rule comes before what has a smaller sum
+            return not self.meets(c), c.violation + abs(c.relative_gap)
 
         if self.best is None or merit(certificate) < merit(self.best_certificate):
             self.best, self.best_certificate = (x.clone(), witness.clone()), certificate

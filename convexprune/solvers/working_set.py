@@ -23,6 +23,8 @@ from convexprune.solvers.restricted import buckets_of, restrict_ball, restrict_l
 INNER = 1e-10  # relative gap of a restricted problem: at this accuracy zeros and nonzeros are told apart at sight
 FIRST, LATER = 0.3, 1e-2  # relative gap at which the first and the later interior points start
 LOST = 1e-3  # a restricted problem that ended with a larger gap has broken down and is not taken over
+RUNAWAY = 100  # a multiplier this many times the largest known one grows without limit
+LEAST = 8  # columns that a neuron gets at least when it gets more
 TIGHT = 1e-9  # how far a multiplier may pass its limit before its column counts as missed
 
 
@@ -71,25 +73,25 @@ class WorkingSet:
     def _rounds(self, problem: Problem, view: BallView | LassoView, deadline: float) -> Attempt:
         begun, steps = time.perf_counter(), 0
         trace: list[TracePoint] = []
-        best = Attempt(view.point, view.witness, Status.MAX_ITER, 0)
-        best_certificate: Certificate | None = None
+        best, best_certificate = (view.point.clone(), view.witness.clone()), Certificate(math.inf, -math.inf, math.inf)
         status = Status.MAX_ITER
         for count in range(self.max_rounds):
             steps += view.solve_restricted(FIRST if count == 0 else LATER, deadline)
             certificate = judge(problem, view.point, view.witness)
             trace.append(TracePoint(time.perf_counter() - begun, certificate))
-            if best_certificate is None or _merit(certificate) <= _merit(best_certificate):
-                best, best_certificate = Attempt(view.point, view.witness, status, steps), certificate
-            if certificate.relative_gap <= self.eps_rel and certificate.violation <= self.eps_abs:
+            meets = certificate.relative_gap <= self.eps_rel and certificate.violation <= self.eps_abs
+            if meets or _merit(certificate) <= _merit(best_certificate):
+                best, best_certificate = (view.point.clone(), view.witness.clone()), certificate  # the view moves on
+            if meets:
                 status = Status.CONVERGED
                 break
             if time.perf_counter() > deadline:
                 status = Status.TIME_LIMIT
                 break
-            if view.lost or not view.grow():
+            if not (view.widen() if view.lost else view.grow()):
                 status = Status.NUMERICAL
                 break
-        return Attempt(best.x, best.witness, status, steps, tuple(trace))
+        return Attempt(*best, status, steps, tuple(trace))
 
 
 class LassoView:
@@ -141,6 +143,10 @@ class LassoView:
         self.columns = wanted
         return bool(self.changed.any())
 
+    def widen(self) -> bool:
+        """What to try after a restricted lasso was lost: nothing, for it always has a solution."""
+        return False
+
 
 class BallView:
     """The working sets of a ball problem: columns and inequality rows of each neuron."""
@@ -162,7 +168,7 @@ class BallView:
         least = 0.5 * options.eps_abs * math.sqrt(float(self.energies.sum()))
         self.radius = max(problem.radius * (1 - options.margin), least)
         self.changed = torch.ones(len(self.point), dtype=torch.bool, device=self.device)
-        self.lost = False
+        self.lost, self.pressed = False, torch.zeros_like(self.changed)
         self.tau = self._first_tau()
         self._first_sets(witness is not None)
 
@@ -211,9 +217,13 @@ class BallView:
         coupling = Coupling(self.tau, constant, max(room, mu / self.tau))
         outcome = interior_point(buckets, coupling, eps_rel=INNER, max_iter=self.options.max_iter, deadline=deadline)
         self.lost = outcome.gap > LOST
-        if not self.lost:
-            self.tau = coupling.tau
-            self._adopt(buckets, unit)
+        if self.lost:
+            self._find_pressed(buckets)
+        else:
+            self._adopt(buckets, coupling.tau, unit)
+            # where some neurons alone cannot fill their share of the ball, their tau is 0 and no start for all of them
+            if bool(self.changed.all()):
+                self.tau = coupling.tau
         return outcome.iterations
 
     def _ratio(self) -> float:
@@ -222,7 +232,7 @@ class BallView:
         price = float(pushing.mean()) if len(pushing) else self.tau * self.scale
         return self.scale / max(price, 1e-300)
 
-    def _adopt(self, buckets: list[Bucket], unit: float) -> None:
+    def _adopt(self, buckets: list[Bucket], tau: float, unit: float) -> None:
         """The exactly sparse point, and the witness: -tau times the residual on the ball, -z on the rows."""
         interior = self.point.clone()
         for bucket in buckets:
@@ -233,7 +243,7 @@ class BallView:
             rows = torch.zeros(len(which), len(self.witness), dtype=torch.float64, device=self.device)
             pushing = -rows.scatter_add_(1, bucket.rows, bucket.z * bucket.row_mask).T
             residual = self.inputs @ interior[which].T - self.outputs[:, which]
-            self.witness[:, which] = torch.where(self.active[:, which], -self.tau * residual, pushing)
+            self.witness[:, which] = torch.where(self.active[:, which], -tau * residual, pushing)
 
     def grow(self) -> bool:
         """Add columns with |X^T Z| > 1 and rows above their ceiling; with none missed, everything is solved once more.
@@ -255,6 +265,26 @@ class BallView:
             return True
         self.changed = torch.ones_like(self.changed)
         return not together
+
+    def widen(self) -> bool:
+        """After a restricted problem was lost: more columns for the neurons that cannot meet their rows with theirs.
+
+        False where no multiplier has run away, so that this was not the reason, or no column is left.
+        """
+        slope = (self.witness.T @ self.inputs).abs().masked_fill(self.columns, -1)
+        before = int(self.columns.sum())
+        for neuron in self.pressed.nonzero()[:, 0].tolist():
+            more = slope[neuron].topk(min(int(self.columns[neuron].sum()) + LEAST, slope.shape[1])).indices
+            self.columns[neuron, more] = True
+        return int(self.columns.sum()) > before
+
+    def _find_pressed(self, buckets: list[Bucket]) -> None:
+        """The neurons whose multipliers ran away: a sign that no point on their columns meets their rows."""
+        limit = RUNAWAY * max(float(self.witness.abs().max()), self.tau * self.scale)
+        self.pressed = torch.zeros_like(self.changed)
+        for bucket in buckets:
+            if bucket.z.shape[1]:
+                self.pressed[bucket.neurons] = (bucket.z * bucket.row_mask).amax(1) > limit
 
     def _check_memory(self, columns: Tensor, rows: Tensor) -> None:
         wide, tall = columns.sum(1).double(), rows.sum(1).double()
