@@ -4,6 +4,7 @@ python benchmarks/allocation_network.py --part resnet --depth 20    all 3x3 conv
 python benchmarks/allocation_network.py --part lenet                LeNet-300-100 at 7% and 1.5% kept in all
 python benchmarks/allocation_network.py --part additivity           measured distortion against the curves' sum
 
+--epochs E also distils each network without labels on the same images (a ResNet's mirrored too), in E passes over them.
 --data DIR holds the data files, default $CONVEXPRUNE_DATA; --cache DIR keeps the curves between runs.
 """
 
@@ -29,15 +30,30 @@ FINE = (*(round(0.002 * 1.12**step, 5) for step in range(55)), 1.0)
 MEASURES = {"output": cp.OutputChange(), "second_order": cp.SecondOrder(), "layer": cp.LayerError()}
 
 
-def row(name, keep, accuracy, report, seconds):
+def row(name, keep, accuracy, distilled, report, seconds):
     shares = report.allocation
     return [
-        name, f"{keep:.3g}", f"{shares.cost:,.0f} of {shares.budget:,.0f}", accuracy,
+        name, f"{keep:.3g}", f"{shares.cost:,.0f} of {shares.budget:,.0f}", accuracy, distilled,
         f"{shares.certificate.value:.4g}", f"{report.distortion:.4g}", f"{seconds:.0f}",
     ]  # fmt: skip
 
 
-HEAD = ["allocation", "kept", "weights", "accuracy", "predicted", "measured", "seconds"]
+HEAD = ["allocation", "kept", "weights", "accuracy", "distilled", "predicted", "measured", "seconds"]
+
+
+def shuffled(*images, size):
+    """Batches of all the images in one drawn order."""
+    whole = torch.cat(images)
+    return list(whole[torch.randperm(len(whole), generator=torch.Generator().manual_seed(0))].split(size))
+
+
+def distilled(model, network, batches, names, epochs, options, shown):
+    """What `shown` says of the network after distillation without labels; nothing without epochs."""
+    if not epochs:
+        return ""
+    student, found = cp.distill(model, network, batches, names, epochs=epochs, hints=options.hints, rate=options.rate)
+    print(found, flush=True)
+    return shown(student)
 
 
 def curves_of(model, batches, names, options, levels):
@@ -56,6 +72,8 @@ def resnets(folder, options):
     x_test, y_test = cifar10(folder, "test")
     print(f"ResNet-{options.depth}, dense accuracy {100 * (1 - error_rate(model, x_test, y_test)):.2f}%")
     curves = curves_of(model, [x[: options.images]], "*conv*", options, (*FINE[8:], *cp.distortion.LEVELS))
+    accuracy = lambda network: f"{100 * (1 - error_rate(network, x_test, y_test)):.2f}%"  # noqa: E731
+    both = shuffled(x, x.flip(3), size=128)
     rows = []
     for keep in options.keep or (0.2, 0.1, 0.05):
         for name in options.rules:
@@ -64,8 +82,10 @@ def resnets(folder, options):
                 model, list(x.split(128)), None, cp.Balanced(), mode="residual", names="*conv*", keep_inputs=False,
                 allocation=cp.Allocation(keep, solver=RULES[name], curves=curves),
             )  # fmt: skip
-            accuracy = f"{100 * (1 - error_rate(network, x_test, y_test)):.2f}%"
-            rows.append(row(name, keep, accuracy, report, time.perf_counter() - begun))
+            seconds = time.perf_counter() - begun
+            # as many steps again on the mirrored images
+            after = distilled(model, network, both, "*conv*", -(-options.epochs // 2), options, accuracy)
+            rows.append(row(name, keep, accuracy(network), after, report, seconds))
             print(rows[-1], flush=True)
     print(table(HEAD, rows))
 
@@ -81,6 +101,8 @@ def lenet(folder, options):
         importance = moves[layer.name].clamp(min=1e-6 * float(moves[layer.name].max()))
         return cp.Reconstruction(layer.damped(1e-3), cp.Unstructured(kept), importance=importance)
 
+    error = lambda network: f"{100 * error_rate(network, data.x_test, data.y_test):.2f}%"  # noqa: E731
+    small = shuffled(*batches, size=500)
     rows = []
     for keep in options.keep or (0.07, 0.015):
         for name in options.rules:
@@ -89,8 +111,9 @@ def lenet(folder, options):
             network, report = cp.prune(
                 model, batches, build, cp.ADMM(), mode="cascade", keep_inputs=False, allocation=allocation
             )
-            error = f"{100 * error_rate(network, data.x_test, data.y_test):.2f}%"
-            rows.append(row(name, keep, error, report, time.perf_counter() - begun))
+            seconds = time.perf_counter() - begun
+            after = distilled(model, network, small, None, options.epochs, options, error)
+            rows.append(row(name, keep, error(network), after, report, seconds))
             print(rows[-1], flush=True)
     print(table([*HEAD[:3], "test error", *HEAD[4:]], rows))
 
@@ -130,6 +153,9 @@ def main():
     parser.add_argument("--images", type=int, default=128, help="images for the curves of a ResNet")
     parser.add_argument("--keep", type=float, nargs="+", default=None)
     parser.add_argument("--rules", nargs="+", choices=[*RULES], default=["exact", "uniform", "erk", "lamp"])
+    parser.add_argument("--epochs", type=int, default=0, help="of distillation without labels; 0: none")
+    parser.add_argument("--hints", type=float, default=1.0, help="weight of the layers' outputs in it")
+    parser.add_argument("--rate", type=float, default=0.01, help="its first step, relative to the weights")
     parser.add_argument("--cache", default=None)
     options = parser.parse_args()
     PARTS[options.part](data_folder(options.data), options)

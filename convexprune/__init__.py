@@ -3,6 +3,7 @@
 from convexprune import defaults as defaults
 from convexprune.allocation import Allocation, macs_per_weight
 from convexprune.curve import Curve
+from convexprune.distill import Distilled, distill
 from convexprune.distortion import LayerError, OutputChange, SecondOrder, additivity, random_inputs, rate_distortion
 from convexprune.goal import Goal, prune_within
 from convexprune.layer import Layer
@@ -76,6 +77,7 @@ __all__ = [
     "ClosedForm",
     "ColumnSweep",
     "Curve",
+    "Distilled",
     "DynamicProgramming",
     "ErdosRenyiKernel",
     "ErrorBudget",
@@ -118,6 +120,7 @@ __all__ = [
     "capture",
     "certify_unseen",
     "compact",
+    "distill",
     "judge",
     "load",
     "macs_per_weight",

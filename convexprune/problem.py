@@ -196,6 +196,10 @@ class KnapsackProblem(Problem, Protocol):
         """In the unit of the costs."""
 
     @property
+    def room(self) -> float:
+        """The budget, with what rounding may add to a sum of costs that are no integers: what solvers compare with."""
+
+    @property
     def cheapest(self) -> float:
         """What the cheapest choice costs."""
 

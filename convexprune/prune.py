@@ -81,7 +81,10 @@ def prune(
     if solver is not None:
         check_solver(solver)
     if build is not None and not callable(build):
-        raise TypeError(f"build is {build!r}; give a function from a layer to a problem, such as `lambda layer: ...`")
+        raise TypeError(
+            f"build is {build!r}; give a function from a layer to a problem, such as "
+            "`lambda layer: Reconstruction(layer, Unstructured(0.5))`"
+        )
     if allocation is not None and not isinstance(allocation, Allocation):
         raise TypeError(f"allocation is {allocation!r}; give an Allocation, such as Allocation(0.2)")
     batches = list(batches) if isinstance(batches, Iterator) else batches

@@ -17,6 +17,7 @@ TOP = {
     "prune",
     "defaults",
     "allocation",
+    "distill",
     "distortion",
     "goal",
     "guarantee",

@@ -25,10 +25,10 @@ def alone(model: nn.Module, pruned: nn.Module, batches: Iterable[Any], layers: R
 
     def take(name: str, module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
         with torch.inference_mode(False), torch.no_grad():
-            change = _columns(_behind(twins[name](*args, **kwargs), layers[name]) - _behind(output, layers[name]))
+            change = _columns(behind(twins[name](*args, **kwargs), layers[name]) - behind(output, layers[name]))
             grams[name] = grams.get(name, 0) + change.T @ change
 
-    with undisturbed(model, pruned), _hooked(model, layers, take):
+    with undisturbed(model, pruned), hooked(model, layers, take):
         for batch in batches:
             run(model, batch)
     return {name: gram.cpu() for name, gram in grams.items()}
@@ -40,9 +40,9 @@ def norms(model: nn.Module, batches: Iterable[Any], layers: Rectified) -> tuple[
     whole: float | None = 0.0
 
     def add(name: str, module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
-        squares[name] += _square(_behind(output, layers[name]).double())
+        squares[name] += _square(behind(output, layers[name]).double())
 
-    with undisturbed(model), _hooked(model, layers, add):
+    with undisturbed(model), hooked(model, layers, add):
         for batch in batches:
             output = run(model, batch)
             whole = whole + _square(output.double()) if whole is not None and isinstance(output, Tensor) else None
@@ -63,14 +63,14 @@ def together(
     squares = dict.fromkeys(layers, 0.0)
 
     def keep(name: str, module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
-        dense[name] = _behind(output, layers[name]).clone()  # what comes next may be in place
+        dense[name] = behind(output, layers[name]).clone()  # what comes next may be in place
 
     def compare(name: str, module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
-        squares[name] += _square(_behind(output, layers[name]).double() - dense.pop(name))
+        squares[name] += _square(behind(output, layers[name]).double() - dense.pop(name))
 
     change: float | None = 0.0
     size = 0.0
-    with undisturbed(model, pruned), _hooked(model, layers, keep), _hooked(pruned, layers, compare):
+    with undisturbed(model, pruned), hooked(model, layers, keep), hooked(pruned, layers, compare):
         for index, batch in enumerate(batches):
             theirs, ours = run(model, batch), run(pruned, batch)
             if isinstance(theirs, Tensor) and change is not None:
@@ -83,7 +83,7 @@ def together(
 
 
 @contextmanager
-def _hooked(model: nn.Module, names: Iterable[str], function: Callable[..., None]) -> Iterator[None]:
+def hooked(model: nn.Module, names: Iterable[str], function: Callable[..., None]) -> Iterator[None]:
     """`function(name, module, args, kwargs, output)` behind each of the modules."""
     modules = dict(model.named_modules())
     with ExitStack() as hooks:
@@ -93,7 +93,8 @@ def _hooked(model: nn.Module, names: Iterable[str], function: Callable[..., None
         yield
 
 
-def _behind(output: Tensor, rectified: bool) -> Tensor:
+def behind(output: Tensor, rectified: bool) -> Tensor:
+    """Where a layer is judged: behind its ReLU, if that is all that reads it."""
     return output.relu() if rectified else output
 
 

@@ -27,8 +27,8 @@ def check_model(model: Any) -> None:
         raise TypeError(f"the model is {what}; give an nn.Module that has its weights")
 
 
-def run(model: nn.Module, batch: Any) -> Any:
-    """The model's output on a batch, without gradients; on a copy of it, as a model may change its input in place.
+def run(model: nn.Module, batch: Any, gradients: bool = False) -> Any:
+    """The model's output on a copy of a batch, as a model may change its input in place; no gradients unless asked for.
 
     A batch is a tensor, a tuple or list whose first element is the input, or a mapping of keyword arguments.
     """
@@ -44,7 +44,7 @@ def run(model: nn.Module, batch: Any) -> Any:
         )
     if isinstance(first, Tensor) and first.ndim and len(first) == 0:
         raise ValueError(f"a batch is empty: its input has shape {tuple(first.shape)}; leave it out")
-    with torch.inference_mode(False), torch.no_grad():
+    with torch.inference_mode(False), torch.set_grad_enabled(gradients):
         return model(**_copy({**first})) if isinstance(first, Mapping) else model(_copy(first))
 
 

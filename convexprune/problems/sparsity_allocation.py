@@ -92,6 +92,17 @@ class SparsityAllocation:
             cost[row, : len(levels)], loss[row, : len(levels)] = spent[levels], lost[levels]
         return cost, loss
 
+    @cached_property
+    def rounding(self) -> float:
+        """By how much two orders of summing the costs may differ, relative to the sum; 0 where they are integers."""
+        whole = all(bool((curve.costs == curve.costs.round()).all()) for curve in self.curves)
+        return 0.0 if whole else 4 * (len(self.curves) + 4) * knapsack.UNIT
+
+    @property
+    def room(self) -> float:
+        """The budget, with what rounding may add to a sum of costs: what solvers compare with."""
+        return self.budget * (1 + self.rounding)
+
     @property
     def cheapest(self) -> float:
         """The smallest budget that any choice fits: what the cheapest level of every layer costs together."""
@@ -119,11 +130,15 @@ class SparsityAllocation:
         return math.fsum(float(curve.distortion[k]) for curve, k in zip(self.curves, chosen, strict=True))
 
     def violation(self, x: Tensor) -> float:
-        """What is spent beyond the budget, relative to it; inf where x names no levels or parts what is tied."""
+        """What is spent beyond the budget, relative to it; inf where x names no levels or parts what is tied.
+
+        An excess that is the rounding of the costs' sum is none.
+        """
         chosen = self._chosen(x)
         if chosen is None or any(len({chosen[index] for index in group}) > 1 for group in self.groups):
             return math.inf
-        return max(self.cost(x) - self.budget, 0.0) / max(self.budget, 1.0)
+        cost = self.cost(x)
+        return 0.0 if cost <= self.budget * (1 + 2 * self.rounding) else (cost - self.budget) / max(self.budget, 1.0)
 
     def lower_bound(self, witness: float | tuple[float, float] | None) -> float:
         """The bound at a price, or at (price, value): where a search shows that nothing is below the value, that value.
@@ -131,15 +146,16 @@ class SparsityAllocation:
         inf where nothing fits the budget. Any witness at all gives a valid bound.
         """
         cost, loss = self.table
-        if self.cheapest > self.budget:
+        budget = self.budget * (1 + 3 * self.rounding)  # nothing that `violation` passes is left out
+        if self.cheapest > budget:
             return math.inf
         price, value = witness if isinstance(witness, tuple) else (witness or 0.0, None)
         free = float(loss.min(1).sum())
         free -= 4 * len(self.curves) * knapsack.UNIT * abs(free)  # the sum's rounding, as below
-        bound = max(knapsack.dual(cost, loss, self.budget, float(price)), free)
+        bound = max(knapsack.dual(cost, loss, budget, float(price)), free)
         if value is None or not bound < value < math.inf:
             return bound
-        found, complete = knapsack.best_below(cost, loss, self.budget, float(price), value)
+        found, complete = knapsack.best_below(cost, loss, budget, float(price), value)
         if not complete:
             return bound
         least = value if found is None else min(value, self.value(self.point(found)))

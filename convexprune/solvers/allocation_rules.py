@@ -36,7 +36,7 @@ class Rule:
 
     def solve(self, problem: KnapsackProblem, start: Tensor | None = None) -> Attempt:
         """The start is not used. INFEASIBLE where the budget is below the cheapest choice, or the rule's own least."""
-        if problem.cheapest > problem.budget:
+        if problem.cheapest > problem.room:
             return infeasible(problem)
         wanted = self.targets(problem.curves)
         low, high, best = 0.0, 1.0, self._levels(problem, wanted(0.0))

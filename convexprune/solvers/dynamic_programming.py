@@ -44,16 +44,16 @@ class DynamicProgramming:
         so close above it that no choice fits the rounded costs.
         """
         cost, loss = problem.table
-        if problem.cheapest > problem.budget:
+        if problem.cheapest > problem.room:
             return infeasible(problem)
         first = LagrangianPrice().solve(problem)
-        rounded, buckets = self._rounded(cost, problem.budget)
+        rounded, buckets = self._rounded(cost, problem.room)
         choice = _swept(rounded, loss, buckets)
         if choice is None:
             note = f"no choice fits {buckets} buckets after rounding; use more of them"
             return Attempt(first.x, first.witness, Status.MAX_ITER, 0, note=note)
         # what the rounding left of the budget is spent
-        choice = knapsack.filled(cost, loss, problem.budget, choice)
+        choice = knapsack.filled(cost, loss, problem.room, choice)
         return Attempt(problem.point(choice), first.witness, Status.CONVERGED, len(cost))
 
     def _rounded(self, cost: knapsack.Array, budget: float) -> tuple[knapsack.Choice, int]:
@@ -65,7 +65,7 @@ class DynamicProgramming:
         spare = budget if budget > 0 else 1.0
         # a quotient a few roundings above a whole number is that number
         exact = real / spare * self.buckets
-        whole = np.ceil(exact - 1e-12 * np.maximum(exact, 1.0))
+        whole = np.ceil(exact * (1 - 8 * knapsack.UNIT))
         return np.where(np.isfinite(cost), whole, -1).astype(np.int64), self.buckets
 
 

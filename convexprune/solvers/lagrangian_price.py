@@ -26,10 +26,10 @@ class LagrangianPrice:
     def solve(self, problem: KnapsackProblem, start: Tensor | None = None) -> Attempt:
         """The start is not used. Status INFEASIBLE where the budget is below the cheapest choice."""
         cost, loss = problem.table
-        priced = knapsack.divide(cost, loss, problem.budget)
+        priced = knapsack.divide(cost, loss, problem.room)
         if priced is None:
             return infeasible(problem)
-        choice = knapsack.filled(cost, loss, problem.budget, priced.under)
+        choice = knapsack.filled(cost, loss, problem.room, priced.under)
         return Attempt(problem.point(choice), priced.price, Status.CONVERGED, 1)
 
 

@@ -41,17 +41,17 @@ class MinimalCore:
         """The start is not used. Status INFEASIBLE where the budget is below the cheapest choice."""
         deadline = math.inf if self.time_limit is None else time.perf_counter() + self.time_limit
         cost, loss = problem.table
-        priced = knapsack.divide(cost, loss, problem.budget)
+        priced = knapsack.divide(cost, loss, problem.room)
         if priced is None:
             return infeasible(problem)
-        choice = knapsack.filled(cost, loss, problem.budget, priced.under)
+        choice = knapsack.filled(cost, loss, problem.room, priced.under)
         value = problem.value(problem.point(choice))
         room, searches = FIRST * (value - priced.bound), 0
         while priced.bound < value:
             if time.perf_counter() > deadline:
                 return Attempt(problem.point(choice), priced.price, Status.TIME_LIMIT, searches)
             below = min(priced.bound + room, value)
-            found, complete = knapsack.best_below(cost, loss, problem.budget, priced.price, below)
+            found, complete = knapsack.best_below(cost, loss, problem.room, priced.price, below)
             searches += 1
             if not complete:
                 return Attempt(problem.point(choice), priced.price, Status.MAX_ITER, searches)
