@@ -148,7 +148,7 @@ def test_inverses_stay_inverses_while_weights_leave_and_enter(seed):
     generator = torch.Generator().manual_seed(seed)
     gram = torch.corrcoef(torch.randn(12, 60, generator=generator, dtype=torch.float64))
     cross, mask = normal(seed, (7, 12)), torch.rand(7, 12, generator=generator) < 0.5
-    inverses = SupportInverses(gram, cross, mask, ridge=1e-9, spare=3)
+    inverses = SupportInverses(gram, cross, mask, ridge=1e-9)
     for _ in range(4):
         for _ in range(2):
             cheapest, slots = inverses.costs.min(1)
@@ -156,11 +156,10 @@ def test_inverses_stay_inverses_while_weights_leave_and_enter(seed):
             gone = inverses.index.gather(1, slots[:, None])
             mask = mask & ~torch.zeros_like(mask).scatter_(1, gone, going[:, None])
             inverses.leave(slots, going)
-        if inverses.spare >= 2:
-            columns = torch.where(mask, 1.0, torch.rand(7, 12, generator=generator)).argsort(1)[:, :2]
-            coming = ~mask.gather(1, columns)
-            inverses.enter(columns, coming)
-            mask = mask.scatter(1, columns, mask.gather(1, columns) | coming)
+        columns = torch.where(mask, 1.0, torch.rand(7, 12, generator=generator)).argsort(1)[:, :2]
+        coming = ~mask.gather(1, columns)
+        inverses.enter(columns, coming)
+        mask = mask.scatter(1, columns, mask.gather(1, columns) | coming)
         assert (inverses.mask == mask).all()
     wanted = best_on_support(gram, cross, mask, torch.zeros_like(cross))
     torch.testing.assert_close(inverses.scattered, wanted, rtol=1e-5, atol=1e-6)

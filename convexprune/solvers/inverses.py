@@ -14,11 +14,11 @@ from __future__ import annotations
 import copy
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from convexprune.solvers.batched import spd_inverse
 
-CACHE = 2**23  # bytes
+CACHE = 2**21  # bytes
 BLOCK = 32  # removals that wait before P is updated
 
 
@@ -26,7 +26,7 @@ class SupportInverses:
     """P and w of R neurons in slots: slot j of neuron i holds input `index[i, j]` where `live[i, j]`.
 
     gram (N, N) with unit diagonal, cross (R, N), mask (R, N) bool. `ridge` is added to every diagonal; `spare` slots
-    are left free for entries; weights in `pinned` (R, N) bool never leave.
+    are left free, so that so many entries need no larger arrays; weights in `pinned` (R, N) bool never leave.
     Raises torch.linalg.LinAlgError where a support's Gram matrix cannot be factored.
     """
 
@@ -42,10 +42,11 @@ class SupportInverses:
         self.gram, self.cross, self.pinned, self.ridge = gram, cross, pinned, ridge
         self.neurons = torch.arange(len(mask), device=gram.device)
         counts = mask.sum(1)
-        slots = min(int(counts.max()) + spare, mask.shape[1])
+        held = int(counts.max())
+        slots = min(held + spare, mask.shape[1])
         self.index = torch.argsort(mask.logical_not(), dim=1, stable=True)[:, :slots]
         self.live = torch.arange(slots, device=gram.device) < counts[:, None]
-        self.inverse = self._factored()
+        self.inverse = self._factored(held)
         self.diagonal = self.inverse.diagonal(dim1=1, dim2=2).clone()
         self.weights = torch.matmul(self.inverse, self._taken(cross)[..., None])[..., 0]
         self._moves = gram.new_zeros(len(mask), BLOCK, slots)
@@ -55,19 +56,21 @@ class SupportInverses:
     def _taken(self, values: Tensor) -> Tensor:
         return torch.gather(values, 1, self.index) * self.live
 
-    def _factored(self) -> Tensor:
+    def _factored(self, held: int) -> Tensor:
+        """P, zero beyond the first `held` slots of each neuron."""
         neurons, slots = self.index.shape
         inverse = self.gram.new_empty(neurons, slots, slots)
+        inverse[:, held:], inverse[:, :held, held:] = 0, 0
         # a few neurons at a time: what the products read then stays in the cache
-        few = max(1, CACHE // (self.gram.element_size() * slots * slots + 1))
+        few = max(1, CACHE // (self.gram.element_size() * held * held + 1))
         for begin in range(0, neurons, few):
             which = slice(begin, begin + few)
-            index, live = self.index[which], self.live[which]
+            index, live = self.index[which, :held], self.live[which, :held]
             block = self.gram[index[:, :, None], index[:, None, :]]
             real = live.to(block.dtype)
             block.mul_(real[:, :, None]).mul_(real[:, None, :])
             block.diagonal(dim1=1, dim2=2).copy_(1 + self.ridge * real)
-            inverse[which] = spd_inverse(block).mul_(real[:, :, None]).mul_(real[:, None, :])
+            inverse[which, :held, :held] = spd_inverse(block).mul_(real[:, :, None]).mul_(real[:, None, :])
         return inverse
 
     @property
@@ -75,13 +78,6 @@ class SupportInverses:
         """(R, N) bool: the supports now."""
         blank = torch.zeros_like(self.cross, dtype=torch.int8)
         return blank.scatter_add_(1, self.index, self.live.to(torch.int8)).bool()
-
-    @property
-    def spare(self) -> int:
-        """How many entries every neuron has free slots for."""
-        if self.live.shape[1] == self.cross.shape[1]:
-            return self.live.shape[1]  # a slot for every input
-        return int(self.live.shape[1] - self.live.sum(1).max())
 
     @property
     def scattered(self) -> Tensor:
@@ -130,16 +126,25 @@ class SupportInverses:
             self.inverse.baddbmm_(moves.mT, moves, alpha=-1)
             self._waiting = 0
 
+    def _widen(self, slots: int) -> None:
+        """Free slots at the end, until there are so many in all."""
+        more = slots - self.live.shape[1]
+        if more > 0:
+            self.index, self.live = (nn.functional.pad(each, (0, more)) for each in (self.index, self.live))
+            self.weights = nn.functional.pad(self.weights, (0, more))
+            self.inverse = nn.functional.pad(self.inverse, (0, more, 0, more))
+            self._moves = self.inverse.new_zeros(len(self.live), BLOCK, slots)
+
     def enter(self, columns: Tensor, chosen: Tensor) -> None:
-        """Add inputs `columns` (R, a) to each neuron's support where `chosen` (R, a) bool, in free slots.
+        """Add inputs `columns` (R, a) to each neuron's support where `chosen` (R, a) bool: the first of each row.
 
         A neuron for which the new block cannot be factored in the working precision takes none of them, and `worn` is
         set: its inverse has lost its digits and wants to be computed afresh.
         """
         self.settle()
+        wanted = torch.maximum(self.live.sum(1) + chosen.sum(1), torch.full_like(self.neurons, columns.shape[1]))
+        self._widen(int(wanted.max()))
         free = torch.argsort(self.live.to(torch.int8), dim=1, stable=True)[:, : columns.shape[1]]
-        if bool((self.live.gather(1, free) & chosen).any()):
-            raise ValueError(f"no free slots for {columns.shape[1]} more weights; give SupportInverses more `spare`")
         live, new = self.live.to(self.gram.dtype), chosen.to(self.gram.dtype)
         self.inverse.mul_(live[:, :, None]).mul_(live[:, None, :])  # rounding errors of weights that have left
         self.weights.mul_(live)

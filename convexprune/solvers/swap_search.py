@@ -125,13 +125,15 @@ class _Search:
 
     def _turn(self, rows: Tensor, deadline: float) -> int:
         """Search among some neurons, with the count that they hold together; returns the rounds."""
-        parts = self._parts(rows)
+        parts, fresh = self._parts(rows), True
         self._shrink(parts, int(self.allowed[rows].sum()))
         self._adopt(parts)
         share, active = self.options.enter, rows
         for count in range(self.options.rounds):
             if time.perf_counter() > deadline or share < LEAST:
                 return count
+            if not fresh:
+                parts, fresh = self._parts(active), True
             held = self.mask[active], self.weights[active], self.values[active]
             self._enter(parts, active, share)
             self._shrink(parts, int(held[0].sum()))
@@ -150,7 +152,7 @@ class _Search:
                 active = rows  # the price has moved meanwhile: ask everyone once more
             elif kept:
                 return count + 1
-            parts = self._parts(active)
+            fresh = False
         self.status = Status.MAX_ITER
         return self.options.rounds
 
@@ -158,7 +160,7 @@ class _Search:
         """The inverses of some neurons, those of similar size together."""
         counts = self.mask[rows].sum(1)
         order = counts.argsort()
-        sizes = (counts[order] + self._spare()).tolist()
+        sizes = counts[order].tolist()
         parts, begun = [], 0
         for end in range(1, len(sizes) + 1):
             if end == len(sizes) or sizes[end] > WASTE * sizes[begun] + 16:
@@ -174,8 +176,8 @@ class _Search:
         return _Part(rows, inverses)
 
     def _spare(self) -> int:
-        """Slots for the most entries that a neuron can take in one round."""
-        return math.ceil(SPREAD * self.options.enter * self.mask.shape[1]) + 1
+        """How many weights enter a neuron in the first round, in the mean."""
+        return math.ceil(self.options.enter * self.mask.shape[1])
 
     def _enter(self, parts: list[_Part], active: Tensor, share: float) -> None:
         """Let the most promising weights outside the supports enter."""
@@ -195,11 +197,9 @@ class _Search:
         chosen = (best >= floor) & (best > 0)
         place = torch.empty_like(self.values, dtype=torch.long)
         place[active] = torch.arange(len(active), device=active.device)
-        for i, part in enumerate(parts):
+        for part in parts:
             own = place[part.rows]
             width = int(chosen[own].sum(1).max())
-            if width > part.inverses.spare:  # neurons have grown at the cost of others
-                parts[i] = part = self._part(part.rows)
             if width:
                 part.inverses.enter(columns[own, :width], chosen[own, :width])
 
