@@ -88,13 +88,13 @@ def distill(
     batches = list(batches)
     layers = capture(model, itertools.islice(batches, 1), names)
     rectified = {layer.name.partition("[")[0]: layer.activation == "relu" for layer in layers}
-    student = copy.deepcopy(pruned)
+    with torch.inference_mode(False):  # what is copied under inference mode can never be trained
+        student = copy.deepcopy(pruned)
     _check_shared(model, student, rectified)
     pair = _Pair(model, student, batches, rectified, float(hints))
-    if hints == 0 and WHOLE not in pair.sizes:
-        raise ValueError(
-            "hints is 0, and the network's output is not one tensor, or is zero: nothing is left to compare"
-        )
+    if not pair.sizes or (hints == 0 and WHOLE not in pair.sizes):
+        where = "all that is watched is zero" if hints else "hints is 0, and the output is not one tensor, or is zero"
+        raise ValueError(f"{where}: nothing is left to compare")
     before = pair.errors(batches)
     given = copy.deepcopy(student.state_dict())
     _train(pair, batches, epochs, rate, seed)
@@ -177,7 +177,10 @@ def _train(pair: _Pair, batches: list[Any], epochs: int, rate: float, seed: int)
                         optimizer.zero_grad()
                         squares = pair.compare(batches[index], gradients=True)
                         share = {name: len(batches) * s / pair.sizes[name] ** 2 for name, s in squares.items()}
-                        pair.objective(share).backward()
+                        loss = pair.objective(share)
+                        if not loss.requires_grad:
+                            raise ValueError("the network's forward switches gradients off; distill needs them")
+                        loss.backward()
                         optimizer.step()
                         schedule.step()
         finally:

@@ -133,7 +133,7 @@ def test_a_layer_called_twice_in_a_network_of_two_outputs():
     assert found.outputs is None
     assert found.layers["layer"][1] < found.layers["layer"][0]
     assert "outputs" not in str(found)
-    with pytest.raises(ValueError, match="hints is 0, and the network's output is not one tensor"):
+    with pytest.raises(ValueError, match="hints is 0, and the output is not one tensor, or is zero: nothing"):
         cp.distill(model, pruned, batches, hints=0)
 
 
@@ -157,6 +157,27 @@ def test_wrong_calls(change, error, message):
         cp.distill(**{"model": model, "pruned": pruned, "batches": batches, **change})
 
 
+class Graphless(nn.Sequential):
+    @torch.no_grad()
+    def forward(self, x):
+        return super().forward(x)
+
+
+def test_a_network_without_gradients_is_refused():
+    torch.manual_seed(3)
+    model = Graphless(nn.Linear(6, 4))
+    with pytest.raises(ValueError, match="the network's forward switches gradients off"):
+        cp.distill(model, model, [torch.randn(9, 6)])
+
+
+def test_under_inference_mode():
+    model, pruned, batches = networks()
+    with torch.inference_mode():
+        student, found = cp.distill(model, pruned, [batch + 0 for batch in batches])
+    assert found.objective[1] < found.objective[0]
+    assert not student[0].weight.is_inference()
+
+
 def test_nothing_left_to_move():
     model, _, batches = networks()
     empty = copy.deepcopy(model)
@@ -165,3 +186,5 @@ def test_nothing_left_to_move():
             parameter.zero_()
     with pytest.raises(ValueError, match="nothing can move: every weight of 0, 4, 6 is zero"):
         cp.distill(model, empty, batches)
+    with pytest.raises(ValueError, match="all that is watched is zero: nothing is left to compare"):
+        cp.distill(empty, model, batches)
