@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from convexprune.patterns import NM, Blocks, PerRow, Support, Unstructured, excess, select
+from convexprune.patterns import NM, Blocks, PerRow, Support, Unstructured, excess, kth_smallest, select
 
 SEEDS = st.integers(0, 2**32 - 1)
 LAW = settings(max_examples=40)
@@ -38,6 +38,16 @@ def test_the_largest_scores_are_chosen(seed, keep):
     assert mask.sum() == keep
     if 0 < keep < 48:
         assert s[mask].min() >= s[~mask].max()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("k", [1, 7, 50])
+def test_the_kth_smallest_is_torchs(dtype, k):
+    cells = scores(3, (6, 50), levels=20).to(dtype)
+    cells[2, 4], cells[3, 5] = math.inf, -1
+    before = cells.clone()
+    assert torch.equal(kth_smallest(cells, k), torch.kthvalue(cells, k, dim=1, keepdim=True).values)
+    assert torch.equal(cells, before)
 
 
 def test_ties_go_to_the_lower_index():

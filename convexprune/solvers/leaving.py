@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from convexprune.patterns import NM, Pattern, PerRow, Support, Unstructured
+from convexprune.patterns import NM, Pattern, PerRow, Support, Unstructured, kth_smallest
 from convexprune.solvers.inverses import SupportInverses
 
 REPRICE = 4  # removals of a neuron between two looks at the layer's price
@@ -40,7 +40,7 @@ def shrink_layer(parts: Sequence[SupportInverses], surplus: int) -> None:
     """
     while surplus > 0:
         costs = torch.cat([part.costs.flatten() for part in parts])
-        price = costs.kthvalue(surplus).values
+        price = kth_smallest(costs[None], surplus)[0]
         for part in parts:
             for _ in range(REPRICE):
                 surplus -= _leave_below(part, price, surplus)

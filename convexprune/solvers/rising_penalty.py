@@ -73,7 +73,7 @@ class RisingPenalty:
     def descend(self, problem: SparseLeastSquares, scaled: Scaled) -> tuple[Tensor, int, Status]:
         """The scaled weights (M, N) where ADMM settles, zero outside their support; the steps; why it stopped."""
         deadline = math.inf if self.time_limit is None else time.perf_counter() + self.time_limit
-        inverse = _Resolvent(scaled.gram, len(scaled.optimum))
+        inverse = _Resolvent(scaled.gram, len(scaled.optimum) * self.every)
         rho, sparse = self.rho, scaled.dense
         price = torch.zeros_like(sparse)
         mask = seen = problem.select(sparse.square(), self.grow)
@@ -99,10 +99,10 @@ class RisingPenalty:
 class _Resolvent:
     """(H + rho I)^-1 for changing rho: the inverse itself where many rows share it, else its eigenvectors."""
 
-    def __init__(self, gram: Tensor, rows: int) -> None:
+    def __init__(self, gram: Tensor, rows: int) -> None:  # rows that are multiplied before rho changes
         self.values, self.vectors = torch.linalg.eigh(gram)
         self.values.clamp_(min=0)
-        self.shared = len(gram) < 3 * rows  # one N^3 for some steps of M N^2
+        self.shared = len(gram) < rows  # one N^3 for some steps of M N^2
         self.rho, self.inverse = 0.0, gram
 
     def apply(self, right: Tensor, rho: float) -> Tensor:
