@@ -30,10 +30,10 @@ FINE = (*(round(0.002 * 1.12**step, 5) for step in range(55)), 1.0)
 MEASURES = {"output": cp.OutputChange(), "second_order": cp.SecondOrder(), "layer": cp.LayerError()}
 
 
-def row(name, keep, accuracy, distilled, report, seconds):
+def row(name, keep, accuracy, after, report, seconds):
     shares = report.allocation
     return [
-        name, f"{keep:.3g}", f"{shares.cost:,.0f} of {shares.budget:,.0f}", accuracy, distilled,
+        name, f"{keep:.3g}", f"{shares.cost:,.0f} of {shares.budget:,.0f}", accuracy, after,
         f"{shares.certificate.value:.4g}", f"{report.distortion:.4g}", f"{seconds:.0f}",
     ]  # fmt: skip
 

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from convexprune.network import MaskKeeper, capture
-from convexprune.network.changes import behind, hooked, norms
+from convexprune.network.changes import behind, hooked, norms, rectified_modules
 from convexprune.network.forward import check_batches, check_model, run, undisturbed
 
 WHOLE: Final = ""  # the network's output among the layers' names: the root module's
@@ -87,7 +87,7 @@ def distill(
     begun = time.perf_counter()
     batches = list(batches)
     layers = capture(model, itertools.islice(batches, 1), names)
-    rectified = {layer.name.partition("[")[0]: layer.activation == "relu" for layer in layers}
+    rectified = rectified_modules(layers)
     with torch.inference_mode(False):  # what is copied under inference mode can never be trained
         student = copy.deepcopy(pruned)
     _check_shared(model, student, rectified)

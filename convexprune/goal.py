@@ -20,7 +20,7 @@ from convexprune.bounds.propagation import Spectral, Spread
 from convexprune.guarantee import Propagation
 from convexprune.layer import Layer
 from convexprune.network import capture
-from convexprune.network.changes import norms
+from convexprune.network.changes import norms, rectified_modules
 from convexprune.network.forward import undisturbed
 from convexprune.network.trace import record
 from convexprune.problem import LayerProblem, Solver
@@ -80,7 +80,7 @@ def prune_within(
     batches = list(batches) if isinstance(batches, Iterator) else batches
     names = options.pop("names", None)
     first = capture(model, itertools.islice(batches, 1), names, **{**_captured(options), "keep_inputs": False})
-    rectified = {layer.name.partition("[")[0]: layer.activation == "relu" for layer in first}
+    rectified = rectified_modules(first)
     sizes, whole = norms(model, batches, rectified)
     if whole is None or whole == 0:
         raise ValueError("the network's output is not one tensor, or is zero: a relative error of it means nothing")

@@ -37,6 +37,10 @@ class Certificate:
         """(value - bound) / max(|value|, tiny): how far above the optimum a feasible point can be, relative."""
         return (self.value - self.bound) / max(abs(self.value), 1e-300)
 
+    def meets(self, eps_abs: float, eps_rel: float) -> bool:
+        """The stopping rule: violation <= eps_abs and relative gap <= eps_rel."""
+        return self.relative_gap <= eps_rel and self.violation <= eps_abs
+
 
 @dataclass(frozen=True)
 class TracePoint:

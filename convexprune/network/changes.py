@@ -10,9 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from convexprune.layer import Layer
 from convexprune.network.forward import run, undisturbed
 
 Rectified = Mapping[str, bool]  # module -> whether a ReLU is all that reads it: it is then judged behind the ReLU
+
+
+def rectified_modules(layers: Iterable[Layer]) -> dict[str, bool]:
+    """The modules of captured layers, in forward order."""
+    return {layer.name.partition("[")[0]: layer.activation == "relu" for layer in layers}
 
 
 def alone(model: nn.Module, pruned: nn.Module, batches: Iterable[Any], layers: Rectified) -> dict[str, Tensor]:

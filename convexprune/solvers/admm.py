@@ -114,7 +114,7 @@ class ADMM:
         return self._meets(run.best_certificate)
 
     def _meets(self, certificate: Certificate) -> bool:
-        return certificate.relative_gap <= self.eps_rel and certificate.violation <= self.eps_abs
+        return certificate.meets(self.eps_abs, self.eps_rel)
 
 
 class _Run:
