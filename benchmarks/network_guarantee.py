@@ -18,7 +18,7 @@ from convexprune.examples import mnist, trained_lenet300
 
 
 def unseen(folder, options):
-    """Predictions that change, from 2,000 held-out images of the test set, against the others; over random splits."""
+    """Predictions that change, from 2,000 images drawn of the test set, against all of it; over random splits."""
     model, data = trained_lenet300(folder / "lenet300.npz"), mnist(folder / "mnist.npz")
     used = list(images(folder, 10_000).split(5000))
     network, _ = cp.prune(
@@ -28,18 +28,18 @@ def unseen(folder, options):
     x = data.x_test
     with torch.no_grad():
         clip = float(model(used[0]).square().sum(1).mean())  # the size of the outputs, on data already used
-    generator, covered, first = torch.Generator().manual_seed(0), 0, ""
+        changed = (model(x).argmax(1) != network(x).argmax(1)).double()
+    true = float(changed.mean())
+    generator, covered, beside = torch.Generator().manual_seed(0), 0, 0
     for split in range(options.splits):
         order = torch.randperm(len(x), generator=generator)
         found = cp.certify_unseen(model, network, [x[order[:2000]]], used, clip=clip)
-        rest = x[order[2000:]]
-        with torch.no_grad():
-            true = float((model(rest).argmax(1) != network(rest).argmax(1)).float().mean())
-        covered += true <= found.changed_most
+        rest = float(changed[order[2000:]].mean())
+        covered, beside = covered + (true <= found.changed_most), beside + (rest <= found.changed_most)
         if split == 0:
-            first = f"{found}\nof the other {len(rest):,} test images {true:.2%} change"
-    print(first)
-    print(f"the bound held on the other images in {covered} of {options.splits} splits")
+            print(f"{found}\nof the whole test set {true:.2%} change, of the images that were not held out {rest:.2%}")
+    # what is promised is about what the samples are drawn from; few changes among them leave more for the others
+    print(f"the bound held on the whole test set in {covered} of {options.splits} splits, on the others in {beside}")
 
 
 def main():
