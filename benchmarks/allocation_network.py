@@ -16,7 +16,7 @@ from nettrim.benchmark_utils.lenet import data_folder, images, table
 from nettrim.benchmark_utils.resnet import cifar10, resnet
 
 import convexprune as cp
-from convexprune.examples import error_rate, mnist, trained_lenet300
+from convexprune.datasets import error_rate, mnist, trained_lenet300
 
 RULES = {
     "exact": None,

@@ -9,7 +9,7 @@ import time
 from nettrim.benchmark_utils.lenet import data_folder, images, table
 
 import convexprune as cp
-from convexprune.examples import error_rate, mnist, trained_lenet300
+from convexprune.datasets import error_rate, mnist, trained_lenet300
 
 
 def recipe(mode, epsilon, gamma):

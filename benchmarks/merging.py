@@ -20,7 +20,7 @@ from nettrim.benchmark_utils.lenet import data_folder, images, table
 from nettrim.benchmark_utils.resnet import cifar10, resnet20
 
 import convexprune as cp
-from convexprune.examples import error_rate, mnist, trained_lenet300
+from convexprune.datasets import error_rate, mnist, trained_lenet300
 
 
 def layer(neurons, width, outputs=1000, seed=0):

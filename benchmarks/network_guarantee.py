@@ -14,7 +14,7 @@ from nettrim.benchmark_utils.lenet import data_folder, images, table
 from nettrim.benchmark_utils.resnet import cifar10, resnet20
 
 import convexprune as cp
-from convexprune.examples import mnist, trained_lenet300
+from convexprune.datasets import mnist, trained_lenet300
 
 
 def unseen(folder, options):

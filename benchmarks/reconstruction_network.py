@@ -17,7 +17,7 @@ from nettrim.benchmark_utils.resnet import cifar10, resnet20
 from reconstruction.benchmark_utils import minilm
 
 import convexprune as cp
-from convexprune.examples import error_rate, mnist, trained_lenet300
+from convexprune.datasets import error_rate, mnist, trained_lenet300
 
 SOLVERS = {
     "magnitude": cp.Magnitude(),

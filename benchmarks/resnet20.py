@@ -10,7 +10,7 @@ from nettrim.benchmark_utils.lenet import data_folder, table
 from nettrim.benchmark_utils.resnet import cifar10, resnet20
 
 import convexprune as cp
-from convexprune.examples import error_rate
+from convexprune.datasets import error_rate
 from convexprune.network import write
 
 

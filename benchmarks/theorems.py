@@ -26,7 +26,7 @@ from convexprune.bounds import (
     theorem_2,
     theorem_3_2,
 )
-from convexprune.examples import trained_lenet300
+from convexprune.datasets import trained_lenet300
 
 
 def parts(model):

@@ -14,8 +14,8 @@ import torch
 from nettrim.benchmark_utils.lenet import data_folder, images, table
 
 import convexprune as cp
-from convexprune.bounds.worst_case import Exact, IntervalPropagation
-from convexprune.examples import lenet300, mnist, train, trained_lenet300
+from convexprune.bounds.difference import Exact, IntervalPropagation
+from convexprune.datasets import lenet300, mnist, train, trained_lenet300
 
 
 def lenet(options):

@@ -1,11 +1,19 @@
 """Prune trained neural networks by solving, for each layer, a problem that is written down, with certificates."""
 
 from convexprune import defaults as defaults
-from convexprune.allocation import Allocation, macs_per_weight
+from convexprune.allocate.allocation import Allocation, macs_per_weight
+from convexprune.allocate.rate_distortion import (
+    LayerError,
+    OutputChange,
+    SecondOrder,
+    additivity,
+    random_inputs,
+    rate_distortion,
+)
+from convexprune.certify.held_out import certify_unseen
+from convexprune.certify.input_region import WorstCase, worst_case
 from convexprune.curve import Curve
 from convexprune.distill import Distilled, distill
-from convexprune.distortion import LayerError, OutputChange, SecondOrder, additivity, random_inputs, rate_distortion
-from convexprune.goal import Goal, prune_within
 from convexprune.layer import Layer
 from convexprune.merge import merge
 from convexprune.network import MaskKeeper, capture, compact, load, reestimate_batch_norm, save, sensitivities
@@ -21,6 +29,7 @@ from convexprune.problems import (
     SparsityAllocation,
 )
 from convexprune.prune import prune
+from convexprune.prune_within import Goal, prune_within
 from convexprune.solution import Certificate, Solution, Status
 from convexprune.solve import solve
 from convexprune.solvers import (
@@ -56,8 +65,6 @@ from convexprune.solvers import (
     WaterFilling,
     WorkingSet,
 )
-from convexprune.unseen import certify_unseen
-from convexprune.worst_case import WorstCase, worst_case
 
 __all__ = [
     "ADMM",

@@ -16,11 +16,11 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-    from convexprune.examples import Images
+    from convexprune.datasets import Images
     from convexprune.layer import Layer
     from convexprune.problem import LayerProblem
-    from convexprune.progress import Progress
     from convexprune.report import Report
+    from convexprune.report.progress import Progress
 
 FILE = click.Path(dir_okay=False, path_type=Path)
 
@@ -81,7 +81,7 @@ def demo(
     seed: int,
 ) -> None:
     """Train (or load) a 300-100 ReLU network, prune it by Net-Trim, and report what is proven about it."""
-    from convexprune import examples
+    from convexprune import datasets
     from convexprune.problems import NetTrim
     from convexprune.prune import prune
     from convexprune.solvers import ADMM
@@ -93,7 +93,7 @@ def demo(
         return NetTrim(layer, epsilon) if mode == "parallel" else NetTrim.cascade(layer, epsilon, gamma)
 
     with _reported():
-        images = examples.digits(seed) if data is None else examples.mnist(data)
+        images = datasets.digits(seed) if data is None else datasets.mnist(data)
         model = _network(images, weights, seed)
         out.mkdir(parents=True, exist_ok=True)
         chosen = images.x_train[:samples]
@@ -102,7 +102,7 @@ def demo(
             pruned, report = prune(model, calibration, build, ADMM(), mode, seed=seed, progress=progress)
         _show(report)
         for name, network in (("dense", model), ("pruned", pruned)):
-            rate = examples.error_rate(network, images.x_test, images.y_test)
+            rate = datasets.error_rate(network, images.x_test, images.y_test)
             click.echo(f"test error, {name + ':':<8}{rate:6.2%}")
         _save(report, pruned, out)
 
@@ -111,11 +111,11 @@ def _network(images: Images, weights: Path | None, seed: int) -> nn.Module:
     """The network of a file, or one trained here."""
     import torch
 
-    from convexprune import examples
+    from convexprune import datasets
 
     pixels = images.x_train.shape[1]
     if weights is not None:
-        model = examples.trained_lenet300(weights)
+        model = datasets.trained_lenet300(weights)
         expected = model.get_submodule("fc1").in_features
         if expected != pixels:
             raise ValueError(f"{weights}: fc1 reads {expected} numbers and the images have {pixels} pixels")
@@ -124,7 +124,7 @@ def _network(images: Images, weights: Path | None, seed: int) -> nn.Module:
     click.echo(f"training a {pixels}-300-100-10 ReLU network on {len(images.x_train)} images", err=True)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return examples.train(examples.lenet300(pixels), images.x_train, images.y_train, epochs, seed)
+        return datasets.train(datasets.lenet300(pixels), images.x_train, images.y_train, epochs, seed)
 
 
 @contextmanager

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from convexprune.network import MaskKeeper, capture
-from convexprune.network.changes import behind, hooked, norms, rectified_modules
+from convexprune.network.compare import behind, hooked, norms, rectified_modules
 from convexprune.network.forward import check_batches, check_model, run, undisturbed
 
 WHOLE: Final = ""  # the network's output among the layers' names: the root module's

@@ -9,7 +9,7 @@ import copy
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -17,19 +17,13 @@ from torch import Tensor, fx, nn
 from convexprune.network import capture, compact, write
 from convexprune.network.channels import ChannelGraph, Channels
 from convexprune.network.forward import check_model, run, tensors_in, undisturbed
+from convexprune.network.kinds import FX_MONOTONE_NAMES, MONOTONE_NONEXPANSIVE
 from convexprune.problem import Solver
 from convexprune.problems import NeuronMerging, OptimalBrainSurgeon
-from convexprune.report.merging import MergedLayer, MergeReport
+from convexprune.report.merges import MergedLayer, MergeReport
 from convexprune.solution import Status
 from convexprune.solve import solve
 from convexprune.solvers import GreedyMerging, Merges
-
-# nondecreasing with slope at most 1, as Lemma 1 asks for
-COVERED: Final = (
-    nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.Tanh, nn.Sigmoid, nn.Hardtanh, nn.Hardsigmoid, nn.Softplus, nn.Softsign,
-    nn.Identity, nn.Dropout,
-)  # fmt: skip
-FUNCTIONS: Final = frozenset(("relu", "relu_", "relu6", "leaky_relu", "tanh", "sigmoid", "softplus"))
 
 
 @dataclass(frozen=True, eq=False)
@@ -188,12 +182,16 @@ def _covered(graph: ChannelGraph, node: fx.Node) -> bool:
         module = graph.modules[str(node.target)]
         # a Softplus jumps at its threshold, by log(1 + exp(-threshold)) / beta
         smooth = getattr(module, "threshold", 20) >= 20
-        return isinstance(module, COVERED) and abs(getattr(module, "negative_slope", 0)) <= 1 and smooth
+        return (
+            isinstance(module, (*MONOTONE_NONEXPANSIVE, nn.Dropout))
+            and abs(getattr(module, "negative_slope", 0)) <= 1
+            and smooth
+        )
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
     slope = node.kwargs.get("negative_slope", 0.01)
     if name == "softplus":
         return len(node.args) + len(node.kwargs) == 1
-    return name in FUNCTIONS and (name != "leaky_relu" or (len(node.args) == 1 and 0 <= float(slope) <= 1))  # type: ignore[arg-type]
+    return name in FX_MONOTONE_NAMES and (name != "leaky_relu" or (len(node.args) == 1 and 0 <= float(slope) <= 1))  # type: ignore[arg-type]
 
 
 def _measured(model: nn.Module, small: nn.Module, data: list[Any]) -> tuple[float, float]:

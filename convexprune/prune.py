@@ -17,20 +17,21 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
-from convexprune.allocation import Allocation
+from convexprune.allocate.allocation import Allocation
+from convexprune.certify.network_error import network_error
+from convexprune.forms import EqualityQuadratic, LassoProblem, SparseLeastSquares
 from convexprune.layer import Layer
 from convexprune.network import capture, count_calls, read, write
-from convexprune.network.branches import summed
 from convexprune.network.forward import check_model, tensors_in, undisturbed
-from convexprune.network.trace import record
-from convexprune.network_error import network_error
+from convexprune.network.recording import record
+from convexprune.network.residual import summed
 from convexprune.patterns import Unstructured
-from convexprune.problem import EqualityQuadratic, LassoProblem, LayerProblem, Solver, SparseLeastSquares
+from convexprune.problem import LayerProblem, Solver
 from convexprune.problems import Reconstruction
-from convexprune.progress import Progress
 from convexprune.report import Report, Settings, described
-from convexprune.report.allocation import Shares
+from convexprune.report.progress import Progress
 from convexprune.report.row import Moments, Row
+from convexprune.report.shares import Shares
 from convexprune.solution import Solution, Status
 from convexprune.solve import check_solver, rejudged, solve
 

@@ -6,7 +6,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from convexprune.network import capture
-from convexprune.network.trace import record
+from convexprune.network.recording import record
 
 
 class Functional(nn.Module):

@@ -22,7 +22,7 @@ from convexprune.bounds import (
     theorem_2,
     theorem_3_2,
 )
-from convexprune.examples import mnist, trained_lenet300
+from convexprune.datasets import mnist, trained_lenet300
 
 
 def chain(seed, widths=(5, 8, 7, 4), samples=40, bias=True):

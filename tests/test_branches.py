@@ -9,8 +9,8 @@ from torch import nn
 from torch.nn import functional as F
 
 import convexprune as cp
-from convexprune.network.branches import repaired, summed
-from convexprune.network.trace import record
+from convexprune.network.recording import record
+from convexprune.network.residual import repaired, summed
 
 
 class Block(nn.Module):

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 
-import convexprune.network.accumulate as accumulate
+import convexprune.network.moment_accumulator as accumulate
 from convexprune.layer import Layer
 from convexprune.network import capture, count_calls, read, write
 from convexprune.network.matrices import stack_of

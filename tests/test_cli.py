@@ -9,7 +9,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from convexprune import examples
+from convexprune import datasets
 from convexprune.cli import main
 from convexprune.network import load
 from convexprune.report import Report
@@ -30,8 +30,8 @@ def one_thread():
 @pytest.fixture
 def small(monkeypatch):
     """The demo's network made small, so that it is pruned in a blink."""
-    build = examples.lenet300
-    monkeypatch.setattr(examples, "lenet300", lambda inputs=784: build(inputs, (12, 8)))
+    build = datasets.lenet300
+    monkeypatch.setattr(datasets, "lenet300", lambda inputs=784: build(inputs, (12, 8)))
 
 
 @pytest.mark.parametrize("mode", ["parallel", "cascade"])
@@ -48,7 +48,7 @@ def test_demo_says_what_is_proven_and_writes_three_files(tmp_path, small, mode):
     assert report.settings.mode == mode
     assert report.network.measured <= report.network.guaranteed * (1 + 1e-6)
     assert "<svg" not in (tmp_path / "out" / "report.html").read_text()
-    model = examples.lenet300(64)
+    model = datasets.lenet300(64)
     load(model, tmp_path / "out" / "pruned.safetensors")
     kept = sum(int((model.get_submodule(row.name).weight != 0).sum()) for row in report.rows)
     assert kept == report.kept
@@ -77,7 +77,7 @@ def files(tmp_path):
         images[f"y_{split}"] = generator.integers(0, 10, 40)
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        state = examples.lenet300(9, (7, 5)).state_dict()
+        state = datasets.lenet300(9, (7, 5)).state_dict()
     network = {key: value.numpy() for key, value in state.items()}
     return archive(tmp_path / "data.npz", **images), archive(tmp_path / "weights.npz", **network), images, network
 
@@ -135,6 +135,6 @@ def test_version_and_help():
 
 
 def test_published_network(data):
-    images = examples.mnist(data / "mnist.npz")
-    model = examples.trained_lenet300(data / "lenet300.npz")
-    assert examples.error_rate(model, images.x_test, images.y_test) == pytest.approx(0.0161)
+    images = datasets.mnist(data / "mnist.npz")
+    model = datasets.trained_lenet300(data / "lenet300.npz")
+    assert datasets.error_rate(model, images.x_test, images.y_test) == pytest.approx(0.0161)

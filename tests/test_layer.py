@@ -4,7 +4,8 @@ import pytest
 import torch
 from instances import random_layer
 
-from convexprune.layer import InputMoments, Layer, TargetMoments
+from convexprune.layer import Layer
+from convexprune.moments import InputMoments, TargetMoments
 
 
 def weight(out=3, inputs=5):

@@ -16,8 +16,8 @@ from convexprune.problems import Reconstruction
 from convexprune.solution import Status
 from convexprune.solve import solve
 from convexprune.solvers import Bounded, BranchAndBound, ColumnSweep, Fast, Magnitude, Refit
-from convexprune.solvers.perspective import centred
-from convexprune.solvers.support import best_on_support
+from convexprune.solvers.least_squares.on_support import best_on_support
+from convexprune.solvers.least_squares.perspective import centred
 
 SEEDS = st.integers(0, 2**32 - 1)
 LAW = settings(max_examples=15)

@@ -7,13 +7,13 @@ import pytest
 import torch
 from torch import nn
 
-from convexprune import examples
+from convexprune import datasets
 from convexprune.network import capture, read
 from convexprune.patterns import Unstructured
 from convexprune.problem import judge
 from convexprune.problems import L1Reconstruction, NetTrim
-from convexprune.progress import Progress
 from convexprune.prune import prune
+from convexprune.report.progress import Progress
 from convexprune.solution import Attempt, Status
 from convexprune.solvers import ADMM
 
@@ -294,10 +294,10 @@ def one_thread():
 
 @pytest.mark.parametrize("mode", ["parallel", "cascade"])
 def test_digits_pruned_by_admm(mode, one_thread):
-    images = examples.digits()
+    images = datasets.digits()
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = examples.train(examples.lenet300(64, (20, 12)), images.x_train, images.y_train, epochs=30)
+        model = datasets.train(datasets.lenet300(64, (20, 12)), images.x_train, images.y_train, epochs=30)
     x = images.x_train[:300]
 
     def build(layer):
@@ -306,7 +306,7 @@ def test_digits_pruned_by_admm(mode, one_thread):
     pruned, report = prune(model, [x[:200], x[200:]], build, ADMM(), mode)
     assert report.network.measured <= report.network.guaranteed * (1 + 1e-6)
     assert report.kept_fraction < 0.6
-    dense_error, error = (examples.error_rate(m, images.x_test, images.y_test) for m in (model, pruned))
+    dense_error, error = (datasets.error_rate(m, images.x_test, images.y_test) for m in (model, pruned))
     assert error < dense_error + 0.1
     for row in report.rows:
         assert row.status is Status.CONVERGED, row.name

@@ -30,8 +30,8 @@ from convexprune.solvers import (
     SwapSearch,
     Then,
 )
-from convexprune.solvers.inverses import SupportInverses
-from convexprune.solvers.support import best_on_support
+from convexprune.solvers.least_squares.on_support import best_on_support
+from convexprune.solvers.least_squares.support_inverses import SupportInverses
 
 SEEDS = st.integers(0, 2**32 - 1)
 LAW = settings(max_examples=15)

@@ -9,9 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from convexprune.bounds.input_sets import Ball, Box, Interval
-from convexprune.bounds.relaxation import ChainPair, Hidden
-from convexprune.bounds.worst_case import (
+from convexprune.bounds.difference import (
     Exact,
     IntervalPropagation,
     LinearRelaxation,
@@ -19,7 +17,9 @@ from convexprune.bounds.worst_case import (
     difference_bounds,
     sampled_difference,
 )
-from convexprune.worst_case import worst_case
+from convexprune.bounds.input_sets import Ball, Box, Interval
+from convexprune.bounds.relaxation import ChainPair, Hidden
+from convexprune.certify.input_region import worst_case
 
 METHODS = [IntervalPropagation(), LinearRelaxation()]
 WIDTHS = [(3, 2), (1, 1, 1), (4, 6, 3), (3, 5, 5, 2), (2, 4, 4, 4, 3)]

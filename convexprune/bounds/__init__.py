@@ -2,22 +2,8 @@
 
 from convexprune.bounds.additivity import Additivity
 from convexprune.bounds.chain import ChainBound, cascade_bound, parallel_bound, slack_product_bound
-from convexprune.bounds.input_sets import Ball, Box
-from convexprune.bounds.layerwise_obs import lemma_3_1, removal, theorem_3_2
-from convexprune.bounds.merging import lemma_1
-from convexprune.bounds.net_trim import (
-    LinkNormalised,
-    Uniqueness,
-    proposition_1,
-    proposition_2,
-    sample_count,
-    theorem_1,
-    theorem_2,
-)
-from convexprune.bounds.relaxation import ChainPair
-from convexprune.bounds.statement import Hypothesis, Statement
-from convexprune.bounds.unseen import cannot_flip, clopper_pearson, empirical_bernstein
-from convexprune.bounds.worst_case import (
+from convexprune.bounds.confidence import cannot_flip, clopper_pearson, empirical_bernstein
+from convexprune.bounds.difference import (
     DifferenceBounds,
     Exact,
     IntervalPropagation,
@@ -26,6 +12,20 @@ from convexprune.bounds.worst_case import (
     difference_bounds,
     sampled_difference,
 )
+from convexprune.bounds.input_sets import Ball, Box
+from convexprune.bounds.merging_lemma import lemma_1
+from convexprune.bounds.net_trim_theorems import (
+    LinkNormalised,
+    Uniqueness,
+    proposition_1,
+    proposition_2,
+    sample_count,
+    theorem_1,
+    theorem_2,
+)
+from convexprune.bounds.obs_theorems import lemma_3_1, removal, theorem_3_2
+from convexprune.bounds.relaxation import ChainPair
+from convexprune.bounds.statement import Hypothesis, Statement
 
 __all__ = [
     "Additivity",

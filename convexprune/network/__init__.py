@@ -3,9 +3,9 @@
 from convexprune.network.batch_norm import reestimate_batch_norm
 from convexprune.network.capture import capture, count_calls
 from convexprune.network.compact import Compaction, compact
+from convexprune.network.files import load, read, save, write
 from convexprune.network.mask_keeper import MaskKeeper
 from convexprune.network.sensitivity import directions, sensitivities
-from convexprune.network.write import load, read, save, write
 
 __all__ = [
     "Compaction",

@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-from convexprune.network.trace import DROPOUT, RESHAPING, Record
-
-# relu(f(y)) = f(relu(y)) for these: reorderings, zeros and positive factors, maxima
-_COMMUTING = RESHAPING | DROPOUT | frozenset(
-    ("dropout in training", "dropout1d in training", "dropout2d in training", "dropout3d in training", "max_pool1d",
-     "max_pool2d", "max_pool3d", "adaptive_max_pool1d", "adaptive_max_pool2d", "adaptive_max_pool3d")
-)  # fmt: skip
+from convexprune.network.kinds import COMMUTING_WITH_RELU
+from convexprune.network.recording import Record
 
 
 def activation(record: Record, layer: str) -> str | None:
@@ -26,7 +21,7 @@ def _rectified(record: Record, number: int) -> bool:
     if number in record.results or not readers:
         return False
     for step in readers:
-        commutes = step.layer is None and step.operation in _COMMUTING and len(step.makes) == 1
+        commutes = step.layer is None and step.operation in COMMUTING_WITH_RELU and len(step.makes) == 1
         if step.operation != "relu" and not (commutes and _rectified(record, step.makes[0])):
             return False
     return True

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, Final
+from typing import Any
 
 from torch import nn
 
 from convexprune.network.forward import run, undisturbed
+from convexprune.network.kinds import BATCH_NORMS
 
 STATISTICS = ("running_mean", "running_var")
-NORMS: Final = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
 def reestimate_batch_norm(model: nn.Module, batches: Iterable[Any]) -> None:
@@ -20,7 +20,9 @@ def reestimate_batch_norm(model: nn.Module, batches: Iterable[Any]) -> None:
     is not always the better for it: measure.
     Raises ValueError where there is no batch norm with running statistics, or no batch.
     """
-    norms = [module for module in model.modules() if isinstance(module, NORMS) and module.running_mean is not None]
+    norms = [
+        module for module in model.modules() if isinstance(module, BATCH_NORMS) and module.running_mean is not None
+    ]
     if not norms:
         raise ValueError("the model has no batch norm with running statistics: there is nothing to re-estimate")
     momenta = [norm.momentum for norm in norms]

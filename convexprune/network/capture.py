@@ -12,13 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from convexprune.layer import ACTIVATIONS, Layer
-from convexprune.network.accumulate import Account
 from convexprune.network.activation import activation
-from convexprune.network.branches import repaired
 from convexprune.network.forward import Enough, check_batches, check_model, run, undisturbed
 from convexprune.network.matrices import Stack, stack_of
+from convexprune.network.moment_accumulator import Account
 from convexprune.network.names import choose, stacks, suggestion
-from convexprune.network.trace import Recorder
+from convexprune.network.recording import Recorder
+from convexprune.network.residual import repaired
 
 Hook = Callable[[str, Stack, Tensor, Tensor], None]  # module name, its matrices, its input, its output
 

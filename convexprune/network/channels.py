@@ -7,34 +7,26 @@ a sum makes two sets of channels one. What reads channels in any other way freez
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from convexprune.network.batch_norm import NORMS
-
-# functions of each entry that do not depend on training
-ENTRYWISE: Final = (
-    nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.SELU, nn.CELU, nn.GELU, nn.SiLU, nn.Mish, nn.Sigmoid, nn.Tanh,
-    nn.Softplus, nn.Softsign, nn.Hardtanh, nn.Hardsigmoid, nn.Hardswish, nn.LogSigmoid, nn.Identity,
-)  # fmt: skip
-DROPOUT: Final = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
-POOLS: Final = (
-    nn.MaxPool1d, nn.MaxPool2d, nn.AvgPool1d, nn.AvgPool2d, nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d,
-    nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d,
-)  # fmt: skip
-FUNCTIONS: Final = frozenset(
-    (F.relu, torch.relu, F.leaky_relu, F.elu, F.gelu, F.silu, F.relu6, F.hardswish, torch.sigmoid, torch.tanh,
-     F.sigmoid, F.tanh, F.softplus)
-)  # fmt: skip
-METHODS: Final = frozenset(("relu", "relu_", "sigmoid", "tanh"))
-SUMS: Final = frozenset((operator.add, operator.iadd, torch.add))
-CONVS: Final = (nn.Conv1d, nn.Conv2d)
+from convexprune.network.kinds import (
+    ADAPTIVE_POOLS,
+    BATCH_NORMS,
+    CONVOLUTIONS,
+    DROPOUT_MODULES,
+    ENTRYWISE,
+    FX_ENTRYWISE,
+    FX_ENTRYWISE_METHODS,
+    FX_SUMS,
+    POOLS,
+    batch_norm_scale,
+)
 
 
 @dataclass(eq=False)
@@ -138,7 +130,7 @@ class ChannelGraph:
         value = inputs[0] if inputs else None
         if isinstance(module, nn.Linear):
             return self._made(node, module, value, module.out_features, True)
-        if isinstance(module, CONVS):
+        if isinstance(module, CONVOLUTIONS):
             if module.groups == 1:
                 return self._made(node, module, value, module.out_channels, False)
             if value is not None and module.groups == module.in_channels == module.out_channels and value.repeat == 1:
@@ -147,16 +139,16 @@ class ChannelGraph:
             return self._made(node, module, None, module.out_channels, False, f"{name} has groups")
         if value is None:
             return None
-        if isinstance(module, NORMS) and value.repeat == 1 and module.running_var is not None:
+        if isinstance(module, BATCH_NORMS) and value.repeat == 1 and module.running_var is not None:
             self.find(value.channels).passers.append(name)
             self._once(name, value)
             return Value(value.channels, 1, _normed(module, value.constant), value.flat)
-        if isinstance(module, (*ENTRYWISE, *DROPOUT)):
-            same = isinstance(module, DROPOUT)
+        if isinstance(module, (*ENTRYWISE, *DROPOUT_MODULES, nn.AlphaDropout)):
+            same = isinstance(module, (*DROPOUT_MODULES, nn.AlphaDropout))
             return Value(
                 value.channels, value.repeat, value.constant if same else _applied(module, value.constant), value.flat
             )
-        if isinstance(module, POOLS) and value.repeat == 1:
+        if isinstance(module, (*POOLS, *ADAPTIVE_POOLS)) and value.repeat == 1:
             padded = getattr(module, "padding", 0)
             zeros = isinstance(module, (nn.AvgPool1d, nn.AvgPool2d)) and padded not in (0, (0,), (0, 0))
             kept = torch.where(value.constant == 0, 0.0, torch.nan) if zeros else value.constant
@@ -167,12 +159,12 @@ class ChannelGraph:
 
     def _function(self, node: fx.Node, inputs: list[Value | None]) -> Value | None:
         function: Any = node.target
-        if function in SUMS and len(node.args) == 2 and not node.kwargs:
+        if function in FX_SUMS and len(node.args) == 2 and not node.kwargs:
             return self._summed(inputs) if len(inputs) == 2 else None
         value = inputs[0] if len(inputs) == 1 else None
         if value is None:
             return None
-        if function in FUNCTIONS:
+        if function in FX_ENTRYWISE:
             apply = lambda x: function(x, *node.args[1:], **{k: v for k, v in node.kwargs.items() if k != "inplace"})  # noqa: E731
             return Value(value.channels, value.repeat, _applied(apply, value.constant), value.flat)
         if function is torch.flatten and (*node.args[1:], *node.kwargs.values()) == (1,):
@@ -189,7 +181,7 @@ class ChannelGraph:
         others = [parent for parent in node.all_input_nodes if parent is not first]
         if value is None or any(self.values[parent] is not None for parent in others):
             return None
-        if node.target in METHODS:
+        if node.target in FX_ENTRYWISE_METHODS:
             apply = getattr(torch, str(node.target).rstrip("_"))
             return Value(value.channels, value.repeat, _applied(apply, value.constant), value.flat)
         if node.target == "flatten" and (*node.args[1:], *node.kwargs.values()) == (1,):
@@ -297,9 +289,9 @@ def _applied(function: Callable[[Tensor], Tensor], constant: Tensor) -> Tensor:
 
 
 def _normed(module: Any, constant: Tensor) -> Tensor:
-    scale = (module.running_var.double() + module.eps).rsqrt().cpu()
-    shift = torch.zeros_like(scale)
-    if module.weight is not None:
-        scale, shift = scale * module.weight.detach().double().cpu(), module.bias.detach().double().cpu()
-    found = (constant - module.running_mean.double().cpu()) * scale + shift
-    return torch.where(scale == 0, shift, found)
+    found = batch_norm_scale(module)
+    assert found is not None  # by _module
+    scale = found.cpu()
+    shift = torch.zeros_like(scale) if module.weight is None else module.bias.detach().double().cpu()
+    normed = (constant - module.running_mean.double().cpu()) * scale + shift
+    return torch.where(scale == 0, shift, normed)

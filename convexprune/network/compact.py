@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from convexprune.network.channels import CONVS, FUNCTIONS, METHODS, ChannelGraph, Channels, unpadded
+from convexprune.network.channels import ChannelGraph, Channels, unpadded
 from convexprune.network.forward import check_model, undisturbed
+from convexprune.network.kinds import CONVOLUTIONS, FX_ENTRYWISE
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,7 @@ def _removable(graph: ChannelGraph, channels: Channels, round_to: int) -> tuple[
         silent = (module.weight.detach().transpose(0, 1).flatten(1) == 0).all(1)
         unread = silent.reshape(channels.count, -1).all(1).cpu()
         known = ~source.constant.isnan()
-        everywhere = not isinstance(module, CONVS) or unpadded(module)
+        everywhere = not isinstance(module, CONVOLUTIONS) or unpadded(module)
         exact = known if everywhere else known & (source.constant == 0)
         can &= unread | exact
         dead &= unread | known
@@ -145,7 +146,7 @@ def _narrow(module: Any, stays: Tensor) -> None:
             setattr(module, key, part)
     if isinstance(module, nn.Linear):
         module.out_features = count
-    elif isinstance(module, CONVS):
+    elif isinstance(module, CONVOLUTIONS):
         if module.groups > 1:  # depthwise
             module.groups = module.in_channels = count
         module.out_channels = count
@@ -164,8 +165,8 @@ class _Watch(fx.Interpreter):
         """Run a node."""
         result = super().run_node(n)
         relu = (n.op == "call_module" and isinstance(self.fetch_attr(str(n.target)), nn.ReLU)) or (
-            n.op == "call_function" and n.target in FUNCTIONS and getattr(n.target, "__name__", "") == "relu"
-        ) or (n.op == "call_method" and n.target in METHODS and str(n.target).startswith("relu"))  # fmt: skip
+            n.op == "call_function" and n.target in FX_ENTRYWISE and getattr(n.target, "__name__", "") == "relu"
+        ) or (n.op == "call_method" and n.target in ("relu", "relu_"))  # fmt: skip
         if relu and isinstance(result, Tensor) and result.ndim > 1:
             top = result.detach().transpose(0, 1).flatten(1).amax(1).cpu()
             known = self.largest.get(n.name)

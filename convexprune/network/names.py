@@ -9,7 +9,7 @@ from fnmatch import fnmatchcase
 from torch import nn
 
 from convexprune.network.matrices import KIND_NAMES, Stack, stack_of
-from convexprune.network.place import check_stored
+from convexprune.network.weights import check_stored
 
 
 def stacks(model: nn.Module) -> dict[str, Stack]:

@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from convexprune.layer import Layer, affine
+from convexprune.layer import Layer
+from convexprune.moments import affine
 from convexprune.problem import Formulation
 
 if TYPE_CHECKING:

@@ -8,8 +8,8 @@ import math
 from html import escape
 from typing import TYPE_CHECKING, Any
 
-from convexprune.report.allocation import curves_plot
 from convexprune.report.row import HEADINGS, LEGEND, WORDS, Row
+from convexprune.report.shares import curves_plot
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -1,28 +1,27 @@
 """One file for each algorithm; a solver proposes, the problem judges."""
 
-from convexprune.solvers.activation_magnitude import ActivationMagnitude
-from convexprune.solvers.admm import ADMM
-from convexprune.solvers.allocation_rules import LAMP, ErdosRenyiKernel, GlobalMagnitude, Uniform, UniformPlus
-from convexprune.solvers.bounded import Bounded
-from convexprune.solvers.branch_and_bound import BranchAndBound
-from convexprune.solvers.closed_form import ClosedForm
-from convexprune.solvers.column_sweep import ColumnSweep
+from convexprune.solvers.budget.dynamic_programming import DynamicProgramming
+from convexprune.solvers.budget.lagrangian_price import LagrangianPrice
+from convexprune.solvers.budget.minimal_core import MinimalCore
+from convexprune.solvers.budget.rules import LAMP, ErdosRenyiKernel, GlobalMagnitude, Uniform, UniformPlus
+from convexprune.solvers.budget.water_filling import WaterFilling
 from convexprune.solvers.combinators import BestOf, Refit, Then
 from convexprune.solvers.cvxpy import CVXPY
-from convexprune.solvers.dynamic_programming import DynamicProgramming
-from convexprune.solvers.exact_obs import ExactOBS, Traces
-from convexprune.solvers.exchange import Exchange
-from convexprune.solvers.greedy_merging import GreedyMerging, Merges
-from convexprune.solvers.kkt import KKT
-from convexprune.solvers.lagrangian_price import LagrangianPrice
-from convexprune.solvers.layerwise_obs import LayerwiseOBS
-from convexprune.solvers.magnitude import Magnitude
-from convexprune.solvers.minimal_core import MinimalCore
-from convexprune.solvers.presets import Balanced, Best, Fast
-from convexprune.solvers.rising_penalty import RisingPenalty
-from convexprune.solvers.swap_search import SwapSearch
-from convexprune.solvers.water_filling import WaterFilling
-from convexprune.solvers.working_set import WorkingSet
+from convexprune.solvers.l1.admm import ADMM
+from convexprune.solvers.l1.working_set import WorkingSet
+from convexprune.solvers.least_squares.bounded import Bounded
+from convexprune.solvers.least_squares.branch_and_bound import BranchAndBound
+from convexprune.solvers.least_squares.closed_form import ClosedForm
+from convexprune.solvers.least_squares.column_sweep import ColumnSweep
+from convexprune.solvers.least_squares.exact_obs import ExactOBS, Traces
+from convexprune.solvers.least_squares.kkt import KKT
+from convexprune.solvers.least_squares.layerwise_obs import LayerwiseOBS
+from convexprune.solvers.least_squares.magnitude import ActivationMagnitude, Magnitude
+from convexprune.solvers.least_squares.presets import Balanced, Best, Fast
+from convexprune.solvers.least_squares.rising_penalty import RisingPenalty
+from convexprune.solvers.least_squares.swap_search import SwapSearch
+from convexprune.solvers.merging.exchange import Exchange
+from convexprune.solvers.merging.greedy import GreedyMerging, Merges
 
 __all__ = [
     "ADMM",

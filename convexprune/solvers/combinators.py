@@ -8,10 +8,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from convexprune.problem import Problem, Solver, SparseLeastSquares
+from convexprune.forms import SparseLeastSquares
+from convexprune.problem import Problem, Solver
 from convexprune.solution import Attempt, Status
-from convexprune.solvers.batched import NotDefinite
-from convexprune.solvers.support import best_on_support
+from convexprune.solvers.least_squares.on_support import best_on_support
+from convexprune.solvers.least_squares.spd_inverse import NotDefinite
 
 
 @dataclass(frozen=True)

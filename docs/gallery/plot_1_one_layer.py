@@ -17,13 +17,13 @@ import matplotlib.pyplot as plt
 import torch
 
 import convexprune as cp
-from convexprune import examples
+from convexprune import datasets
 
 plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False})
 torch.manual_seed(0)
-data = examples.digits()
-model = examples.train(examples.lenet300(64, (100, 40)), data.x_train, data.y_train)
-print(f"{len(data.x_train)} images, test error {examples.error_rate(model, data.x_test, data.y_test):.2%}")
+data = datasets.digits()
+model = datasets.train(datasets.lenet300(64, (100, 40)), data.x_train, data.y_train)
+print(f"{len(data.x_train)} images, test error {datasets.error_rate(model, data.x_test, data.y_test):.2%}")
 
 # %%
 # ``capture`` runs the network on calibration data and keeps what the layer reads.

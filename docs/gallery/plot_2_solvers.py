@@ -16,13 +16,13 @@ import matplotlib.pyplot as plt
 import torch
 
 import convexprune as cp
-from convexprune import examples
+from convexprune import datasets
 from convexprune.solution import Attempt
 
 plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False})
 torch.manual_seed(0)
-data = examples.digits()
-model = examples.train(examples.lenet300(64, (100, 40)), data.x_train, data.y_train)
+data = datasets.digits()
+model = datasets.train(datasets.lenet300(64, (100, 40)), data.x_train, data.y_train)
 (layer,) = cp.capture(model, [data.x_train], names="fc2")
 
 # %%

@@ -10,12 +10,12 @@ import matplotlib.pyplot as plt
 import torch
 
 import convexprune as cp
-from convexprune import examples
+from convexprune import datasets
 
 plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False})
 torch.manual_seed(0)
-data = examples.digits()
-model = examples.train(examples.lenet300(64, (100, 40)), data.x_train, data.y_train)
+data = datasets.digits()
+model = datasets.train(datasets.lenet300(64, (100, 40)), data.x_train, data.y_train)
 batches = [data.x_train]
 
 # %%
@@ -64,5 +64,5 @@ plt.show()
 # and so they bound, with a stated confidence, how often a prediction changes and how large the error is.
 
 print(cp.certify_unseen(model, pruned, [data.x_test], batches, clip=100.0, confidence=0.99))
-dense, sparse = (examples.error_rate(each, data.x_test, data.y_test) for each in (model, pruned))
+dense, sparse = (datasets.error_rate(each, data.x_test, data.y_test) for each in (model, pruned))
 print(f"test error, dense {dense:.2%}, pruned {sparse:.2%}")

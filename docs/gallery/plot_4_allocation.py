@@ -16,12 +16,12 @@ import matplotlib.pyplot as plt
 import torch
 
 import convexprune as cp
-from convexprune import examples
+from convexprune import datasets
 
 plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False})
 torch.manual_seed(0)
-data = examples.digits()
-model = examples.train(examples.lenet300(64, (100, 40)), data.x_train, data.y_train)
+data = datasets.digits()
+model = datasets.train(datasets.lenet300(64, (100, 40)), data.x_train, data.y_train)
 batches = [data.x_train]
 
 # %%
@@ -82,4 +82,4 @@ for rule in rules:
 
 pruned, report = cp.prune(model, batches, allocation=cp.Allocation(0.3, measure=cp.OutputChange(), levels=levels))
 print(report)
-print(f"test error {examples.error_rate(pruned, data.x_test, data.y_test):.2%}")
+print(f"test error {datasets.error_rate(pruned, data.x_test, data.y_test):.2%}")

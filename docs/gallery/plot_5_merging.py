@@ -17,12 +17,12 @@ import matplotlib.pyplot as plt
 import torch
 
 import convexprune as cp
-from convexprune import examples
+from convexprune import datasets
 
 plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False})
 torch.manual_seed(0)
-data = examples.digits()
-model = examples.train(examples.lenet300(64, (100, 40)), data.x_train, data.y_train)
+data = datasets.digits()
+model = datasets.train(datasets.lenet300(64, (100, 40)), data.x_train, data.y_train)
 
 # %%
 # Half of both hidden layers leave.
@@ -68,10 +68,10 @@ recipes = {
 figure, axes = plt.subplots(figsize=(6, 3.4), layout="constrained")
 for name, (colour, options) in recipes.items():
     merged = [cp.merge(model, keep=share, **options)[0] for share in shares]
-    errors = [100 * examples.error_rate(each, data.x_test, data.y_test) for each in merged]
+    errors = [100 * datasets.error_rate(each, data.x_test, data.y_test) for each in merged]
     axes.plot([100 * share for share in shares], errors, "o-", color=colour, label=name, markersize=4)
-axes.axhline(100 * examples.error_rate(model, data.x_test, data.y_test), color="#999999", linewidth=0.8, linestyle=":")
-axes.annotate("dense", (20, 100 * examples.error_rate(model, data.x_test, data.y_test)), (0, 4),
+axes.axhline(100 * datasets.error_rate(model, data.x_test, data.y_test), color="#999999", linewidth=0.8, linestyle=":")
+axes.annotate("dense", (20, 100 * datasets.error_rate(model, data.x_test, data.y_test)), (0, 4),
               textcoords="offset points", color="#666666", fontsize=9, ha="right")  # fmt: skip
 axes.invert_xaxis()
 axes.set_xlabel("neurons kept, %")

@@ -2,7 +2,7 @@ import torch
 from benchopt import BaseDataset
 
 from convexprune import NetTrim, capture
-from convexprune.examples import digits, lenet300, train
+from convexprune.datasets import digits, lenet300, train
 
 
 class Dataset(BaseDataset):

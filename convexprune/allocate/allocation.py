@@ -1,0 +1,127 @@
+"""From a budget for the whole network to a count for each layer: curves, and a knapsack over them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from torch import nn
+
+from convexprune.allocate.rate_distortion import LEVELS, Measure, rate_distortion
+from convexprune.curve import Curve
+from convexprune.network import capture
+from convexprune.problem import Solver
+from convexprune.problems import SparsityAllocation
+from convexprune.report.progress import Progress
+from convexprune.report.shares import Share, Shares
+from convexprune.solution import Status
+from convexprune.solve import solve
+
+
+@dataclass(frozen=True, eq=False)
+class Allocation:
+    """How `prune` divides a budget among the layers.
+
+    budget    a fraction of what keeping everything costs (a float in (0, 1]), or that cost itself (an int)
+    measure, levels, inner, damping, cache   how the curves are measured: see `rate_distortion`
+    solver    divides the budget; None: the exact one. A rule such as `ErdosRenyiKernel()` needs no curves, and gets
+              them all the same, so that the report can say what it gives away
+    least, most   the fraction of any layer that may be kept; a mapping gives some layers their own
+    price     layer name -> what one kept weight of it costs; None: 1. See `macs_per_weight`
+    tie       layer name -> a label: layers with the same one keep the same fraction
+    batches   calibration data for the curves, where it is not that of the pruning
+    curves    measured before; then nothing is measured
+    """
+
+    budget: float | int
+    measure: Measure | None = None
+    levels: Sequence[float] = LEVELS
+    inner: Solver | None = None
+    damping: float = 0.0
+    solver: Solver | None = None
+    least: float | Mapping[str, float] = 0.0
+    most: float | Mapping[str, float] = 1.0
+    price: Mapping[str, float] | None = None
+    tie: Mapping[str, str] | None = None
+    cache: str | None = None
+    batches: Iterable[Any] | None = None
+    curves: Sequence[Curve] | None = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        whole = isinstance(self.budget, int) and not isinstance(self.budget, bool)
+        if not whole and not (isinstance(self.budget, float) and 0 < self.budget <= 1):
+            raise ValueError(f"budget is {self.budget!r}; it must be a fraction in (0, 1] (a float) or a cost (an int)")
+
+    def shares(
+        self,
+        model: nn.Module,
+        batches: Iterable[Any],
+        names: Sequence[str] | str | None = None,
+        *,
+        mask: Any = None,
+        positions: int | None = None,
+        seed: int = 0,
+        progress: Callable[[Progress], None] | None = None,
+    ) -> Shares:
+        """What each layer keeps.
+
+        Raises ValueError, naming the smallest budget that can be met, where the layers' cheapest levels exceed it.
+        """
+        curves = self.curves
+        if curves is None:
+            curves = rate_distortion(
+                model, batches if self.batches is None else self.batches, names, levels=self.levels,
+                measure=self.measure, solver=self.inner, damping=self.damping, mask=mask, positions=positions,
+                seed=seed, cache=self.cache, progress=progress,
+            )  # fmt: skip
+        problem = self.problem(curves)
+        solution = solve(problem, self.solver)
+        if solution.status is Status.INFEASIBLE or solution.certificate.violation > 0:
+            raise ValueError(f"no allocation: {solution.note or 'the solver exceeded the budget'}")
+        chosen = [round(float(level)) for level in solution.x[:, 0]]
+        shares = tuple(
+            Share(
+                curve.name, int(curve.kept[k]), int(curve.total or 0), float(curve.distortion[k]),
+                tuple(curve.fraction.tolist()), tuple(curve.distortion.tolist()),
+            )
+            for curve, k in zip(problem.curves, chosen, strict=True)
+        )  # fmt: skip
+        return Shares(
+            shares, problem.budget, problem.cost(solution.x), solution.certificate, solution.solver, problem.dominated
+        )
+
+    def problem(self, curves: Sequence[Curve]) -> SparsityAllocation:
+        """The knapsack of some curves, priced, tied and limited as asked for."""
+        known = {curve.name for curve in curves}
+        for key in ("least", "most", "price", "tie"):
+            given = getattr(self, key)
+            unknown = sorted(set(given) - known) if isinstance(given, Mapping) else []
+            if unknown:
+                raise ValueError(f"{key} names {unknown[0]!r}, which is no layer of the curves")
+        ready = [self._limited(curve) for curve in curves]
+        top = math.fsum(float(curve.costs.max()) for curve in ready)
+        budget = self.budget if isinstance(self.budget, int) else self.budget * top
+        return SparsityAllocation(ready, math.floor(budget + 1e-9) if self.price is None else budget)
+
+    def _limited(self, curve: Curve) -> Curve:
+        least, most = (
+            limit.get(curve.name, default) if isinstance(limit, Mapping) else limit
+            for limit, default in ((self.least, 0.0), (self.most, 1.0))
+        )
+        curve = curve.between(least, most)
+        if self.price is not None:
+            curve = curve.priced(self.price.get(curve.name, 1.0))
+        return replace(curve, tie=(self.tie or {}).get(curve.name))
+
+
+def macs_per_weight(model: nn.Module, batch: Any, names: Sequence[str] | str | None = None) -> dict[str, float]:
+    """How often each layer multiplies by each of its weights for one example: 1 if linear, else its output positions.
+
+    batch   a tensor, or a tuple or list that begins with one; its first axis are the examples
+    """
+    first = batch[0] if isinstance(batch, (tuple, list)) else batch
+    if isinstance(first, Mapping):
+        first = next(iter(first.values()))
+    return {layer.name: layer.samples / len(first) for layer in capture(model, [batch], names)}

@@ -1,0 +1,266 @@
+"""Rate-distortion curves: what pruning a layer alone to each of some levels loses, by one of three measures."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from convexprune.bounds.additivity import Additivity
+from convexprune.curve import Curve
+from convexprune.layer import Layer
+from convexprune.network import capture, directions, read, write
+from convexprune.network.forward import check_batches, run, tensors_in, undisturbed
+from convexprune.patterns import Unstructured
+from convexprune.problem import Solver
+from convexprune.problems import Reconstruction
+from convexprune.report.progress import Progress
+from convexprune.solve import solve
+from convexprune.whole_file import write_whole
+
+LEVELS: Final = (
+    0.005, 0.01, 0.015, 0.02, 0.03, 0.04, 0.05, 0.06, 0.07, 0.08, 0.09, 0.1, 0.12, 0.14, 0.16, 0.18, 0.2, 0.225, 0.25,
+    0.275, 0.3, 0.35, 0.4, 0.45, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0,
+)  # fmt: skip
+
+
+class Measure(Protocol):
+    """What a pruned layer is said to lose; a small frozen object."""
+
+    def prepared(self, model: nn.Module, batches: Sequence[Any], layers: Sequence[Layer]) -> Measured:
+        """The measure on a model and its calibration batches."""
+
+
+Measured = Callable[[Layer, Reconstruction, Tensor], float]  # layer, its problem at this level, its point
+
+
+@dataclass(frozen=True)
+class LayerError:
+    """The layer's own relative error, E|W' x - y|^2 / E|y|^2."""
+
+    def prepared(self, model: nn.Module, batches: Sequence[Any], layers: Sequence[Layer]) -> Measured:
+        """Nothing to prepare: the problem's value."""
+        return lambda layer, problem, x: problem.value(x) / max(layer.energy, 1e-300)
+
+
+@dataclass(frozen=True)
+class SecondOrder:
+    """E|f(x; W) - f(x; W')|^2 by gradients: E_v <W' - W, grad <v, f>>^2, one backward pass over the data in all.
+
+    directions  how many random v: the estimate's standard deviation is sqrt(2 / directions) of it, its memory that
+                many times the weights in float32
+    """
+
+    directions: int = 64
+    seed: int = 0
+
+    def prepared(self, model: nn.Module, batches: Sequence[Any], layers: Sequence[Layer]) -> Measured:
+        """One sweep over the batches for all layers."""
+        known = directions(model, batches, [layer.name for layer in layers], self.directions, self.seed)
+
+        def measured(layer: Layer, problem: Reconstruction, x: Tensor) -> float:
+            change = (x - layer.affine_weight).float().flatten()
+            return float((known[layer.name].flatten(1) @ change).double().square().sum())
+
+        return measured
+
+
+@dataclass(frozen=True)
+class OutputChange:
+    """The change of the network's output, |f(x; W) - f(x; W')|^2, measured: a pass for each level of each layer.
+
+    worst  the largest over the samples instead of the mean
+    """
+
+    worst: bool = False
+
+    def prepared(self, model: nn.Module, batches: Sequence[Any], layers: Sequence[Layer]) -> Measured:
+        """Keeps the dense outputs, and one copy of the model to try weights in."""
+        trial = copy.deepcopy(model)
+        dense = [_outputs(model, batch) for batch in batches]
+
+        def measured(layer: Layer, problem: Reconstruction, x: Tensor) -> float:
+            before = read(trial, layer.name)
+            write(trial, layer.name, x)
+            try:
+                changes = [
+                    (_outputs(trial, batch) - known).double().square().flatten(1).sum(1)
+                    for batch, known in zip(batches, dense, strict=True)
+                ]
+            finally:
+                write(trial, layer.name, before)
+            each = torch.cat(changes)
+            return float(each.max() if self.worst else each.mean())
+
+        return measured
+
+
+def additivity(model: nn.Module, pruned: nn.Module, batches: Iterable[Any]) -> Additivity:
+    """How far the distortions of the layers, each pruned alone, add up to that of all: a pass for each layer.
+
+    model, pruned  the same architecture; the modules whose weights or biases differ are the pruned layers
+
+    Raises ValueError where none differs, and where the architectures do.
+    """
+    check_batches(batches)
+    batches = list(batches)
+    mine, its = ({key: tuple(value.shape) for key, value in each.named_parameters()} for each in (model, pruned))
+    if mine != its:
+        odd = min(key for key in mine | its if mine.get(key) != its.get(key))
+        raise ValueError(f"{odd!r} is not the same in both networks; give a network and its pruned copy")
+    trial = copy.deepcopy(model)
+    dense = torch.cat([_outputs(model, batch) for batch in batches])
+    theirs = dict(pruned.named_modules())
+
+    def change(network: nn.Module) -> Tensor:
+        return torch.cat([_outputs(network, batch) for batch in batches]).double() - dense.double()
+
+    alone = []
+    for name, module in trial.named_modules():
+        own = dict(module.named_parameters(recurse=False))
+        other = dict(theirs[name].named_parameters(recurse=False))
+        moved = [key for key in own if not torch.equal(own[key], other[key])]
+        if not moved:
+            continue
+        before = {key: own[key].data for key in moved}
+        for key in moved:
+            own[key].data = other[key].data
+        alone.append(change(trial))
+        for key in moved:
+            own[key].data = before[key]
+    return Additivity.of(alone, change(pruned))
+
+
+def rate_distortion(
+    model: nn.Module,
+    batches: Iterable[Any],
+    names: Iterable[str] | str | None = None,
+    *,
+    levels: Sequence[float] = LEVELS,
+    measure: Measure | None = None,
+    solver: Solver | None = None,
+    damping: float = 0.0,
+    mask: Any = None,
+    positions: int | None = None,
+    seed: int = 0,
+    cache: str | os.PathLike[str] | None = None,
+    progress: Callable[[Progress], None] | None = None,
+) -> list[Curve]:
+    """A curve for each layer: pruned alone, by Reconstruction, to each level; the model is left as it was.
+
+    levels   fractions of the layer's weights to keep
+    measure  `SecondOrder()` unless told; `OutputChange()` is the published one, `LayerError()` the cheapest
+    solver   prunes to each level; None: the default of Reconstruction
+    damping  as in Layer.damped
+    cache    a folder with a file for each layer: what is there is not measured again, if the layer, the data and the
+             settings are the same
+    names, mask, positions, seed, progress   as in `prune`
+
+    Raises ValueError for levels outside (0, 1] and for what `capture` refuses.
+    """
+    check_batches(batches)
+    batches = list(batches)
+    wrong = [level for level in levels if not 0 < level <= 1]
+    if wrong or not levels:
+        raise ValueError(f"levels are fractions in (0, 1]; got {wrong[0] if wrong else 'none'}")
+    measure = SecondOrder() if measure is None else measure
+    layers = capture(model, batches, names, mask=mask, positions=positions, seed=seed)
+    said = f"{measure!r}; {solver!r}; {damping!r}; {tuple(levels)!r}; {positions!r}; {seed!r}; {_digest(batches)}"
+    store = None if cache is None else _Store(Path(cache), hashlib.sha256(said.encode()).hexdigest())
+    measured: Measured | None = None
+    curves = []
+    for done, layer in enumerate(layers):
+        if progress is not None:
+            progress(Progress("measure", layer.name, done, len(layers)))
+        found = None if store is None else store.read(layer)
+        if found is None:
+            if measured is None:
+                with undisturbed(model):
+                    measured = measure.prepared(model, batches, layers)
+            found = _curve(layer, levels, measured, solver, damping)
+            if store is not None:
+                store.write(layer, found)
+        kept, distortion = (torch.tensor(values, dtype=torch.float64) for values in found)
+        curves.append(
+            Curve(layer.name, kept, distortion, total=layer.weight.numel(), weight=layer.weight, kernel=layer.kernel)
+        )
+    return curves
+
+
+def random_inputs(shape: Sequence[int], samples: int = 256, batch: int = 64, seed: int = 0) -> list[Tensor]:
+    """Batches of N(0, 1) numbers in place of calibration data (Xu et al., ICCV 2023, zero-data mode)."""
+    generator = torch.Generator().manual_seed(seed)
+    return list(torch.split(torch.randn(samples, *shape, generator=generator), batch))
+
+
+def _curve(
+    layer: Layer, levels: Sequence[float], measured: Measured, solver: Solver | None, damping: float
+) -> tuple[list[int], list[float]]:
+    kept, distortion = [], []
+    damped = layer.damped(damping) if damping else layer
+    for level in levels:
+        pattern = Unstructured(level)
+        count = pattern.quota((layer.weight.shape[0], layer.weight.shape[1]))
+        problem = Reconstruction(damped, pattern)
+        x = problem.dense if count == layer.weight.numel() else solve(problem, solver).x
+        kept.append(count)
+        distortion.append(measured(layer, Reconstruction(layer, pattern), x))
+    return kept, distortion
+
+
+class _Store:
+    """A folder with a file for each layer, written whole and then renamed."""
+
+    def __init__(self, folder: Path, settings: str) -> None:
+        self.folder, self.settings = folder, settings
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def read(self, layer: Layer) -> tuple[list[int], list[float]] | None:
+        """What is known of a layer under these settings; None where nothing is."""
+        try:
+            content = json.loads(self._path(layer).read_text(encoding="utf-8"))
+            if content["of"] != self._of(layer):
+                return None
+            return [int(k) for k in content["kept"]], [float(d) for d in content["distortion"]]
+        except (FileNotFoundError, json.JSONDecodeError, KeyError, TypeError, ValueError):
+            return None
+
+    def write(self, layer: Layer, found: tuple[list[int], list[float]]) -> None:
+        """Store a layer's levels."""
+        content = {"layer": layer.name, "of": self._of(layer), "kept": found[0], "distortion": found[1]}
+        write_whole(self._path(layer), json.dumps(content, indent=1))
+
+    def _path(self, layer: Layer) -> Path:
+        safe = "".join(c if c.isalnum() or c in "._-" else "_" for c in layer.name)
+        return self.folder / f"{safe}-{hashlib.sha256(layer.name.encode()).hexdigest()[:8]}.json"
+
+    def _of(self, layer: Layer) -> str:
+        content = hashlib.sha256(self.settings.encode())
+        for tensor in (layer.affine_weight, layer.affine_gram):
+            content.update(tensor.contiguous().numpy().tobytes())
+        return content.hexdigest()
+
+
+def _outputs(model: nn.Module, batch: Any) -> Tensor:
+    with undisturbed(model):
+        outputs = run(model, batch)
+    tensors = list(tensors_in(outputs))
+    if len(tensors) != 1:
+        raise ValueError(f"the model returned {len(tensors)} tensors; OutputChange compares one")
+    return tensors[0].detach()
+
+
+def _digest(batches: Sequence[Any]) -> str:
+    content = hashlib.sha256()
+    for batch in batches:
+        for tensor in tensors_in(batch):
+            content.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return content.hexdigest()

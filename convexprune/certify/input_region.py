@@ -1,0 +1,184 @@
+"""The most that pruning can change a network's outputs over whole sets of inputs, for chains of Linear and ReLU."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import torch
+from torch import Tensor, nn
+
+from convexprune.bounds.difference import LinearRelaxation, Method, cannot_change, difference_bounds, sampled_difference
+from convexprune.bounds.input_sets import Ball, Box
+from convexprune.bounds.relaxation import ChainPair
+from convexprune.network.forward import run, undisturbed
+from convexprune.network.kinds import DROPOUT, MOVED_AXES, RESHAPING
+from convexprune.network.recording import Recorder, Step
+
+# operations that leave a sample's entries in their order
+PASSING: Final = DROPOUT | RESHAPING - MOVED_AXES
+COVERED: Final = (
+    "worst_case covers chains of Linear and ReLU, with flattenings, identities and dropout that is off between them"
+)
+CHUNK = 64  # samples that are bounded together: a layer's planes take samples x rows x inputs numbers
+
+
+@dataclass(frozen=True, eq=False)
+class WorstCase:
+    """What holds for every input within `radius` of a sample, in the max norm (`norm` inf) or the 2-norm (2).
+
+    lower, upper  (samples, outputs) bounds of pruned(x) - dense(x)
+    found         (samples,) the largest |pruned(x) - dense(x)| of an output that was found: no bound is below it
+    unchanged     (samples,) bool: both networks provably predict one and the same class at every such x. False proves
+                  nothing
+    """
+
+    radius: float
+    norm: float
+    lower: Tensor
+    upper: Tensor
+    found: Tensor
+    unchanged: Tensor
+
+    @property
+    def largest(self) -> Tensor:
+        """A bound of max_k |pruned(x) - dense(x)|_k, (samples,)."""
+        return torch.maximum(self.lower.abs(), self.upper.abs()).amax(1)
+
+    def __str__(self) -> str:
+        """Two sentences."""
+        norm = "max norm" if self.norm == math.inf else "2-norm"
+        return (
+            f"no output of the pruned network is further than {float(self.largest.max()):.4g} from the dense one's, at "
+            f"any input within {self.radius:g} ({norm}) of {len(self.found)} samples; {float(self.found.max()):.4g} "
+            f"was found\nthe prediction is provably the same at every such input for {int(self.unchanged.sum())} of "
+            "them"
+        )
+
+
+def worst_case(
+    model: nn.Module,
+    pruned: nn.Module,
+    around: Tensor,
+    radius: float,
+    *,
+    norm: float = math.inf,
+    within: tuple[float | Tensor, float | Tensor] | None = None,
+    method: Method | None = None,
+) -> WorstCase:
+    """Bounds of pruned(x) - model(x) for every x within `radius` of each sample, not only at the samples.
+
+    around  (samples, ...) inputs of the networks
+    radius  in the units of the inputs, in the max norm (norm=math.inf) or in the 2-norm over a sample (norm=2)
+    within  the least and the most an entry of an input can be, such as (0, 1) for pixels: numbers, or tensors of the
+            shape of one sample; for the max norm only
+    method  `LinearRelaxation()` unless given; `Exact()` for tiny networks, `IntervalPropagation()` for a quick look
+
+    Both networks are chains of Linear and ReLU with the same shapes, read from a pass on `around` in eval mode; they
+    are not changed. The bounds are for their exact arithmetic: what they round in float32 is not counted.
+
+    Raises ValueError naming the module or the operation that is not covered, and for inputs that make no set.
+    """
+    if not isinstance(around, Tensor) or not around.is_floating_point() or around.ndim < 2 or not len(around):
+        raise ValueError("around must be a floating-point tensor (samples, ...) of at least one sample")
+    centers = around.detach().cpu().double().flatten(1)
+    region = _region(centers, radius, norm, within, tuple(around.shape[1:]))
+    with undisturbed(model, pruned):
+        pair = ChainPair(*_chain(model, around, "the model"), *_chain(pruned, around, "the pruned model"))
+    method = method or LinearRelaxation()
+    parts = [_bounds(pair, part, method) for part in region]
+    return WorstCase(float(radius), norm, *(torch.cat(each) for each in zip(*parts, strict=True)))
+
+
+def _bounds(pair: ChainPair, region: Box | Ball, method: Method) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    bounds = difference_bounds(pair, region, method)
+    return bounds.lower, bounds.upper, sampled_difference(pair, region), cannot_change(pair, region, method)
+
+
+def _region(
+    centers: Tensor, radius: float, norm: float, within: tuple[float | Tensor, float | Tensor] | None,
+    shape: tuple[int, ...],
+) -> Sequence[Box | Ball]:  # fmt: skip
+    """The sets around the samples, some samples at a time."""
+    if norm not in (2, math.inf):
+        raise ValueError(f"norm is {norm}; it must be 2 or math.inf")
+    if norm == 2:
+        if within is not None:
+            raise ValueError("within goes with the max norm: a ball cut by bounds on its entries is not covered")
+        return [Ball(part, radius) for part in torch.split(Ball(centers, radius).center, CHUNK)]
+    ends = [None, None] if within is None else [_flat(end, shape) for end in within]
+    return [Box(part, radius, *ends) for part in torch.split(Box(centers, radius, *ends).center, CHUNK)]
+
+
+def _flat(end: float | Tensor, shape: tuple[int, ...]) -> float | Tensor:
+    if not isinstance(end, Tensor) or end.ndim == 0:
+        return float(end)
+    if tuple(end.shape) != shape:
+        raise ValueError(f"within has shape {tuple(end.shape)}; one sample's is {shape}")
+    return end.flatten()
+
+
+def _chain(model: nn.Module, x: Tensor, whose: str) -> tuple[list[Tensor], list[Tensor]]:
+    """The weights and biases of a chain, from what a pass on x did; Linears in a row are multiplied out."""
+    x = x.detach().clone()  # a model that works in place must not change the caller's
+    with Recorder(model) as recorder:
+        (current,) = recorder.numbers(x)
+        output = run(model, x)
+    modules = dict(model.named_modules())
+    blocks: list[tuple[Tensor, Tensor]] = []
+    bent = False  # whether a ReLU came after the last of the blocks
+    for step in recorder.steps:
+        if step.reads != (current,) or len(step.makes) != 1:
+            raise ValueError(f"{whose}: {step.place} joins or splits tensors; {COVERED}")
+        (current,) = step.makes
+        if step.layer is not None and modules[step.layer]._forward_hooks:
+            raise ValueError(f"{whose}: {step.place} has forward hooks; {COVERED}")
+        if step.operation == "relu":
+            blocks = blocks or [_identity(math.prod(step.sizes[0][1:]))]
+            bent = True
+        elif step.layer is not None and isinstance(modules[step.layer], nn.Linear) and len(step.sizes[0]) == 2:
+            block = _block(modules[step.layer])
+            blocks = [*blocks, block] if bent or not blocks else [*blocks[:-1], _after(blocks[-1], block)]
+            bent = False
+        elif not _passes(step):
+            raise ValueError(f"{whose}: {step.place} is not covered; {COVERED}")
+    if recorder.numbers(output) != (current,) or output.ndim != 2 or not blocks:
+        raise ValueError(f"{whose} does not return one tensor (samples, outputs) of its layers; {COVERED}")
+    if bent:
+        blocks.append(_identity(output.shape[1]))
+    weights, biases = [weight for weight, _ in blocks], [bias for _, bias in blocks]
+    _check(ChainPair(weights, biases, weights, biases), x, output, whose)
+    return weights, biases
+
+
+def _passes(step: Step) -> bool:
+    """Whether an operation keeps every sample's entries, in their order."""
+    if step.operation not in PASSING or not step.sizes:
+        return False
+    before, after = step.sizes
+    return bool(after) and before[0] == after[0] and math.prod(before) == math.prod(after)
+
+
+def _block(module: Any) -> tuple[Tensor, Tensor]:
+    weight = module.weight.detach().cpu().double()
+    bias = weight.new_zeros(len(weight)) if module.bias is None else module.bias.detach().cpu().double()
+    return weight, bias
+
+
+def _identity(width: int) -> tuple[Tensor, Tensor]:
+    return torch.eye(width, dtype=torch.float64), torch.zeros(width, dtype=torch.float64)
+
+
+def _after(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    (weight, bias), (other, more) = first, second
+    return other @ weight, other @ bias + more
+
+
+def _check(chain: ChainPair, x: Tensor, output: Tensor, whose: str) -> None:
+    """What a pass did unseen, in hooks for one, shows in its outputs."""
+    z, _ = chain.run(x.cpu().double().flatten(1))
+    slack = math.sqrt(torch.finfo(output.dtype).eps) * float(z.abs().max())
+    if not bool(((output.cpu().double() - z).abs() <= slack).all()):
+        raise ValueError(f"{whose} computes something else than its layers say (hooks?); {COVERED}")

@@ -1,0 +1,89 @@
+"""The kinds of operations in a network: what is a sum, a norm, a reshaping, a nonexpansive function. One list each.
+
+An operation appears in three ways: in a recorded pass by the name of its function ("add"), as a module (nn.Dropout),
+and as the target of a node of torch.fx (torch.relu).
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any, Final
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+# ---- by the name in a recorded pass ----
+
+ORDERED: Final = frozenset(("view", "view_as", "reshape", "reshape_as", "flatten", "ravel", "squeeze", "unsqueeze"))
+"""Reshapings that keep the entries in their order."""
+MOVED_AXES: Final = frozenset(("permute", "transpose", "movedim", "swapaxes", "swapdims", "t"))
+DUPLICATES: Final = frozenset(("contiguous", "clone", "detach", "alias"))
+RESHAPING: Final = ORDERED | MOVED_AXES | DUPLICATES | {"unflatten"}
+"""Reshapings of a tensor that keep every entry, and copies of it."""
+PARTS: Final = frozenset(("getitem", "pad", "narrow", "select", "chunk"))
+"""Some of the entries, or the entries and zeros."""
+DROPOUT: Final = frozenset(("dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_alpha_dropout"))
+"""Dropout that is off; one that is on is recorded as "dropout in training"."""
+ADDITIONS: Final = frozenset(("add", "iadd", "radd"))
+SUMS: Final = ADDITIONS | {"sub", "isub"}
+MEANS: Final = frozenset(("mean", "adaptive_avg_pool1d", "adaptive_avg_pool2d"))
+MAXIMA: Final = frozenset(
+    ("max_pool1d", "max_pool2d", "max_pool3d", "adaptive_max_pool1d", "adaptive_max_pool2d", "adaptive_max_pool3d")
+)
+NONEXPANSIVE: Final = frozenset(
+    ("relu", "relu6", "tanh", "sigmoid", "hardtanh", "hardsigmoid", "softplus", "softsign", "abs")
+)
+"""|f(a) - f(b)| <= |a - b|, entry by entry."""
+COMMUTING_WITH_RELU: Final = (
+    RESHAPING | DROPOUT | MAXIMA | {"dropout in training", "dropout1d in training", "dropout2d in training",
+                                    "dropout3d in training"}
+)  # fmt: skip
+"""relu(f(y)) = f(relu(y)): reorderings, zeros and positive factors, maxima."""
+LOOKS: Final = frozenset(
+    ("get", "size", "dim", "ndimension", "numel", "nelement", "len", "stride", "storage_offset", "element_size",
+     "get_device", "type", "is_tensor", "is_floating_point", "is_complex", "is_signed", "is_contiguous", "is_same_size",
+     "is_inference", "is_pinned", "is_shared", "is_conj", "is_neg", "result_type", "repr", "format", "hash")
+)  # fmt: skip
+"""Functions that say nothing of a tensor's numbers; so do properties such as its shape."""
+
+# ---- by module ----
+
+BATCH_NORMS: Final = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+CONVOLUTIONS: Final = (nn.Conv1d, nn.Conv2d)
+DROPOUT_MODULES: Final = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
+POOLS: Final = (nn.MaxPool1d, nn.MaxPool2d, nn.AvgPool1d, nn.AvgPool2d)
+ADAPTIVE_POOLS: Final = (nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d)
+MONOTONE_NONEXPANSIVE: Final = (
+    nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.Tanh, nn.Sigmoid, nn.Hardtanh, nn.Hardsigmoid, nn.Softplus, nn.Softsign,
+    nn.Identity,
+)  # fmt: skip
+"""Nondecreasing with slope at most 1 (LeakyReLU where its slope is at most 1), as Lemma 1 of merging asks for."""
+ENTRYWISE: Final = (
+    *MONOTONE_NONEXPANSIVE, nn.ELU, nn.SELU, nn.CELU, nn.GELU, nn.SiLU, nn.Mish, nn.Hardswish, nn.LogSigmoid,
+)  # fmt: skip
+"""Functions of each entry that do not depend on training."""
+
+# ---- by the target of a torch.fx node ----
+
+FX_SUMS: Final = frozenset((operator.add, operator.iadd, torch.add))
+FX_ENTRYWISE: Final = frozenset(
+    (F.relu, torch.relu, F.leaky_relu, F.elu, F.gelu, F.silu, F.relu6, F.hardswish, torch.sigmoid, torch.tanh,
+     F.sigmoid, F.tanh, F.softplus)
+)  # fmt: skip
+FX_ENTRYWISE_METHODS: Final = frozenset(("relu", "relu_", "sigmoid", "tanh"))
+FX_MONOTONE_NAMES: Final = frozenset(("relu", "relu_", "relu6", "leaky_relu", "tanh", "sigmoid", "softplus"))
+"""Functions and methods, by name, that are nondecreasing with slope at most 1 (leaky_relu where its slope is)."""
+
+
+def computes(module: nn.Module, kinds: tuple[type[nn.Module], ...]) -> bool:
+    """Whether a module is of these kinds, and no subclass with a forward of its own."""
+    return any(isinstance(module, kind) and type(module).forward is kind.forward for kind in kinds)
+
+
+def batch_norm_scale(module: Any) -> Tensor | None:
+    """The factor (C,), float64, of each channel of a batch norm in evaluation mode; None without running statistics."""
+    if module.running_var is None:
+        return None
+    scale: Tensor = (module.running_var.double() + module.eps).rsqrt()
+    return scale.detach() if module.weight is None else (scale * module.weight).detach()

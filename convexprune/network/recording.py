@@ -1,0 +1,288 @@
+"""What a forward pass did: its operations, in order, with the tensors that each reads and makes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.weak import WeakIdKeyDictionary
+
+from convexprune.network.forward import edits, run, tensors_in
+from convexprune.network.kinds import DROPOUT, LOOKS
+from convexprune.network.matrices import stack_of
+
+CHANGED = "a change in place"
+
+
+@dataclass(frozen=True)
+class Step:
+    """One operation. Tensors are numbers; one that is changed in place gets a new number.
+
+    operation  "relu", "add", ...; a dropout that is active is "dropout in training", a padding by other than zeros
+               "pad by reflect", a sum with a factor "add with alpha"; what ran in no function of torch, in a script
+               say, "aten.relu", and what became of a tensor when a view of it was written to "a change in place"
+    layer      the module's name, where the step is a whole Linear or convolution
+    place      where it happened, as "bn1 (BatchNorm2d)"
+    sizes      the shapes of the first tensor that it read and of the first that it made, where there are both
+    shaped     of each tensor that it read, whether it has the shape of the first that it made
+    detail     the index of a getitem, the amounts of a pad, the axes of a mean
+    module     the name of the module that it happened in
+    """
+
+    operation: str
+    layer: str | None
+    place: str
+    reads: tuple[int, ...]
+    makes: tuple[int, ...]
+    sizes: tuple[tuple[int, ...], ...] = ()
+    shaped: tuple[bool, ...] = ()
+    detail: Any = None
+    module: str = ""
+
+    @property
+    def even(self) -> bool:
+        """Whether every tensor that it read has the shape of the one that it made."""
+        return all(self.shaped)
+
+
+class Recorder(TorchFunctionMode):
+    """Record the steps of the forward passes run inside `with Recorder(model) as recorder`.
+
+    No symbolic tracing: what is recorded is what ran, functions of torch under their names and the rest as operations
+    of aten. A Linear or a convolution is one step, and what its other forward hooks do is not recorded.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self.steps: list[Step] = []
+        self._numbers: WeakIdKeyDictionary = WeakIdKeyDictionary()  # tensor -> its number, and its edits by then
+        self._written: dict[int, int] = {}  # storage -> the number of who was written to it last
+        self._made = 0
+        self._transformed = False
+        self._inside: list[tuple[str, nn.Module]] = []
+        self._quiet = 0
+        self._hooks = ExitStack()
+
+    def __enter__(self) -> Recorder:
+        with ExitStack() as hooks:
+            for name, module in self.model.named_modules():
+                if isinstance(module, torch.jit.ScriptModule):  # takes no hooks; what it reads goes unseen
+                    continue
+                layer = stack_of(module) is not None
+                hooks.callback(module.register_forward_pre_hook(partial(self._enter, name, layer)).remove)
+                after = module.register_forward_hook(partial(self._leave, name, layer), with_kwargs=True)
+                hooks.callback(after.remove)
+            hooks.enter_context(_Below(self))
+            self._hooks = hooks.pop_all()
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
+        self._hooks.close()
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Run the operation and write it down."""
+        kwargs = kwargs or {}
+        if self._quiet:
+            return func(*args, **kwargs)
+        reads = self.numbers((args, kwargs))
+        sizes = _sizes((args, kwargs))
+        result = self._alone(lambda: func(*args, **kwargs))
+        if reads and not _only_looks(func, result):
+            changed = args[0] if result is None and args else result  # y[i] = z returns nothing and changes y
+            self._add(_operation(func, args, kwargs), None, reads, changed, sizes, _detail(func, args, kwargs))
+        return result
+
+    def below(self, name: str, inputs: Any, call: Callable[[], Any]) -> Any:
+        """Run an operation of aten, and write it down where no function of torch has called it."""
+        if self._quiet:
+            return call()
+        reads, sizes = self.numbers(inputs), _sizes(inputs)
+        result = self._alone(call)
+        if reads:
+            self._add(f"aten.{name}", None, reads, result, sizes)
+        return result
+
+    def _alone(self, call: Callable[[], Any]) -> Any:
+        """What it calls in turn is not written down."""
+        self._quiet += 1
+        try:
+            return call()
+        finally:
+            self._quiet -= 1
+
+    def numbers(self, value: Any) -> tuple[int, ...]:
+        """The numbers of the tensors in a value."""
+        return tuple(self._number(tensor) for tensor in tensors_in(value))
+
+    def record(self, output: Any) -> Record:
+        """What the passes did that returned this."""
+        results = self.numbers(output)
+        parameters = self.model.named_parameters(remove_duplicate=False)
+        read = {name: self._numbers[each][0] for name, each in parameters if each in self._numbers}
+        return Record(tuple(self.steps), results, read, transformed=self._transformed)
+
+    def _number(self, tensor: Tensor) -> int:
+        with torch._C.DisableTorchFunction():
+            number, seen = self._numbers.get(tensor, (None, None))  # type: ignore[no-untyped-call]
+            if number is None:
+                return self._name(tensor)
+            if edits(tensor) != seen:  # through a view of it, or of which it is one
+                writer = self._written.get(_storage(tensor), number)
+                size = tuple(tensor.shape)
+                self._add(CHANGED, None, (number, writer), tensor, (size, size))
+            return int(self._numbers[tensor][0])
+
+    def _name(self, tensor: Tensor) -> int:
+        """A new number."""
+        self._transformed |= torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+        self._numbers[tensor] = self._made, edits(tensor)
+        self._written[_storage(tensor)] = self._made
+        self._made += 1
+        return self._made - 1
+
+    def _add(
+        self,
+        operation: str,
+        layer: str | None,
+        reads: tuple[int, ...],
+        result: Any,
+        sizes: Sequence[tuple[int, ...]],
+        detail: Any = None,
+    ) -> None:
+        name, module = self._inside[-1] if self._inside else ("", self.model)
+        place = f"{name or 'the model'} ({type(module).__name__})"
+        if list(module.children()) or operation == CHANGED:
+            place = f"{operation} in {place}"
+        with torch._C.DisableTorchFunction():
+            makes = tuple(self._name(tensor) for tensor in tensors_in(result))
+        made = _sizes(result)[:1]
+        both = (sizes[0], made[0]) if sizes and made else ()
+        shaped = tuple(size == each for size in sizes for each in made)
+        self.steps.append(Step(operation, layer, place, reads, makes, both, shaped, detail, name))
+
+    def _enter(self, name: str, layer: bool, module: nn.Module, _args: Any) -> None:
+        self._inside.append((name, module))
+        self._quiet += layer
+
+    def _leave(self, name: str, layer: bool, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        if layer:
+            with torch._C.DisableTorchFunction():
+                self._add(type(module).__name__, name, self.numbers((args, kwargs)), output, _sizes((args, kwargs)))
+        self._quiet -= layer
+        self._inside.pop()
+
+
+class _Below(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Sees the operations of aten, whoever calls them: scripts, transforms and extensions are no functions of torch."""
+
+    def __init__(self, recorder: Recorder) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.recorder = recorder
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
+        """Run the operation; the recorder decides whether it is one to write down."""
+        kwargs = kwargs or {}
+        return self.recorder.below(func.overloadpacket.__name__, (args, kwargs), lambda: func(*args, **kwargs))
+
+
+@dataclass(frozen=True)
+class Record:
+    """A recorded forward pass: its steps, and the numbers of the tensors that the model returned.
+
+    parameters  the numbers of those parameters of the model that a step reads, by all their names; a layer reads its
+                own unseen
+    random      whether the pass has drawn random numbers
+    transformed  whether torch.func was at work, whose tensors stand for others that nobody sees
+    """
+
+    steps: tuple[Step, ...]
+    results: tuple[int, ...]
+    parameters: Mapping[str, int] = field(default_factory=dict)
+    random: bool = False
+    transformed: bool = False
+
+    def like(self, other: Record) -> bool:
+        """Whether two batches were computed alike, but for how many samples they hold."""
+        return _whatever_the_batch(self) == _whatever_the_batch(other)
+
+
+def record(model: nn.Module, batch: Any) -> Record:
+    """Run the model on a batch and say what it did."""
+    before = _random_state(model)
+    with Recorder(model) as recorder:
+        output = run(model, batch)
+    drawn = any(not torch.equal(*each) for each in zip(before, _random_state(model), strict=True))
+    return replace(recorder.record(output), random=drawn)
+
+
+def _random_state(model: nn.Module) -> list[Tensor]:
+    gpus = {p.device.index for p in model.parameters() if p.device.type == "cuda"}
+    return [torch.get_rng_state(), *(torch.cuda.get_rng_state(index) for index in sorted(gpus))]
+
+
+def _whatever_the_batch(record: Record) -> tuple[Any, ...]:
+    """A record without the first axes of its shapes."""
+    steps = [(replace(step, sizes=()), [size[1:] for size in step.sizes]) for step in record.steps]
+    return steps, record.results, record.random
+
+
+def _storage(tensor: Tensor) -> int:
+    try:
+        return int(tensor.untyped_storage()._cdata)
+    except (NotImplementedError, RuntimeError):  # sparse, or a wrapper: it has none
+        return id(tensor)
+
+
+def _sizes(value: Any) -> list[tuple[int, ...]]:
+    with torch._C.DisableTorchFunction():
+        return [tuple(tensor.shape) for tensor in tensors_in(value)]
+
+
+def _operation(func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> str:
+    name = getattr(func, "__name__", type(func).__name__).strip("_")
+    if name == "pad" and kwargs.get("mode", "constant") != "constant":
+        return f"pad by {kwargs['mode']}"
+    if kwargs.get("alpha", 1) != 1 or (name in ("add", "sub") and len(args) > 2):  # torch.add(x, alpha, y)
+        return f"{name} with alpha"
+    if name == "view" and any(isinstance(each, torch.dtype) for each in (*args, *kwargs.values())):
+        return "view as another dtype"
+    threshold = args[2] if len(args) > 2 else kwargs.get("threshold", 20)
+    if name == "softplus" and threshold < 20:  # it jumps there, by log(1 + exp(-threshold)) / beta
+        return f"softplus with a threshold of {threshold}"
+    return f"{name} in training" if name in DROPOUT and kwargs.get("training", True) else name
+
+
+def _detail(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    name = getattr(func, "__name__", "").strip("_")
+    if name == "pad":
+        return kwargs.get("pad", args[1] if len(args) > 1 else None)
+    if name == "mean":
+        return kwargs.get("dim", args[1] if len(args) > 1 else None)
+    if name != "getitem":
+        return None
+    if isinstance(args[1], tuple):
+        return tuple(map(_basic, args[1]))
+    return _basic(args[1])
+
+
+def _basic(index: Any) -> Any:
+    """A tensor or a list as a word: what it holds is not the same in every batch."""
+    return index if isinstance(index, (int, slice, type(None), type(...))) else type(index).__name__
+
+
+def _only_looks(func: Callable[..., Any], result: Any) -> bool:
+    # y.shape, y.dim(), y.dtype: nothing of y's numbers goes on; y.item(), bool(y), y.numpy() carry them away
+    name = getattr(func, "__name__", "").strip("_")
+    return name in LOOKS and not any(True for _ in tensors_in(result))

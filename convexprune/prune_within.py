@@ -1,0 +1,132 @@
+"""Ask for a network error, get a network: the layers' errors are chosen by the bound, and the bound then holds.
+
+The network's error is at most  sum_l g_l e_l  (`guarantee`, by spectral norms), so `ErrorBudget` says how large each
+e_l may be. The pruned network's own bound is sharper, and its weights are not the dense ones; what it says of the first
+network scales the budget of the next, until the bound is just within the goal.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from numbers import Real
+from typing import Any
+
+import torch
+from torch import nn
+
+from convexprune.bounds.propagation import Spectral, Spread
+from convexprune.certify.graph import Propagation
+from convexprune.layer import Layer
+from convexprune.network import capture
+from convexprune.network.compare import norms, rectified_modules
+from convexprune.network.forward import undisturbed
+from convexprune.network.recording import record
+from convexprune.problem import LayerProblem, Solver
+from convexprune.problems import ErrorBudget, NetTrim
+from convexprune.prune import prune
+from convexprune.report import Report
+from convexprune.solve import solve
+
+STRIDE = 30.0  # the most that one network's bound may change the budget by
+
+
+@dataclass(frozen=True)
+class Goal:
+    """The network's error || Yhat - Y ||_F, wanted at most `error` times ||Y||_F over the calibration samples.
+
+    near    a bound within this share of the goal is good enough
+    rounds  how many networks may be pruned on the way
+
+    Raises ValueError for figures out of range.
+    """
+
+    error: float
+    near: float = 0.9
+    rounds: int = 6
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.error, Real) or not 0 < self.error < float("inf"):
+            raise ValueError(f"error is {self.error!r}; it must be a finite number > 0, such as 0.05")
+        if not 0 < self.near < 1:
+            raise ValueError(f"near is {self.near}; it must be in (0, 1)")
+        if self.rounds < 1:
+            raise ValueError(f"rounds is {self.rounds}; at least one network has to be pruned")
+
+
+def prune_within(
+    model: nn.Module,
+    batches: Iterable[Any],
+    goal: Goal | float,
+    build: Callable[[Layer, float], LayerProblem | None] = NetTrim,
+    solver: Solver | None = None,
+    **options: Any,
+) -> tuple[nn.Module, Report]:
+    """The sparsest network found whose guaranteed error is within the goal; parallel mode.
+
+    goal     a `Goal`, or its `error`
+    build    states a layer's problem from the layer and the relative error that it may have, ||.||_F over that of its
+             outputs behind the activation: NetTrim's epsilon
+    options  as of `prune`
+
+    Raises ValueError where the network has no bound, naming what is not covered, and where no network of the rounds was
+    within the goal; else what `prune` raises.
+    """
+    unfit = {"mode", "allocation"} & set(options)
+    if unfit:
+        raise TypeError(f"{min(unfit)} is no option here: the goal says what each layer may lose, in parallel mode")
+    goal = goal if isinstance(goal, Goal) else Goal(goal)
+    batches = list(batches) if isinstance(batches, Iterator) else batches
+    names = options.pop("names", None)
+    first = capture(model, itertools.islice(batches, 1), names, **{**_captured(options), "keep_inputs": False})
+    rectified = rectified_modules(first)
+    sizes, whole = norms(model, batches, rectified)
+    if whole is None or whole == 0:
+        raise ValueError("the network's output is not one tensor, or is zero: a relative error of it means nothing")
+    budget = _budget(model, next(iter(batches)), rectified, sizes, goal.error * whole)
+    best: tuple[nn.Module, Report] | None = None
+    allowed, bound = budget.goal, float("inf")
+    for _ in range(goal.rounds):
+        solution = solve(replace(budget, goal=allowed))
+        shares = dict(zip(rectified, (solution.x[:, 0] / budget.caps).clamp(0, 1).tolist(), strict=True))
+        state = lambda layer: build(layer, shares[layer.name.partition("[")[0]])  # noqa: B023, E731
+        network, report = prune(model, batches, state, solver, names=names, **options)
+        if report.network.guaranteed is None:
+            raise ValueError(f"the pruned network has no bound: {report.network.reason}")
+        bound = report.network.guaranteed
+        if bound <= budget.goal and (best is None or report.kept < best[1].kept):
+            best = network, replace(report, network=replace(report.network, wanted=budget.goal))
+        if goal.near * budget.goal <= bound <= budget.goal or (bound <= budget.goal and min(shares.values()) == 1):
+            break
+        # aim between `near` and 1; the bound grows about as the errors do
+        aim = budget.goal * (1 + goal.near) / 2
+        allowed *= min(max(aim / max(bound, 1e-300), 1 / STRIDE), STRIDE)
+    if best is None:
+        raise ValueError(
+            f"none of {goal.rounds} networks was within an error of {goal.error:g}: the last bound was "
+            f"{bound / whole:.3g}; allow more rounds or a larger error"
+        )
+    return best
+
+
+def _budget(
+    model: nn.Module, batch: Any, rectified: Mapping[str, bool], sizes: Mapping[str, float], goal: float
+) -> ErrorBudget:
+    """Each layer's gain to the output, one at a time: the bound by spectral norms is linear in the errors."""
+    with undisturbed(model):
+        walk = Propagation(model, record(model, batch), "parallel")
+    gains = []
+    for name in rectified:
+        found = walk.bound({name: Spread(1.0)}, Spectral())
+        if found.total is None:
+            raise ValueError(f"the network has no bound: {found.obstacle}")
+        gains.append(found.total)
+    modules = dict(model.named_modules())
+    weights = [float(modules[name].weight.numel()) for name in rectified]
+    caps = [max(sizes[name], 1e-30) for name in rectified]
+    return ErrorBudget(torch.tensor(gains), torch.tensor(weights), torch.tensor(caps, dtype=torch.float64), goal)
+
+
+def _captured(options: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: options[key] for key in ("mask", "positions", "seed", "activations") if key in options}

@@ -1,0 +1,90 @@
+"""What a merging did: layer by layer the survivors, the saliency they cost, and what the outputs did."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from convexprune.network.compact import Compaction
+from convexprune.solution import Certificate
+from convexprune.whole_file import write_whole
+
+
+@dataclass(frozen=True)
+class MergedLayer:
+    """One layer.
+
+    saliency  sum over the merges; times E|x|^2 each is a limit of its change (Lemma 1), 1 in its place with data
+    change    (sum of the roots)^2: the same for all merges together
+    curve     saliency of each merge of the greedy, down to one neuron
+    cutoff    how many the published rule removes
+    """
+
+    name: str
+    neurons: int
+    survivors: int
+    saliency: float
+    change: float
+    certificate: Certificate
+    curve: tuple[float, ...] = field(repr=False)
+    cutoff: int
+    with_data: bool
+
+    def line(self) -> str:
+        """A sentence."""
+        unit = "" if self.with_data else " times E|x|^2"
+        return (
+            f"{self.name}: {self.neurons} -> {self.survivors} neurons "
+            f"(published cut-off: {self.neurons - self.cutoff}); "
+            f"mean square change of what reads them at most {self.change:.4g}{unit}"
+        )
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """The layers in forward order, the modules that got smaller, and the change of the network's output.
+
+    measured, scale   mean square change and size of the outputs on the batches; None without any
+    """
+
+    layers: tuple[MergedLayer, ...]
+    compaction: Compaction
+    measured: float | None = None
+    scale: float | None = None
+
+    def __str__(self) -> str:
+        """A few lines."""
+        lines = [*(layer.line() for layer in self.layers), str(self.compaction)]
+        if self.measured is not None and self.scale is not None:
+            share = self.measured / self.scale if self.scale else 0.0
+            lines.append(f"outputs moved by {self.measured:.4g} in the mean square, {share:.2%} of their size")
+        return "\n".join(lines)
+
+    def to_json(self) -> str:
+        """The report as JSON."""
+        return json.dumps(asdict(self), indent=1)
+
+    def save_html(self, path: str | os.PathLike[str]) -> None:
+        """Write one self-contained page with the saliency curves. Raises OSError naming the path."""
+        from convexprune.report.html import ACCENT, SECOND, document, figure, image
+
+        parts = ["<p>" + "</p><p>".join(str(self).splitlines()) + "</p>"]
+        for layer in self.layers:
+            drawing = figure(2.2)
+            _curve(drawing.subplots(1, 2), layer, (ACCENT, SECOND))
+            parts.append(image(drawing, f"saliency of each merge of {layer.name}"))
+        write_whole(path, document("Merging report", "".join(parts)))
+
+
+def _curve(axes: Any, layer: MergedLayer, colours: tuple[str, str]) -> None:
+    left, right = axes
+    left.plot(range(1, len(layer.curve) + 1), layer.curve, color=colours[0])
+    left.set_yscale("symlog", linthresh=max(max(layer.curve, default=1.0) * 1e-6, 1e-300))
+    for place, style in ((layer.neurons - layer.survivors, "-"), (layer.cutoff, ":")):
+        left.axvline(place, color=colours[1], linewidth=0.9, linestyle=style)
+    left.set_title(layer.name, loc="left", fontsize=10)
+    left.set_xlabel("merges (line: taken; dotted: published cut-off)")
+    right.hist(layer.curve, bins="sturges", color=colours[0])
+    right.set_xlabel("saliency of a merge")

@@ -1,0 +1,1 @@
+"""Solvers that divide a budget among layers: of weights, or of errors."""

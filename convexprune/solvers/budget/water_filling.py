@@ -1,0 +1,41 @@
+"""Water-filling: the error budget in closed form, from the order in which its caps stop to bind.
+
+At the price p of the goal a layer spends  g_l e_l = min(g_l cap_l, n_l / p), so that the goal is met where
+
+    sum_l min(g_l cap_l, n_l u) = goal,   u = 1 / p
+
+whose left side is concave and piecewise linear in u: sorted breakpoints u_l = g_l cap_l / n_l find the piece.
+Source: Boyd, Vandenberghe, Convex Optimization, 2004, example 5.2.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from convexprune.forms import BudgetProblem
+from convexprune.solution import Attempt, Status
+
+
+@dataclass(frozen=True)
+class WaterFilling:
+    """The optimum of an `ErrorBudget`, exact, in the time of a sort; its price is the witness."""
+
+    takes: ClassVar[type] = BudgetProblem
+
+    def solve(self, problem: BudgetProblem, start: Tensor | None = None) -> Attempt:
+        """The start is not used."""
+        full = problem.gains * problem.caps
+        if float(full.sum()) <= problem.goal:  # the whole network may go
+            return Attempt(problem.caps[:, None].clone(), 0.0, Status.CONVERGED, 1)
+        breaks, order = (full / problem.sizes).sort()
+        # k layers at their caps leave the others the rest of the goal, in proportion to their sizes
+        rest = problem.goal - (full[order].cumsum(0) - full[order])
+        levels = rest / problem.sizes[order].flip(0).cumsum(0).flip(0)
+        breaks[-1] = float("inf")
+        level = float(levels[int((levels <= breaks).nonzero()[0])])
+        errors = torch.minimum(problem.caps, level * problem.sizes / problem.gains.clamp(min=1e-300))
+        return Attempt(errors[:, None], 1 / level, Status.CONVERGED, 1)

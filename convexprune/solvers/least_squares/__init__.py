@@ -1,0 +1,1 @@
+"""Solvers of least squares under a sparsity pattern, and on given supports."""

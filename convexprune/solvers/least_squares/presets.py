@@ -1,0 +1,104 @@
+"""Three ways to a good reconstruction: `Fast`, `Balanced` and `Best`, each the parts of this folder put together.
+
+Fast      a short ADMM, and conjugate gradients on its support
+Balanced  ADMM to a support somewhat too large, exact elimination down to the pattern, a few rounds of swaps
+Best      the same with the full ADMM, swaps until they no longer pay, and exact least squares
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from convexprune.forms import SparseLeastSquares
+from convexprune.solution import Attempt, Status
+from convexprune.solvers.least_squares.on_support import best_on_support, improved_on_support
+from convexprune.solvers.least_squares.rising_penalty import RisingPenalty
+from convexprune.solvers.least_squares.scaling import Scaled
+from convexprune.solvers.least_squares.swap_search import SwapSearch
+
+SHORT = 14  # ADMM steps in which a quickly rising penalty settles
+
+
+@dataclass(frozen=True)
+class Fast:
+    """A good support in about the time of a single sweep over the columns.
+
+    flops   what the ADMM steps may cost: small layers get the full schedule, large ones one that rises faster
+    polish  conjugate-gradient steps on the support
+    """
+
+    takes: ClassVar[type] = SparseLeastSquares
+
+    flops: float = 5e9
+    polish: int = 8
+    device: str = "cpu"
+    dtype: torch.dtype = torch.float32
+
+    def solve(self, problem: SparseLeastSquares, start: Tensor | None = None) -> Attempt:
+        """The start is not used."""
+        scaled = Scaled.of(problem, self.device, self.dtype)
+        out, width = scaled.dense.shape
+        most = max(int(self.flops / (2 * out * width**2)), SHORT)
+        every = min(most // SHORT, 3)
+        rises = (1.3, 1.2, 1.1) if every == 3 else (1.3, 1.3, 1.2)
+        sparse, steps, status = RisingPenalty(every=every, rises=rises, max_iter=most).descend(problem, scaled)
+        sparse = improved_on_support(scaled.gram, scaled.cross, sparse, sparse != 0, self.polish)
+        return Attempt(problem.completed(scaled.restored(sparse)), None, status, steps)
+
+
+@dataclass(frozen=True)
+class Balanced:
+    """The default: below the error of ADMM alone in about its time.
+
+    grow    how much too large ADMM's support is
+    rounds  of swaps after the elimination
+    """
+
+    takes: ClassVar[type] = SparseLeastSquares
+
+    grow: float = 1.05
+    rounds: int = 1
+    device: str = "cpu"
+    dtype: torch.dtype = torch.float32
+
+    def solve(self, problem: SparseLeastSquares, start: Tensor | None = None) -> Attempt:
+        """The start is not used."""
+        scaled = Scaled.of(problem, self.device, self.dtype)
+        sparse, steps, _ = RisingPenalty(self.grow, every=2, max_iter=45).descend(problem, scaled)
+        search = SwapSearch(rounds=self.rounds, enter=0.03)
+        mask, weights, rounds, status = search.improve(problem, scaled, sparse)
+        if status is Status.MAX_ITER:
+            status = Status.CONVERGED
+        gram, cross = scaled.gram64, scaled.optimum64 @ scaled.gram64
+        weights = improved_on_support(gram, cross, weights.cpu().double(), mask.cpu(), 12)
+        return Attempt(problem.completed(scaled.restored(weights)), None, status, steps + rounds)
+
+
+@dataclass(frozen=True)
+class Best:
+    """The lowest error that is known how to reach in some ten times ADMM's time.
+
+    grow    how much too large ADMM's support is
+    rounds  of swaps after the elimination
+    """
+
+    takes: ClassVar[type] = SparseLeastSquares
+
+    grow: float = 1.15
+    rounds: int = 12
+    time_limit: float | None = None
+    device: str = "cpu"
+    dtype: torch.dtype = torch.float32
+
+    def solve(self, problem: SparseLeastSquares, start: Tensor | None = None) -> Attempt:
+        """The start is not used."""
+        scaled = Scaled.of(problem, self.device, self.dtype)
+        sparse, steps, _ = RisingPenalty(self.grow, time_limit=self.time_limit).descend(problem, scaled)
+        search = SwapSearch(rounds=self.rounds, time_limit=self.time_limit)
+        mask, _, rounds, status = search.improve(problem, scaled, sparse)
+        weights = best_on_support(problem.gram, problem.cross, mask.cpu(), problem.target)
+        return Attempt(problem.completed(weights), None, status, steps + rounds)

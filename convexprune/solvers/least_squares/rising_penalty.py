@@ -1,0 +1,115 @@
+"""ADMM with a rising penalty for least squares under a sparsity pattern.
+
+    minimise  tr(W H W^T) / 2 - <C, W>   subject to  W = D,  D in the pattern
+
+    W <- (C - V + rho D) (H + rho I)^-1       D <- projection of W + V / rho       V <- V + rho (W - D)
+
+in coordinates with unit diagonal H; one eigendecomposition of H serves every rho, which rises by how much the support
+still changes. Then least squares on the support.
+Source: Meng, Behdin, Wang, Mazumder, NeurIPS 2024 (ALPS), Algorithm 1; its step rule for rho.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from convexprune.forms import SparseLeastSquares
+from convexprune.solution import Attempt, Status
+from convexprune.solvers.least_squares.on_support import best_on_support
+from convexprune.solvers.least_squares.scaling import Scaled
+
+CHANGED = (0.1, 0.005)  # of the support: above the first rho rises fastest, below the second slowest
+
+
+@dataclass(frozen=True)
+class RisingPenalty:
+    """`ADMM` for sparse least squares.
+
+    grow        how many times the pattern's count the support may have: above 1, a start for `SwapSearch`
+    rho         the first penalty
+    rises       the factors of rho while the support changes by >= 10%, by >= 0.5%, by less
+    every       steps between two changes of rho
+    max_iter    ADMM steps
+    time_limit  seconds, or None
+    device, dtype  where and in what the steps run; the last least squares is float64
+    """
+
+    takes: ClassVar[type] = SparseLeastSquares
+
+    grow: float = 1.0
+    rho: float = 0.1
+    rises: tuple[float, float, float] = (1.3, 1.2, 1.1)
+    every: int = 3
+    max_iter: int = 300
+    time_limit: float | None = None
+    device: str = "cpu"
+    dtype: torch.dtype = torch.float32
+
+    def __post_init__(self) -> None:
+        if not 0 < self.rho < math.inf:
+            raise ValueError(f"rho is {self.rho}; it must be a finite number > 0")
+        if not all(1 < rise < math.inf for rise in self.rises):
+            raise ValueError(f"rises are {self.rises}; each factor must be > 1, or rho never settles the support")
+        for name in ("every", "max_iter"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if not 1 <= self.grow < math.inf:
+            raise ValueError(f"grow is {self.grow}; it must be at least 1")
+
+    def solve(self, problem: SparseLeastSquares, start: Tensor | None = None) -> Attempt:
+        """Least squares on ADMM's support. ADMM begins at the dense weights; `start` is not used."""
+        scaled = Scaled.of(problem, self.device, self.dtype)
+        sparse, steps, status = self.descend(problem, scaled)
+        mask = sparse != 0
+        weights = best_on_support(problem.gram, problem.cross, mask.cpu(), problem.target)
+        return Attempt(problem.completed(weights), None, status, steps)
+
+    def descend(self, problem: SparseLeastSquares, scaled: Scaled) -> tuple[Tensor, int, Status]:
+        """The scaled weights (M, N) where ADMM settles, zero outside their support; the steps; why it stopped."""
+        deadline = math.inf if self.time_limit is None else time.perf_counter() + self.time_limit
+        inverse = _Resolvent(scaled.gram, len(scaled.optimum) * self.every)
+        rho, sparse = self.rho, scaled.dense
+        price = torch.zeros_like(sparse)
+        mask = seen = problem.select(sparse.square(), self.grow)
+        sparse = sparse * mask
+        for step in range(1, self.max_iter + 1):
+            weights = inverse.apply(torch.add(scaled.cross - price, sparse, alpha=rho), rho)
+            free = torch.add(weights, price, alpha=1 / rho)
+            mask = problem.select(free.square(), self.grow)
+            sparse = free * mask
+            price = (free - sparse).mul_(rho)
+            if time.perf_counter() > deadline:
+                return sparse, step, Status.TIME_LIMIT
+            if step % self.every == 0:
+                moved = int((mask ^ seen).sum()) / 2
+                if moved < 1:
+                    return sparse, step, Status.CONVERGED
+                share = moved / max(int(mask.sum()), 1)
+                rho *= self.rises[0 if share >= CHANGED[0] else 1 if share >= CHANGED[1] else 2]
+                seen = mask
+        return sparse, self.max_iter, Status.MAX_ITER
+
+
+class _Resolvent:
+    """(H + rho I)^-1 for changing rho: the inverse itself where many rows share it, else its eigenvectors."""
+
+    def __init__(self, gram: Tensor, rows: int) -> None:  # rows that are multiplied before rho changes
+        self.values, self.vectors = torch.linalg.eigh(gram)
+        self.values.clamp_(min=0)
+        self.shared = len(gram) < rows  # one N^3 for some steps of M N^2
+        self.rho, self.inverse = 0.0, gram
+
+    def apply(self, right: Tensor, rho: float) -> Tensor:
+        """right (H + rho I)^-1."""
+        if not self.shared:
+            out: Tensor = ((right @ self.vectors) / (self.values + rho)) @ self.vectors.T
+            return out
+        if rho != self.rho:
+            self.rho, self.inverse = rho, (self.vectors / (self.values + rho)) @ self.vectors.T
+        return right @ self.inverse

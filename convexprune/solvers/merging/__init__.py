@@ -1,0 +1,1 @@
+"""Solvers that choose which neurons survive, and whom each other one joins."""

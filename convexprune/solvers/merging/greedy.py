@@ -1,0 +1,166 @@
+"""Merge the pair with the smallest saliency, again and again.
+
+    s_ij = <a_j^2> ||w_i - w_j||^2;    the smallest: a_i <- a_i + a_j, neuron j leaves
+
+A merge changes one column of saliencies (a_i) and takes a row and a column away (j), so each neuron keeps a short list
+of its nearest neighbours and a heap the best of each. An entry whose neighbour has left is a lower bound of what it
+will be, and is looked at again when its turn comes; a list that runs out is made anew. Distances come block by block.
+Source: Srinivas, Babu, BMVC 2015, Algorithm 1.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from convexprune.forms import MergingProblem
+from convexprune.solution import Attempt, Status
+
+BLOCK = 2**25  # numbers in a block of distances
+
+
+@dataclass(frozen=True, eq=False)
+class Merges:
+    """Every merge of a run, in order: `left` (t,) joined `into` (t,), at `saliency` (t,)."""
+
+    neurons: int
+    left: Tensor
+    into: Tensor
+    saliency: Tensor
+
+    def assignment(self, survivors: int) -> Tensor:
+        """(n,): whom each neuron has joined, once so many are left."""
+        count = self.neurons - survivors
+        if not 0 <= count <= len(self.left):
+            raise ValueError(
+                f"survivors is {survivors}; this run went from {self.neurons} to {self.neurons - len(self.left)}"
+            )
+        joined = torch.arange(self.neurons)
+        # later merges first: a survivor of then may have left since
+        for left, into in zip(self.left[:count].flip(0).tolist(), self.into[:count].flip(0).tolist(), strict=True):
+            joined[left] = joined[into]
+        return joined
+
+    def published_cutoff(self) -> int:
+        """How many to remove by the published rule: up to the mode of the saliencies' histogram."""
+        values = self.saliency.numpy()
+        if len(values) < 2 or values.min() == values.max():
+            return len(values)
+        low, high = np.quantile(values, [0.25, 0.75])
+        counts, edges = np.histogram(values, bins="fd" if high > low else "sturges")
+        mode = edges[counts.argmax() : counts.argmax() + 2].mean()
+        return int(np.argmax(values > mode)) if bool((values > mode).any()) else len(values)
+
+
+@dataclass(frozen=True)
+class GreedyMerging:
+    """The published greedy, exact in its bookkeeping.
+
+    neighbours  how long a neuron's list is
+    device, dtype  where and in what distances are screened; those in a list are float64
+    """
+
+    takes: ClassVar[type] = MergingProblem
+
+    neighbours: int = 16
+    device: str = "cpu"
+    dtype: torch.dtype = torch.float32
+
+    def __post_init__(self) -> None:
+        if self.neighbours < 1:
+            raise ValueError(f"neighbours is {self.neighbours}; it must be at least 1")
+
+    def solve(self, problem: MergingProblem, start: Tensor | None = None) -> Attempt:
+        """The start is not used. With `max_saliency` it stops at the last merge that keeps to it."""
+        if problem.keep is not None:
+            merges = self.merges(problem, problem.keep)
+            joined = merges.assignment(problem.keep)
+        else:
+            merges = self.merges(problem, 1)
+            low, high = 1, problem.shape[0]  # the sum need not grow with every merge, but nearly does
+            while low < high:
+                middle = (low + high) // 2
+                if problem.violation(merges.assignment(middle)[:, None].double()) == 0:
+                    high = middle
+                else:
+                    low = middle + 1
+            joined = merges.assignment(high)
+        return Attempt(joined[:, None].double(), None, Status.CONVERGED, len(merges.left))
+
+    def merges(self, problem: MergingProblem, survivors: int = 1) -> Merges:
+        """The run down to `survivors`."""
+        screen = _Neighbours(problem.features, self.neighbours, self.device, self.dtype)
+        outgoing = problem.outgoing.T.clone(memory_format=torch.contiguous_format)  # (n, out), to be added to
+        importance = outgoing.square().mean(1).tolist()
+        n = len(outgoing)
+        near, distance = screen.lists(torch.arange(n))
+        at, version = [0] * n, [0] * n
+        heap = [(importance[j] * distance[j][0], j, 0) for j in range(n) if distance[j]]
+        heapq.heapify(heap)
+        left: list[int] = []
+        into: list[int] = []
+        saliency: list[float] = []
+        alive = screen.alive
+        while len(left) < n - survivors:
+            cost, j, made = heapq.heappop(heap)
+            if not alive[j] or made != version[j]:
+                continue
+            i = near[j][at[j]]
+            if alive[i]:
+                left.append(j)
+                into.append(i)
+                saliency.append(cost)
+                alive[j] = False
+                outgoing[i] += outgoing[j]
+                importance[i] = float(outgoing[i].square().mean())
+                changed = i
+            else:
+                changed = j
+                while at[j] < len(near[j]) and not alive[near[j][at[j]]]:
+                    at[j] += 1
+                if at[j] == len(near[j]):
+                    (near[j],), (distance[j],) = screen.lists(torch.tensor([j]))
+                    at[j] = 0
+            version[changed] += 1
+            reach = distance[changed][at[changed]] if distance[changed] else math.inf
+            heapq.heappush(heap, (importance[changed] * reach, changed, version[changed]))
+        return Merges(n, torch.tensor(left), torch.tensor(into), torch.tensor(saliency, dtype=torch.float64))
+
+
+class _Neighbours:
+    """The nearest living neighbours of neurons with features (n, d)."""
+
+    def __init__(self, features: Tensor, count: int, device: str, dtype: torch.dtype) -> None:
+        self.features, self.count = features, count
+        centred = features - features.mean(0)  # distances stay, and cancel less
+        self.rows = centred.to(device, dtype)
+        self.squares = self.rows.square().sum(1)
+        self.alive = np.ones(len(features), dtype=bool)
+
+    def lists(self, which: Tensor) -> tuple[list[list[int]], list[list[float]]]:
+        """For each of the neurons `which` its nearest, and the squared distances, rising."""
+        living = torch.from_numpy(np.flatnonzero(self.alive))
+        others = living.to(self.rows.device)
+        everyone = len(living) == len(self.rows)
+        rows, squares = (self.rows, self.squares) if everyone else (self.rows[others], self.squares[others])
+        size = max(1, BLOCK // max(len(living), 1))
+        near: list[list[int]] = []
+        distance: list[list[float]] = []
+        for part in torch.split(which, size):
+            mine = self.rows[part.to(self.rows.device)]
+            apart = torch.addmm(squares, mine, rows.T, alpha=-2)
+            most = min(self.count + 1, len(living))  # a neuron is its own nearest, or nearly
+            found = living[apart.topk(most, dim=1, largest=False).indices.cpu()]
+            for j, candidates in zip(part.tolist(), found, strict=True):
+                candidates = candidates[candidates != j][: self.count]
+                exact = (self.features[candidates] - self.features[j]).square().sum(1)
+                order = exact.argsort(stable=True)
+                near.append(candidates[order].tolist())
+                distance.append(exact[order].tolist())
+        return near, distance
