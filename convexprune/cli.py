@@ -82,6 +82,7 @@ def demo(
 ) -> None:
     """Train (or load) a 300-100 ReLU network, prune it by Net-Trim, and report what is proven about it."""
     from convexprune import datasets
+    from convexprune.network import Calibration
     from convexprune.problems import NetTrim
     from convexprune.prune import prune
     from convexprune.solvers import ADMM
@@ -99,7 +100,7 @@ def demo(
         chosen = images.x_train[:samples]
         calibration = [chosen[start : start + 1000] for start in range(0, len(chosen), 1000)]
         with _drawn() as progress:
-            pruned, report = prune(model, calibration, build, ADMM(), mode, seed=seed, progress=progress)
+            pruned, report = prune(model, Calibration(calibration, seed=seed), build, ADMM(), mode, progress=progress)
         _show(report)
         for name, network in (("dense", model), ("pruned", pruned)):
             rate = datasets.error_rate(network, images.x_test, images.y_test)

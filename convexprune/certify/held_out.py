@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from convexprune.bounds.confidence import clopper_pearson, empirical_bernstein
-from convexprune.network.forward import check_batches, run, tensors_in, undisturbed
+from convexprune.network.calibration import digests
+from convexprune.network.forward import check_batches, run, undisturbed
 
 
 @dataclass(frozen=True)
@@ -56,20 +56,20 @@ def certify_unseen(
     """
     check_batches(held_out)
     check_batches(used)
-    known = {digest for batch in used for digest in _digests(batch)}
+    known = {digest for batch in used for digest in digests(batch)}
     if not known:
         raise ValueError("no used samples; give the calibration data, so that none of it is among those held out")
     changed, errors = 0, []
     with undisturbed(model, pruned):
         for index, batch in enumerate(held_out):
-            digests = list(_digests(batch))
-            for row, digest in enumerate(digests):
+            samples = list(digests(batch))
+            for row, digest in enumerate(samples):
                 if digest in known:
                     raise ValueError(
                         f"sample {row} of held-out batch {index} was used to prune; hold out samples that were not"
                     )
             dense, sparse = run(model, batch), run(pruned, batch)
-            if not isinstance(dense, Tensor) or dense.ndim != 2 or len(dense) != len(digests):
+            if not isinstance(dense, Tensor) or dense.ndim != 2 or len(dense) != len(samples):
                 raise ValueError("the outputs must be one tensor of a row for each sample")
             if sparse.shape != dense.shape:
                 shapes = tuple(sparse.shape), tuple(dense.shape)
@@ -83,18 +83,3 @@ def certify_unseen(
     expected = empirical_bernstein(every, clip, confidence)
     mean = float(every.clamp(max=clip).mean())
     return Unseen(len(every), confidence, changed, most, mean, expected, clip)
-
-
-def _digests(batch: Any) -> Iterator[bytes]:
-    """A hash of each sample's input: of its numbers, whatever their dtype, the order of the keys and the wrapping."""
-    first = batch[0] if isinstance(batch, (tuple, list)) else batch
-    parts = [first[key] for key in sorted(first)] if isinstance(first, Mapping) else first
-    tensors = [tensor.detach().cpu().double() + 0.0 for tensor in tensors_in(parts)]  # -0.0 is 0.0
-    sizes = {len(tensor) if tensor.ndim else 0 for tensor in tensors}
-    if len(sizes) != 1:
-        raise ValueError(f"the tensors of a batch have {sorted(sizes)} rows; each must have one for each sample")
-    for row in range(sizes.pop()):
-        content = hashlib.sha256()
-        for tensor in tensors:
-            content.update(tensor[row].contiguous().numpy().tobytes())
-        yield content.digest()

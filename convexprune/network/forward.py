@@ -15,8 +15,10 @@ class Enough(BaseException):  # no Exception: a model that catches those must no
 
 
 def check_batches(batches: Any) -> None:
-    """Raise TypeError for what iterates over something else than batches: a lone tensor gives its rows."""
-    if isinstance(batches, (Tensor, Mapping, str)):
+    """Raise TypeError for what does not iterate over batches: a lone tensor gives its rows, a Dataset its samples."""
+    if isinstance(batches, (Tensor, Mapping, str, bytes)) or not hasattr(batches, "__iter__"):
+        if hasattr(batches, "__getitem__") and not isinstance(batches, (Tensor, Mapping, str, bytes)):
+            raise TypeError(f"a {type(batches).__name__} holds samples; give batches, such as a DataLoader of it")
         raise TypeError(f"batches is a {type(batches).__name__}; give an iterable of batches, such as [x]")
 
 

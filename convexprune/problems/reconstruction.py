@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import cached_property
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -33,6 +34,8 @@ class Reconstruction:
 
     Raises ValueError where the pattern does not fit the layer.
     """
+
+    needs_samples: ClassVar[bool] = False  # whether it reads Layer.inputs
 
     layer: Layer
     pattern: Pattern
