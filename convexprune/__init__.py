@@ -65,6 +65,7 @@ from convexprune.solvers import (
     WaterFilling,
     WorkingSet,
 )
+from convexprune.version import __version__
 
 __all__ = [
     "ADMM",
@@ -123,6 +124,7 @@ __all__ = [
     "WaterFilling",
     "WorkingSet",
     "WorstCase",
+    "__version__",
     "additivity",
     "capture",
     "certify_unseen",
