@@ -74,6 +74,7 @@ from convexprune.solvers import (
     WaterFilling,
     WorkingSet,
 )
+from convexprune.version import __version__
 
 __all__ = [
     "ADMM",
@@ -133,6 +134,7 @@ __all__ = [
     "WaterFilling",
     "WorkingSet",
     "WorstCase",
+    "__version__",
     "additivity",
     "capture",
     "certify_unseen",

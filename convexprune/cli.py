@@ -11,6 +11,8 @@ try:
 except ImportError as error:
     raise SystemExit("the command line needs more packages: pip install 'convexprune[report]'") from error
 
+from convexprune.version import __version__
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
@@ -26,7 +28,7 @@ FILE = click.Path(dir_okay=False, path_type=Path)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(package_name="convexprune")
+@click.version_option(__version__, prog_name="convexprune")
 def main() -> None:
     """Prune trained networks by convex optimisation, with certificates."""
 

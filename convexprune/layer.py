@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Final
 
 import torch
@@ -61,6 +61,15 @@ class Layer:
             raise ValueError(f"layer {self.name!r} has a bias: its moments need `mean` and `target_mean` too")
         if self.activation not in ACTIVATIONS:
             raise ValueError(f"layer {self.name!r}: activation {self.activation!r} is not one of {ACTIVATIONS}")
+
+    def __repr__(self) -> str:
+        """The fields that differ from their defaults, tensors by their shape."""
+        shown = []
+        for entry in fields(self):
+            value = getattr(self, entry.name)
+            if value is not entry.default:
+                shown.append(f"{entry.name}={tuple(value.shape) if isinstance(value, Tensor) else repr(value)}")
+        return f"Layer({', '.join(shown)})"
 
     @classmethod
     def from_samples(
