@@ -10,7 +10,7 @@ from convexprune.allocate.rate_distortion import (
     random_inputs,
     rate_distortion,
 )
-from convexprune.certify.held_out import certify_unseen
+from convexprune.certify.held_out import Unseen, certify_unseen
 from convexprune.certify.input_region import WorstCase, worst_case
 from convexprune.curve import Curve
 from convexprune.distill import Distilled, distill
@@ -18,6 +18,7 @@ from convexprune.layer import Layer
 from convexprune.merge import merge
 from convexprune.network import (
     Calibration,
+    Compaction,
     MaskKeeper,
     capture,
     compact,
@@ -26,8 +27,8 @@ from convexprune.network import (
     save,
     sensitivities,
 )
-from convexprune.patterns import NM, Blocks, PerRow, Support, Unstructured
-from convexprune.problem import judge
+from convexprune.patterns import NM, Blocks, Pattern, PerRow, Support, Unstructured
+from convexprune.problem import Formulation, LayerProblem, Problem, Solver, judge
 from convexprune.problems import (
     ErrorBudget,
     L1Reconstruction,
@@ -39,7 +40,9 @@ from convexprune.problems import (
 )
 from convexprune.prune import prune
 from convexprune.prune_within import Goal, prune_within
-from convexprune.solution import Certificate, Solution, Status
+from convexprune.report import MergeReport, Report
+from convexprune.report.progress import Progress
+from convexprune.solution import Attempt, Certificate, Solution, Status
 from convexprune.solve import solve
 from convexprune.solvers import (
     ADMM,
@@ -84,6 +87,7 @@ __all__ = [
     "NM",
     "ActivationMagnitude",
     "Allocation",
+    "Attempt",
     "Balanced",
     "Best",
     "BestOf",
@@ -94,6 +98,7 @@ __all__ = [
     "Certificate",
     "ClosedForm",
     "ColumnSweep",
+    "Compaction",
     "Curve",
     "Distilled",
     "DynamicProgramming",
@@ -102,6 +107,7 @@ __all__ = [
     "ExactOBS",
     "Exchange",
     "Fast",
+    "Formulation",
     "GlobalMagnitude",
     "Goal",
     "GreedyMerging",
@@ -109,20 +115,27 @@ __all__ = [
     "LagrangianPrice",
     "Layer",
     "LayerError",
+    "LayerProblem",
     "LayerwiseOBS",
     "Magnitude",
     "MaskKeeper",
+    "MergeReport",
     "MinimalCore",
     "NetTrim",
     "NeuronMerging",
     "OptimalBrainSurgeon",
     "OutputChange",
+    "Pattern",
     "PerRow",
+    "Problem",
+    "Progress",
     "Reconstruction",
     "Refit",
+    "Report",
     "RisingPenalty",
     "SecondOrder",
     "Solution",
+    "Solver",
     "SparsityAllocation",
     "Status",
     "Support",
@@ -130,6 +143,7 @@ __all__ = [
     "Then",
     "Uniform",
     "UniformPlus",
+    "Unseen",
     "Unstructured",
     "WaterFilling",
     "WorkingSet",

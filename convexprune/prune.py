@@ -19,6 +19,7 @@ from convexprune.certify.network_error import network_error
 from convexprune.forms import EqualityQuadratic, LassoProblem, SparseLeastSquares
 from convexprune.layer import Layer
 from convexprune.network import Calibration, read, write
+from convexprune.network.coverage import Coverage, check_counted, coverage
 from convexprune.network.forward import check_model
 from convexprune.network.traversal import Traversal
 from convexprune.patterns import Unstructured
@@ -89,15 +90,22 @@ def prune(
     tell = Teller(progress, calibration)
     walk = Traversal(model, copy.deepcopy(model), calibration, mode, tell.captured)
     shares = None if allocation is None else allocation.shares(model, calibration, progress=progress)
-    return walk.pruned, replace(walked(walk, _stated(build, shares), solver, tell), allocation=shares)
+    report = walked(walk, _stated(build, shares), solver, tell, shares)
+    return walk.pruned, report
 
 
-def walked(walk: Traversal, state: State, solver: Solver | None, tell: Teller) -> Report:
+def walked(walk: Traversal, state: State, solver: Solver | None, tell: Teller, shares: Shares | None = None) -> Report:
     """Prune the walk's copy layer by layer, by what `state` says of each layer; returns the report.
+
+    shares  that a budget gave the layers, if there was one: each of them has to be pruned
 
     Raises what `prune` raises.
     """
     plan = _Plan.of(walk, state)
+    if shares is not None:
+        asked = {name for names in walk.names.values() for name in names}
+        check_counted(shares.counts, asked - set(plan.left))
+    tell.planned(plan.coverage, sum(map(len, walk.names.values())))
     rows: list[Row] = []
     used, written = "", list(plan.pruned)
     total = sum(map(len, walk.names.values()))
@@ -119,7 +127,7 @@ def walked(walk: Traversal, state: State, solver: Solver | None, tell: Teller) -
         walk.mode, used, fingerprint.samples, fingerprint.text, str(dtype).removeprefix("torch."),
         walk.calibration.seed, torch.get_num_threads(), torch.__version__,
     )  # fmt: skip
-    return Report(tuple(rows), network, settings)
+    return Report(tuple(rows), network, settings, shares, plan.coverage)
 
 
 @dataclass(frozen=True)
@@ -128,6 +136,10 @@ class Teller:
 
     progress: Callable[[Progress], None] | None
     calibration: Calibration
+
+    def planned(self, coverage: Coverage, layers: int) -> None:
+        """This is what will be walked."""
+        self._tell(Progress("plan", None, 0, layers, "\n".join(coverage.lines())))
 
     def captured(self, module: str | None, batch: int) -> None:
         """A batch has gone through, as far as this module."""
@@ -182,15 +194,21 @@ class _Plan:
 
     pruned  the modules that get a problem, as far as that is known
     keep    the modules whose rows have to be kept: a problem of theirs needs samples, or that is not known
+    coverage  which of the model's weights they have
+    left    the layers for which the recipe states no problem
     """
 
-    pruned: frozenset[str]
+    pruned: tuple[str, ...]
     keep: frozenset[str]
+    coverage: Coverage
+    left: tuple[str, ...]
 
     @classmethod
     def of(cls, walk: Traversal, state: State) -> _Plan:
         """Ask the recipe; raises ValueError where two of the modules that get a problem are tied."""
-        pruned, keep, wanted = set(), set(), walk.calibration.keep_inputs
+        pruned: list[str] = []
+        keep: set[str] = set()
+        left: list[str] = []
         for module, outlines in walk.outlines():
             for outline in outlines:
                 try:
@@ -198,14 +216,18 @@ class _Plan:
                 except Exception:  # a recipe that minds the moments: it is asked again when they are there
                     keep.add(module)
                     continue
-                if problem is not None:
-                    pruned.add(module)
+                if problem is None:
+                    left.append(outline.name)
+                else:
+                    pruned.append(module)
                     if getattr(problem, "needs_samples", True):
                         keep.add(module)
+        pruned = list(dict.fromkeys(pruned))
         _check_untied(walk.pruned, pruned)
-        if wanted is not None:
-            keep = set(walk.modules) if wanted else set()
-        return cls(frozenset(pruned), frozenset(keep))
+        if walk.calibration.keep_inputs is not None:
+            keep = set(walk.modules) if walk.calibration.keep_inputs else set()
+        covered = coverage(walk.model, walk.modules, walk.chosen.stacks)
+        return cls(tuple(pruned), frozenset(keep), covered, tuple(left))
 
 
 def _check_untied(model: nn.Module, modules: Iterable[str]) -> None:

@@ -57,7 +57,9 @@ def page(report: Report) -> str:
         _section("Settings", _list(vars(report.settings).items())),
     ]
     kept = f"{report.kept:,} of {report.total:,} weights kept: {report.kept_fraction:.1%}."
-    return document("Pruning report", f'<p class="lead">{kept}</p>\n{"".join(sections)}')
+    covered = () if report.coverage is None else report.coverage.lines()
+    lines = "".join(f"<p>{escape(line[0].upper() + line[1:])}.</p>\n" for line in covered)
+    return document("Pruning report", f'<p class="lead">{kept}</p>\n{lines}{"".join(sections)}')
 
 
 def excerpt(report: Report) -> str:

@@ -11,6 +11,7 @@ from typing import Any, Final
 from torch import Tensor
 
 from convexprune.layer import Layer
+from convexprune.network.coverage import Coverage
 from convexprune.report.plain import from_plain, to_plain
 from convexprune.report.row import HEADINGS, WORDS, Row, number, percent
 from convexprune.report.shares import Shares
@@ -96,6 +97,7 @@ class Report:
     network: NetworkError
     settings: Settings
     allocation: Shares | None = None
+    coverage: Coverage | None = None  # which of the model's weights the layers have
 
     @property
     def kept(self) -> int:
@@ -112,6 +114,13 @@ class Report:
         """kept / total."""
         return self.kept / self.total if self.total else 0.0
 
+    @property
+    def model_kept_fraction(self) -> float | None:
+        """The share of all the model's weights that is kept; what no row has is kept whole."""
+        if self.coverage is None or not self.coverage.total:
+            return None
+        return 1 - (self.total - self.kept) / self.coverage.total
+
     def table(self) -> str:
         """The rows as aligned text, a line each, the names to the left and the figures to the right."""
         lines = [HEADINGS, *(row.cells() for row in self.rows)]
@@ -127,12 +136,16 @@ class Report:
     def summary(self) -> tuple[str, ...]:
         """What was kept in all, and the network's guaranteed error beside its measured one."""
         kept = f"kept {self.kept} of {self.total} weights ({self.kept_fraction:.1%})"
+        of_model = self.model_kept_fraction
+        if of_model is not None and self.coverage is not None and self.coverage.covered < self.coverage.total:
+            kept = f"{kept}, {of_model:.1%} of the model's"
+        covered = () if self.coverage is None else self.coverage.lines()
         shares = () if self.allocation is None else self.allocation.lines(self.distortion)
         poor = [
             row.moments.line(row.name) for row in self.rows if row.moments and row.moments.rank < row.moments.inputs
         ]
         singular = ("singular Gram matrices: " + "; ".join(poor),) if poor else ()
-        return (kept, *self.network.lines(), *shares, *singular)
+        return (kept, *covered, *self.network.lines(), *shares, *singular)
 
     @property
     def distortion(self) -> float | None:
