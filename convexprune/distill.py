@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from convexprune.network import Calibration, MaskKeeper, capture
 from convexprune.network.compare import behind, hooked, norms, rectified_modules
-from convexprune.network.forward import check_model, run, undisturbed
+from convexprune.network.forward import check_model, copied, run, undisturbed
 
 WHOLE: Final = ""  # the network's output among the layers' names: the root module's
 
@@ -87,8 +87,7 @@ def distill(
     batches = list(calibration)
     layers = capture(model, batches[:1], calibration.names)
     rectified = rectified_modules(layers)
-    with torch.inference_mode(False):  # what is copied under inference mode can never be trained
-        student = copy.deepcopy(pruned)
+    student = copied(pruned)
     _check_shared(model, student, rectified)
     pair = _Pair(model, student, batches, rectified, float(hints))
     if not pair.sizes or (hints == 0 and WHOLE not in pair.sizes):

@@ -6,7 +6,6 @@ what need not be kept is not, before the work begins. `network.traversal` then g
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final
@@ -88,7 +87,7 @@ def prune(
     _check_options(build, solver, allocation)
     calibration = Calibration.of(batches, names)
     tell = Teller(progress, calibration)
-    walk = Traversal(model, copy.deepcopy(model), calibration, mode, tell.captured)
+    walk = Traversal(model, calibration, mode, tell.captured)
     shares = None if allocation is None else allocation.shares(model, calibration, progress=progress)
     report = walked(walk, _stated(build, shares), solver, tell, shares)
     return walk.pruned, report

@@ -7,7 +7,6 @@ network scales the budget of the next, until the bound is just within the goal.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from numbers import Real
@@ -85,7 +84,7 @@ def prune_within(
     goal = goal if isinstance(goal, Goal) else Goal(goal)
     calibration = Calibration.of(batches, names)
     tell = Teller(progress, calibration)
-    walk = Traversal(model, copy.deepcopy(model), calibration, "parallel", tell.captured)
+    walk = Traversal(model, calibration, "parallel", tell.captured)
     sizes, whole = norms(model, calibration, walk.rectified)
     if whole is None or whole == 0:
         raise ValueError("the network's output is not one tensor, or is zero: a relative error of it means nothing")

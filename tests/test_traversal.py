@@ -60,7 +60,7 @@ def trim(layer):
 def test_the_passes_are_those_that_are_stated(mode, build):
     model, batches = Counting(), list(torch.randn(5, 8, 6))
     calibration = Calibration(batches)
-    walk = Traversal(model, Counting(), calibration, mode)
+    walk = Traversal(model, calibration, mode)
     stated = walk.passes
     model.counts = [0] * 7
     pruned, _ = cp.prune(model, calibration, build, cp.ADMM(max_iter=20), mode)
@@ -87,7 +87,7 @@ def test_a_search_surveys_and_captures_once():
 def test_layers_are_those_of_all_batches(mode):
     positive, negative = torch.rand(9, 4), -torch.rand(9, 4)
     for batches in ([positive, negative], [negative, positive]):
-        walk = Traversal(Branched(), Branched(), Calibration(batches), mode)
+        walk = Traversal(Branched(), Calibration(batches), mode)
         assert walk.modules == ["first", "late", "last"]
         _, report = cp.prune(Branched(), batches, half, mode=mode)
         assert [row.name for row in report.rows] == ["first", "late", "last"]
@@ -141,7 +141,7 @@ def test_layers_that_read_one_tensor_share_their_moments_and_go_together():
             return self.o(self.q(x) * self.k(x))
 
     model = Attention()
-    walk = Traversal(model, Attention(), Calibration([torch.randn(20, 6)]), "cascade")
+    walk = Traversal(model, Calibration([torch.randn(20, 6)]), "cascade")
     assert walk.survey.groups == [["q", "k"], ["o"]]
     found = {name: layers[0] for name, layers in walk.layers(keep=())}
     assert found["q"].gram is found["k"].gram
@@ -158,5 +158,5 @@ def test_what_is_read_differently_in_a_later_batch_goes_apart():
             return self.a(x) + self.b(x if float(x[0, 0]) > 0 else x.clone())
 
     batches = [torch.rand(9, 6), -torch.rand(9, 6)]
-    walk = Traversal(Odd(), Odd(), Calibration(batches), "cascade")
+    walk = Traversal(Odd(), Calibration(batches), "cascade")
     assert walk.survey.groups == [["a"], ["b"]]

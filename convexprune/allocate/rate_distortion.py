@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import json
 import os
@@ -18,7 +17,7 @@ from convexprune.bounds.additivity import Additivity
 from convexprune.curve import Curve
 from convexprune.layer import Layer
 from convexprune.network import Calibration, capture, directions, read, write
-from convexprune.network.forward import check_batches, run, tensors_in, undisturbed
+from convexprune.network.forward import check_batches, copied, run, tensors_in, undisturbed
 from convexprune.patterns import Unstructured
 from convexprune.problem import Solver
 from convexprune.problems import Reconstruction
@@ -84,7 +83,7 @@ class OutputChange:
 
     def prepared(self, model: nn.Module, batches: Sequence[Any], layers: Sequence[Layer]) -> Measured:
         """Keeps the dense outputs, and one copy of the model to try weights in."""
-        trial = copy.deepcopy(model)
+        trial = copied(model)
         dense = [_outputs(model, batch) for batch in batches]
 
         def measured(layer: Layer, problem: Reconstruction, x: Tensor) -> float:
@@ -116,7 +115,7 @@ def additivity(model: nn.Module, pruned: nn.Module, batches: Iterable[Any]) -> A
     if mine != its:
         odd = min(key for key in mine | its if mine.get(key) != its.get(key))
         raise ValueError(f"{odd!r} is not the same in both networks; give a network and its pruned copy")
-    trial = copy.deepcopy(model)
+    trial = copied(model)
     dense = torch.cat([_outputs(model, batch) for batch in batches])
     theirs = dict(pruned.named_modules())
 

@@ -23,6 +23,7 @@ from torch import nn
 from convexprune.layer import Layer
 from convexprune.network.calibration import Calibration
 from convexprune.network.capture import Gathering, layers_of, told_activations
+from convexprune.network.forward import copied
 from convexprune.network.matrices import Stack
 from convexprune.network.moment_accumulator import Account
 from convexprune.network.names import choose
@@ -44,19 +45,18 @@ class Passes:
 class Traversal:
     """The way through a network, layer by layer.
 
-    pruned  the copy whose layers are written while it is walked: in a cascade the next layer reads what it makes
+    pruned  a copy of the model whose layers are written while it is walked: in a cascade the next reads what it makes
 
     Raises ValueError for an unknown mode and for names that mean no layer that is called.
     """
 
-    def __init__(
-        self, model: nn.Module, pruned: nn.Module, calibration: Calibration, mode: str, tell: Tell | None = None
-    ) -> None:
+    def __init__(self, model: nn.Module, calibration: Calibration, mode: str, tell: Tell | None = None) -> None:
         if mode not in MODES:
             raise ValueError(f"mode is {mode!r}; it must be one of {MODES}")
-        self.model, self.pruned, self.calibration, self.mode = model, pruned, calibration, mode
+        self.model, self.calibration, self.mode = model, calibration, mode
         self.chosen = choose(model, calibration.names)
         self.told = told_activations(model, calibration)
+        self.pruned = copied(model)
         self._tell = tell or (lambda module, batch: None)
         self._gathered: list[Account] = []  # of a parallel walk
 
@@ -122,7 +122,7 @@ class Traversal:
         """The same walk with a fresh copy to write: no further survey, and in parallel mode no further pass."""
         self.survey  # noqa: B018   made once, for both
         other = copy.copy(self)
-        other.pruned = copy.deepcopy(self.model)
+        other.pruned = copied(self.model)
         other.__dict__.pop("_pruned_stacks", None)
         return other
 
