@@ -79,7 +79,8 @@ def copied(model: nn.Module) -> nn.Module:
                     place = ".".join(filter(None, (name, key)))
                     raise ValueError(
                         f"the model cannot be copied: {place} is a tensor that was computed (a pruning mask of "
-                        "torch.nn.utils.prune, an old weight norm, a cached feature); make it permanent (prune.remove, remove_weight_norm) or detach it first"
+                        "torch.nn.utils.prune, an old weight norm, a cached feature); make it permanent "
+                        "(prune.remove, remove_weight_norm) or detach it first"
                     ) from error
         raise ValueError(f"the model cannot be copied: {error}") from error
 
