@@ -249,6 +249,7 @@ def _row_from_json(content: dict[str, Any]) -> Row:
         seconds=content["seconds"],
         wanted=content.get("wanted"),
         repairs=content.get("repairs", False),
+        module=content.get("module", content["name"]),
         moments=_moments_from_json(content.get("moments")),
         trace=tuple(TracePoint(point["seconds"], _certificate_from_json(point)) for point in content["trace"]),
     )
