@@ -16,7 +16,16 @@ from convexprune.curve import Curve
 from convexprune.distill import Distilled, distill
 from convexprune.layer import Layer
 from convexprune.merge import merge
-from convexprune.network import MaskKeeper, capture, compact, load, reestimate_batch_norm, save, sensitivities
+from convexprune.network import (
+    MaskKeeper,
+    capture,
+    compact,
+    load,
+    reestimate_batch_norm,
+    register_kind,
+    save,
+    sensitivities,
+)
 from convexprune.patterns import NM, Blocks, PerRow, Support, Unstructured
 from convexprune.problem import judge
 from convexprune.problems import (
@@ -137,6 +146,7 @@ __all__ = [
     "random_inputs",
     "rate_distortion",
     "reestimate_batch_norm",
+    "register_kind",
     "save",
     "sensitivities",
     "solve",

@@ -26,7 +26,7 @@ ALLOWED = {
     "problems": BOTTOM,
     "solvers": BOTTOM,
     "bounds": BOTTOM,
-    "network": {"layer", "moments", "whole_file"},
+    "network": {"layer", "moments", "whole_file", "bounds"},
     "solve": {"problem", "solution"},
     "datasets": set(),
 }

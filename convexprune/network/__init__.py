@@ -5,11 +5,15 @@ from convexprune.network.capture import capture, count_calls
 from convexprune.network.compact import Compaction, compact
 from convexprune.network.files import load, read, save, write
 from convexprune.network.mask_keeper import MaskKeeper
+from convexprune.network.matrices import ConvolutionStack, LinearStack, Stack, register_kind
 from convexprune.network.sensitivity import directions, sensitivities
 
 __all__ = [
     "Compaction",
+    "ConvolutionStack",
+    "LinearStack",
     "MaskKeeper",
+    "Stack",
     "capture",
     "compact",
     "count_calls",
@@ -17,6 +21,7 @@ __all__ = [
     "load",
     "read",
     "reestimate_batch_norm",
+    "register_kind",
     "save",
     "sensitivities",
     "write",

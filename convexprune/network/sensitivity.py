@@ -20,8 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from convexprune.network.forward import tensors_in, undisturbed
-from convexprune.network.matrices import Stack, stack_of
-from convexprune.network.names import choose
+from convexprune.network.matrices import Stack
+from convexprune.network.names import choose, stacks
 
 
 def sensitivities(
@@ -36,14 +36,13 @@ def sensitivities(
     """
     if probes < 1:
         raise ValueError(f"probes is {probes}; it must be at least 1")
-    pairs = dict.fromkeys(pair for chosen in choose(model, names).values() for pair in chosen)
-    stacks = {module: stack_of(model.get_submodule(module)) for module, _ in pairs}
+    pairs, chosen = _chosen(model, names)
     sums: dict[str, Tensor] = {}
     samples = 0
     generator = torch.Generator().manual_seed(seed)
     with undisturbed(model):
         for batch in batches:
-            outputs, calls = _graph(model, batch, stacks)
+            outputs, calls = _graph(model, batch, chosen)
             samples += len(outputs)
             for _ in range(probes):
                 probe = torch.randn(outputs.shape, generator=generator).to(outputs)
@@ -52,9 +51,7 @@ def sensitivities(
                 )
                 for (name, _), grad in zip(calls, grads, strict=True):
                     if grad is not None:
-                        stack = stacks[name]
-                        assert stack is not None
-                        rows = stack.output_rows(grad.detach()).double().cpu()  # (items, positions, groups, width)
+                        rows = chosen[name].output_rows(grad.detach()).double().cpu()  # (items, positions, groups, out)
                         total = rows.square().sum((0, 1))
                         sums[name] = sums[name] + total if name in sums else total
     if not samples:
@@ -62,8 +59,8 @@ def sensitivities(
     found: dict[str, Tensor] = {}
     for module, layer in pairs:
         if module in sums:
-            each = stacks[module].names(module)  # type: ignore[union-attr]
-            found[layer] = sums[module][each.index(layer)] / (samples * probes)
+            group = chosen[module].names(module).index(layer)
+            found[layer] = sums[module][group] / (samples * probes)
     return found
 
 
@@ -75,26 +72,25 @@ def directions(
     Each g_r is the gradient of the outputs of some of the samples along a random direction: one backward pass over the
     data in all. The estimate's standard deviation is sqrt(2 / count) of it. P counts the bias.
     """
-    pairs = dict.fromkeys(pair for chosen in choose(model, names).values() for pair in chosen)
-    stacks = {module: stack for module, _ in pairs if (stack := stack_of(model.get_submodule(module))) is not None}
+    pairs, chosen = _chosen(model, names)
     total = sum(len(next(tensors_in(batch))) for batch in batches)
     if not total:
         raise ValueError("no batches; give at least one")
     found: dict[str, list[Tensor]] = {layer: [] for _, layer in pairs}
     generator = torch.Generator().manual_seed(seed)
-    parameters = [p for stack in stacks.values() for p in (stack.module.weight, stack.module.bias) if p is not None]
+    parameters = [p for stack in chosen.values() for p in (stack.weight, stack.bias) if p is not None]
     asked = [parameter.requires_grad for parameter in parameters]
     with undisturbed(model):
         try:
             for parameter in parameters:
                 parameter.requires_grad_(True)
             for part in _parts(batches, max(1, -(-total // count))):
-                outputs, _ = _graph(model, part, {})
+                outputs, _ = _graph(model, part, ())
                 probe = torch.randn(outputs.shape, generator=generator).to(outputs)
                 grads = torch.autograd.grad((outputs * probe).sum(), parameters, allow_unused=True)
                 known = dict(zip(map(id, parameters), grads, strict=True))
                 for module, layer in pairs:
-                    stack = stacks[module]
+                    stack = chosen[module]
                     found[layer].append(_gradient(stack, known, stack.names(module).index(layer)) / total**0.5)
         finally:
             for parameter, wanted in zip(parameters, asked, strict=True):
@@ -102,10 +98,18 @@ def directions(
     return {layer: torch.stack(parts) for layer, parts in found.items()}
 
 
+def _chosen(
+    model: nn.Module, names: Iterable[str] | str | None
+) -> tuple[dict[tuple[str, str], None], dict[str, Stack]]:
+    """The pairs (module, layer) that some names mean, in order, and each module's matrices."""
+    pairs, known = dict.fromkeys(pair for meant in choose(model, names).values() for pair in meant), stacks(model)
+    return pairs, {module: known[module] for module, _ in pairs}
+
+
 def _gradient(stack: Stack, known: Mapping[int, Tensor | None], group: int) -> Tensor:
     """(out, P), float32 on the CPU; 0 where the outputs do not depend on the layer."""
-    weight, bias = known[id(stack.module.weight)], stack.module.bias
-    weight = torch.zeros_like(stack.module.weight) if weight is None else weight
+    weight, bias = known[id(stack.weight)], stack.bias
+    weight = torch.zeros_like(stack.weight) if weight is None else weight
     matrix = stack.pack(weight.detach())[group].float().cpu()
     if bias is None:
         return matrix
@@ -129,7 +133,7 @@ def _parts(batches: Iterable[Any], size: int) -> Iterator[Any]:
             }
 
 
-def _graph(model: nn.Module, batch: Any, stacks: Mapping[str, Stack | None]) -> tuple[Tensor, list[tuple[str, Tensor]]]:
+def _graph(model: nn.Module, batch: Any, layers: Iterable[str]) -> tuple[Tensor, list[tuple[str, Tensor]]]:
     """The outputs with their graph, and the outputs of the layers in it, call by call."""
     calls: list[tuple[str, Tensor]] = []
 
@@ -140,7 +144,7 @@ def _graph(model: nn.Module, batch: Any, stacks: Mapping[str, Stack | None]) -> 
         return output.clone()  # what follows may overwrite it in place
 
     with ExitStack() as hooks, torch.inference_mode(False), torch.enable_grad():
-        for name in stacks:
+        for name in layers:
             hooks.callback(model.get_submodule(name).register_forward_hook(partial(keep, name)).remove)
         first = batch[0] if isinstance(batch, (tuple, list)) else batch
         outputs = model(first) if isinstance(first, Tensor) else model(**first)
