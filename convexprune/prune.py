@@ -105,9 +105,9 @@ def prune(
     for total, layer in _layers(mode, model, pruned, batches, names, options, tell):
         tell(Progress("solve", layer.name, len(rows), total))
         problem = state(layer)
-        rectified[layer.name.partition("[")[0]] = layer.activation == "relu"
+        rectified[layer.module] = layer.activation == "relu"
         if problem is not None:
-            _check_untied(pruned, layer.name, owners)
+            _check_untied(pruned, layer.module, owners)
         solution = None if problem is None else _written(pruned, layer.name, problem, solver)
         used = used or (solution.solver if solution else "")
         rows.append(_row(layer, read(pruned, layer.name), problem, solution))
@@ -161,13 +161,13 @@ def _layers(
     # one batch tells the order, what is behind each layer, and which layers read the same tensor: those go together
     first = capture(model, itertools.islice(batches, 1), names, **{**options, "keep_inputs": False})
     # a grouped convolution "conv" is the layers "conv[0]", "conv[1]", ...
-    modules = {layer.name: layer.name.partition("[")[0] for layer in first}
-    tensor = {modules[layer.name]: id(layer.gram) for layer in reversed(first)}  # by a module's first layer
+    modules = {layer.name: layer.module for layer in first}
+    tensor = {layer.module: id(layer.gram) for layer in reversed(first)}  # by a module's first layer
     counts = count_calls(model, batches, tensor)
     with undisturbed(model):
         steps = record(model, next(iter(batches)))
     known = {**options, "activations": {layer.name: layer.activation for layer in first}, "calls": counts}
-    for _, group in itertools.groupby(first, lambda layer: tensor[modules[layer.name]]):
+    for _, group in itertools.groupby(first, lambda layer: tensor[layer.module]):
         together = [layer.name for layer in group]
         module = modules[together[0]]
         known["residual"] = mode == "residual" and len({*map(modules.get, together)}) == 1 and summed(steps, module)
@@ -175,9 +175,8 @@ def _layers(
             yield len(first), layer
 
 
-def _check_untied(pruned: nn.Module, name: str, owners: dict[int, str]) -> None:
+def _check_untied(pruned: nn.Module, module: str, owners: dict[int, str]) -> None:
     """Of two layers with one parameter, writing the second would overwrite what the first was judged by."""
-    module = name.partition("[")[0]
     for parameter in pruned.get_submodule(module).parameters():
         owner = owners.setdefault(id(parameter), module)
         if owner != module:
@@ -198,7 +197,7 @@ def _written(pruned: nn.Module, name: str, problem: LayerProblem, solver: Solver
 def _row(layer: Layer, stored: Tensor, problem: LayerProblem | None, solution: Solution | None) -> Row:
     kept = stored[:, : layer.weight.shape[1]] != 0
     shape = kept.shape[0], kept.shape[1]
-    row = Row(layer.name, shape, int(kept.sum()), pattern=_grid(kept), repairs=layer.repairs)
+    row = Row(layer.name, shape, int(kept.sum()), pattern=_grid(kept), repairs=layer.repairs, module=layer.module)
     if problem is None or solution is None:
         return row
     errors = problem.output_errors(stored)

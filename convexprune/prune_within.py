@@ -22,6 +22,7 @@ from convexprune.layer import Layer
 from convexprune.network import capture
 from convexprune.network.compare import norms, rectified_modules
 from convexprune.network.forward import undisturbed
+from convexprune.network.names import stacks
 from convexprune.network.recording import record
 from convexprune.problem import LayerProblem, Solver
 from convexprune.problems import ErrorBudget, NetTrim
@@ -90,7 +91,7 @@ def prune_within(
     for _ in range(goal.rounds):
         solution = solve(replace(budget, goal=allowed))
         shares = dict(zip(rectified, (solution.x[:, 0] / budget.caps).clamp(0, 1).tolist(), strict=True))
-        state = lambda layer: build(layer, shares[layer.name.partition("[")[0]])  # noqa: B023, E731
+        state = lambda layer: build(layer, shares[layer.module])  # noqa: B023, E731
         network, report = prune(model, batches, state, solver, names=names, **options)
         if report.network.guaranteed is None:
             raise ValueError(f"the pruned network has no bound: {report.network.reason}")
@@ -122,8 +123,8 @@ def _budget(
         if found.total is None:
             raise ValueError(f"the network has no bound: {found.obstacle}")
         gains.append(found.total)
-    modules = dict(model.named_modules())
-    weights = [float(modules[name].weight.numel()) for name in rectified]
+    layers = stacks(model)
+    weights = [float(layers[name].weight.numel()) for name in rectified]
     caps = [max(sizes[name], 1e-30) for name in rectified]
     return ErrorBudget(torch.tensor(gains), torch.tensor(weights), torch.tensor(caps, dtype=torch.float64), goal)
 

@@ -42,7 +42,7 @@ def capture(
 
     model        left bit for bit as it was, also when it raises; run in eval mode, without gradients
     batches      tensors, or tuples and lists that begin with the input, or dicts of keyword arguments
-    names        names and fnmatch patterns of Linear, Conv1d and Conv2d modules; None: all that are called.
+    names        names and fnmatch patterns of Linears, convolutions, other kinds (`register_kind`); None: all called.
                  A grouped convolution "conv" is the layers "conv[0]", "conv[1]", ...
     dense        the targets y come from this network, the inputs x from `model` (a cascade); None: y = W x + b
     keep_inputs  keep the rows in Layer.inputs (and Layer.targets with `dense`), in the model's dtype
@@ -129,7 +129,7 @@ def _layers(
             behind = told.get(name, told.get(module, found))
             bias = None if biases is None else biases[group]
             layer = Layer.from_sums(weights[group], totals.read[group], bias, behind, name, aimed, inputs, targets)  # type: ignore[arg-type]
-            layers.append(replace(layer, kernel=stack.kernel))
+            layers.append(replace(layer, kernel=stack.kernel, module=module, group=group, groups=stack.groups))
     return layers
 
 
@@ -223,7 +223,7 @@ def _check_dense(dense: nn.Module, modules: Mapping[str, Stack]) -> None:
         other = stack_of(theirs[name]) if name in theirs else None
         if other is None:
             raise ValueError(f"layer {name!r} is not in the dense network; {suggestion(name, stacks(dense))}")
-        mine, its = tuple(stack.module.weight.shape), tuple(other.module.weight.shape)
+        mine, its = tuple(stack.weight.shape), tuple(other.weight.shape)
         if mine != its:
             raise ValueError(f"layer {name!r} has weights of shape {mine} in the model, {its} in the dense network")
 

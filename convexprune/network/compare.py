@@ -18,7 +18,7 @@ Rectified = Mapping[str, bool]  # module -> whether a ReLU is all that reads it:
 
 def rectified_modules(layers: Iterable[Layer]) -> dict[str, bool]:
     """The modules of captured layers, in forward order."""
-    return {layer.name.partition("[")[0]: layer.activation == "relu" for layer in layers}
+    return {layer.module: layer.activation == "relu" for layer in layers}
 
 
 def alone(model: nn.Module, pruned: nn.Module, batches: Iterable[Any], layers: Rectified) -> dict[str, Tensor]:
