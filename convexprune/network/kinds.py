@@ -76,6 +76,9 @@ ENTRYWISE: Final = (
 # ---- by the target of a torch.fx node ----
 
 FX_SUMS: Final = frozenset((operator.add, operator.iadd, torch.add))
+FX_POOLS: Final = frozenset(
+    (F.max_pool1d, F.max_pool2d, F.max_pool3d, F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d)
+)
 FX_ENTRYWISE: Final = frozenset(
     (F.relu, torch.relu, F.leaky_relu, F.elu, F.gelu, F.silu, F.relu6, F.hardswish, torch.sigmoid, torch.tanh,
      F.sigmoid, F.tanh, F.softplus)
