@@ -24,6 +24,7 @@ from convexprune.network import (
     compact,
     load,
     reestimate_batch_norm,
+    register_kind,
     save,
     sensitivities,
 )
@@ -163,6 +164,7 @@ __all__ = [
     "random_inputs",
     "rate_distortion",
     "reestimate_batch_norm",
+    "register_kind",
     "save",
     "sensitivities",
     "solve",

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from convexprune.network import Calibration, MaskKeeper, capture
 from convexprune.network.compare import behind, hooked, norms, rectified_modules
 from convexprune.network.forward import check_model, copied, run, undisturbed
+from convexprune.network.names import stacks
 
 WHOLE: Final = ""  # the network's output among the layers' names: the root module's
 
@@ -189,11 +190,11 @@ def _train(pair: _Pair, batches: list[Any], epochs: int, rate: float, seed: int)
 
 def _groups(student: nn.Module, names: Iterable[str], rate: float) -> list[dict[str, Any]]:
     """Each layer's weight and bias with its own step; a layer that is all zero, or tied to one before, is left out."""
-    modules, groups, seen = dict(student.named_modules()), [], set()
+    layers, groups, seen = stacks(student), [], set()
     for name in names:
-        weight = modules[name].weight.detach()
+        weight = layers[name].weight.detach()
         alive = weight[weight != 0]
-        parameters = [p for p in modules[name].parameters(recurse=False) if id(p) not in seen]
+        parameters = [p for p in layers[name].module.parameters(recurse=False) if id(p) not in seen]
         seen |= {id(parameter) for parameter in parameters}
         if len(alive) and parameters:
             groups.append({"params": parameters, "lr": rate * float(alive.double().square().mean().sqrt())})
@@ -201,10 +202,10 @@ def _groups(student: nn.Module, names: Iterable[str], rate: float) -> list[dict[
 
 
 def _check_shared(model: nn.Module, student: nn.Module, names: Iterable[str]) -> None:
-    dense, ours = dict(model.named_modules()), dict(student.named_modules())
+    dense, ours = stacks(model), stacks(student)
     for name in names:
         theirs = tuple(dense[name].weight.shape)
-        mine = tuple(ours[name].weight.shape) if isinstance(getattr(ours.get(name), "weight", None), Tensor) else None
+        mine = tuple(ours[name].weight.shape) if name in ours else None
         if mine != theirs:
             found = "has no such layer" if mine is None else f"has weights {mine}"
             raise ValueError(

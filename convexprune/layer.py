@@ -38,11 +38,16 @@ class Layer:
     targets: Tensor | None = field(default=None, repr=False)  # (samples, out)  y; None where y = W x + b
     kernel: int = 1  # kernel positions: inputs i, i + kernel, ... are one position of consecutive channels
     repairs: bool = False  # whether the targets also make good what the other branch of the sum behind it has lost
-    module: str = ""  # the module that it is, or a group of; its name where nothing else is said
     damping: float = 0.0  # the ridge that is in the moments, as a fraction of the mean diagonal of the Gram matrix
+    module: str = None  # type: ignore[assignment]  # the name of the module that it is in; the layer's unless given
+    group: int = 0  # which of the module's `groups` it is
+    groups: int = 1
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "module", self.module or self.name)
+        if self.module is None:
+            object.__setattr__(self, "module", self.name)
+        if not 0 <= self.group < self.groups:
+            raise ValueError(f"layer {self.name!r}: group is {self.group}, of {self.groups} groups")
         _check_weight(self.name, self.weight, self.bias)
         out, width = self.weight.shape
         expected = {

@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 from convexprune.network import capture, compact, write
 from convexprune.network.channels import ChannelGraph, Channels
 from convexprune.network.forward import check_model, copied, run, tensors_in, undisturbed
-from convexprune.network.kinds import FX_MONOTONE_NAMES, MONOTONE_NONEXPANSIVE
+from convexprune.network.kinds import FX_MONOTONE_NAMES, LINEARS, MONOTONE_NONEXPANSIVE
 from convexprune.problem import Solver
 from convexprune.problems import NeuronMerging, OptimalBrainSurgeon
 from convexprune.report.merges import MergedLayer, MergeReport
@@ -65,8 +65,9 @@ def merge(
     data = None if batches is None else list(batches)
     check_model(model)
     small = copied(model)
-    junctions = _junctions(small)
-    wanted = _wanted(junctions, names, keep)
+    graph = ChannelGraph(small)
+    junctions = _junctions(graph)
+    wanted = _wanted(junctions, names, keep, graph.unfollowed)
     rows: list[MergedLayer] = []
     for junction in junctions:
         if junction.maker in wanted:
@@ -136,26 +137,29 @@ def _survivors(keep: Any, name: str, count: int, merges: Merges) -> int:
     return min(share, count) if isinstance(share, int) else max(1, math.floor(share * count + 0.5))
 
 
-def _wanted(junctions: list[_Junction], names: Iterable[str] | None, keep: Any) -> set[str]:
+def _wanted(
+    junctions: list[_Junction], names: Iterable[str] | None, keep: Any, unfollowed: Mapping[str, str]
+) -> set[str]:
     able = [junction.maker for junction in junctions]
     if not able:
-        raise ValueError("no layer can merge: there is no Linear that only Linears read, through covered activations")
+        reasons = ["there is no Linear that only Linears read, through covered activations", *unfollowed.values()]
+        raise ValueError(f"no layer can merge: {'; '.join(reasons)}")
     chosen = set(able if names is None else names)
     if names is None and isinstance(keep, Mapping):
         chosen = set(keep)
     for name in chosen | (set(keep) if isinstance(keep, Mapping) else set()):
         if name not in able:
-            raise ValueError(f"the neurons of {name!r} cannot merge; those of {', '.join(map(repr, able))} can")
+            why = f" ({unfollowed[name]})" if name in unfollowed else ""
+            raise ValueError(f"the neurons of {name!r} cannot merge{why}; those of {', '.join(map(repr, able))} can")
     return chosen
 
 
-def _junctions(model: nn.Module) -> list[_Junction]:
-    graph = ChannelGraph(model)
+def _junctions(graph: ChannelGraph) -> list[_Junction]:
     found = []
     for channels in graph.groups:
         if not channels.frozen and len(channels.makers) == 1 and not channels.passers and channels.readers:
             maker = channels.makers[0]
-            if isinstance(graph.modules[maker], nn.Linear) and _read_by_linears(graph, channels, maker):
+            if isinstance(graph.modules[maker], LINEARS) and _read_by_linears(graph, channels, maker):
                 readers = tuple(dict.fromkeys(reader.module for reader in channels.readers))
                 found.append(_Junction(maker, readers))
     return found
@@ -164,7 +168,7 @@ def _junctions(model: nn.Module) -> list[_Junction]:
 def _read_by_linears(graph: ChannelGraph, channels: Channels, maker: str) -> bool:
     paths = set()
     for reader in channels.readers:
-        if not isinstance(graph.modules[reader.module], nn.Linear) or reader.repeat != 1:
+        if not isinstance(graph.modules[reader.module], LINEARS) or reader.repeat != 1:
             return False
         node, path = reader.node.all_input_nodes[0], []
         while str(node.target) != maker or node.op != "call_module":

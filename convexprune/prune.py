@@ -253,7 +253,7 @@ def _written(pruned: nn.Module, name: str, problem: LayerProblem, solver: Solver
 def _row(layer: Layer, stored: Tensor, problem: LayerProblem | None, solution: Solution | None) -> Row:
     kept = stored[:, : layer.weight.shape[1]] != 0
     shape = kept.shape[0], kept.shape[1]
-    row = Row(layer.name, shape, int(kept.sum()), pattern=_grid(kept), repairs=layer.repairs)
+    row = Row(layer.name, shape, int(kept.sum()), pattern=_grid(kept), repairs=layer.repairs, module=layer.module)
     if problem is None or solution is None:
         return row
     errors = problem.output_errors(stored)

@@ -123,6 +123,6 @@ def _budget(walk: Traversal, sizes: Mapping[str, float], goal: float) -> ErrorBu
         if found.total is None:
             raise ValueError(f"the network has no bound: {found.obstacle}")
         gains.append(found.total)
-    weights = [float(walk.chosen.stacks[name].module.weight.numel()) for name in walk.modules]
+    weights = [float(walk.chosen.stacks[name].weight.numel()) for name in walk.modules]
     caps = [max(sizes[name], 1e-30) for name in walk.modules]
     return ErrorBudget(torch.tensor(gains), torch.tensor(weights), torch.tensor(caps, dtype=torch.float64), goal)

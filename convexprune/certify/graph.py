@@ -26,8 +26,10 @@ from torch import Tensor, nn
 
 from convexprune.bounds.gains import Operator
 from convexprune.bounds.propagation import ByChannel, Rule, Spread
-from convexprune.certify.operations import COPIES, Uncovered, carried, changed, norm_scale, operator
+from convexprune.certify.operations import COPIES, Uncovered, carried, changed, norm_scale
 from convexprune.network.kinds import SUMS
+from convexprune.network.matrices import Stack
+from convexprune.network.names import stacks
 from convexprune.network.recording import Record, Step
 from convexprune.network.residual import FAINT
 
@@ -52,14 +54,14 @@ class Propagation:
 
     def __init__(self, pruned: nn.Module, record: Record, mode: str) -> None:
         self.record, self.mode = record, mode
-        self.modules = dict(pruned.named_modules())
+        self.modules, self.stacks = dict(pruned.named_modules()), stacks(pruned)
         held = (parameter for module in pruned.modules() for parameter in module._parameters.values())
         self.holders = Counter(id(parameter) for parameter in held if parameter is not None)
         self.operators: dict[Any, Operator] = {}  # they remember their norms, which are the work
 
     def bound(self, own: Mapping[str, Spread], rule: Rule | None = None) -> GraphBound:
         """From each module's own error; a module that is not there is as it was. Without `rule`, `ByChannel`."""
-        walk = _Walk(self.modules, self.operators, own, self.mode != "parallel", rule or ByChannel())
+        walk = _Walk(self.modules, self.stacks, self.operators, own, self.mode != "parallel", rule or ByChannel())
         order = {name: index for index, name in enumerate(own)}  # in which they were pruned
         latest: dict[int, int] = {}  # of the layers that a tensor depends on
         spreads: dict[int, Spread] = {}
@@ -115,23 +117,22 @@ class _Walk:
     """What is the same at every step."""
 
     modules: Mapping[str, Any]
+    stacks: Mapping[str, Stack]
     operators: dict[Any, Operator]
     own: Mapping[str, Spread]
     cascade: bool
     rule: Rule
 
     def layer(self, name: str, step: Step, before: Spread) -> Spread:
-        """A whole Linear or convolution."""
-        own = self.own.get(name, Spread(0.0))
-        module = self.modules[name]
-        if module._forward_hooks:
+        """A whole Linear or convolution, or a module of another kind that is a matrix."""
+        own, stack = self.own.get(name, Spread(0.0)), self.stacks[name]
+        if stack.module._forward_hooks:
             raise Uncovered(f"{step.place} has forward hooks, and is not covered")
-        linear = isinstance(module, nn.Linear)
-        if own.channels is not None and len(own.channels) < (module.out_features if linear else module.out_channels):
+        if own.channels is not None and len(own.channels) < stack.outputs:
             if self.cascade and (before.total > 0 or own.repair):
                 raise Uncovered(f"{step.place}: some of its groups were judged on the pruned inputs and some were not")
             own = own.plain()
-        batched = len(step.sizes[0]) == (2 if linear else len(module.kernel_size) + 2)
+        batched = stack.channel_axis(len(step.sizes[0])) == 1
         if not batched:  # of tokens, and of a single image, the second axis is no channel
             own, before = replace(own.plain(), repair=own.repair), before.plain()
         if self.cascade and name in self.own:
@@ -139,7 +140,10 @@ class _Walk:
         if before.total == 0:
             return own
         if name not in self.operators:
-            self.operators[name] = operator(module, step)
+            operator = stack.operator(step.sizes[0])
+            if operator is None:
+                raise Uncovered(f"{step.place}: no gain is known of this layer")
+            self.operators[name] = operator
         through = self.rule.through(self.operators[name], before)
         if not batched:
             return own.plus(through).plain()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,8 @@ from convexprune.bounds.input_sets import Ball, Box
 from convexprune.bounds.relaxation import ChainPair
 from convexprune.network.forward import run, undisturbed
 from convexprune.network.kinds import DROPOUT, MOVED_AXES, RESHAPING
+from convexprune.network.matrices import LinearStack, Stack
+from convexprune.network.names import stacks
 from convexprune.network.predict import rule_name
 from convexprune.network.recording import Recorder, Step
 
@@ -144,20 +146,21 @@ def _chain(model: nn.Module, x: Tensor, whose: str) -> tuple[list[Tensor], list[
     with Recorder(model) as recorder:
         (current,) = recorder.numbers(x)
         output = run(model, x)
-    modules = dict(model.named_modules())
+    layers = stacks(model)
     blocks: list[tuple[Tensor, Tensor]] = []
     bent = False  # whether a ReLU came after the last of the blocks
     for step in recorder.steps:
         if step.reads != (current,) or len(step.makes) != 1:
             raise ValueError(f"{whose}: {step.place} joins or splits tensors; {COVERED}")
         (current,) = step.makes
-        if step.layer is not None and modules[step.layer]._forward_hooks:
+        stack = None if step.layer is None else layers[step.layer]
+        if stack is not None and stack.module._forward_hooks:
             raise ValueError(f"{whose}: {step.place} has forward hooks; {COVERED}")
         if step.operation == "relu":
             blocks = blocks or [_identity(math.prod(step.sizes[0][1:]))]
             bent = True
-        elif step.layer is not None and isinstance(modules[step.layer], nn.Linear) and len(step.sizes[0]) == 2:
-            block = _block(modules[step.layer])
+        elif isinstance(stack, LinearStack) and len(step.sizes[0]) == 2:
+            block = _block(stack)
             blocks = [*blocks, block] if bent or not blocks else [*blocks[:-1], _after(blocks[-1], block)]
             bent = False
         elif not _passes(step):
@@ -179,10 +182,9 @@ def _passes(step: Step) -> bool:
     return bool(after) and before[0] == after[0] and math.prod(before) == math.prod(after)
 
 
-def _block(module: Any) -> tuple[Tensor, Tensor]:
-    weight = module.weight.detach().cpu().double()
-    bias = weight.new_zeros(len(weight)) if module.bias is None else module.bias.detach().cpu().double()
-    return weight, bias
+def _block(stack: Stack) -> tuple[Tensor, Tensor]:
+    weight, biases = stack.weights()[0].cpu().double(), stack.biases()
+    return weight, weight.new_zeros(len(weight)) if biases is None else biases[0].cpu().double()
 
 
 def _identity(width: int) -> tuple[Tensor, Tensor]:

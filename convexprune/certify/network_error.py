@@ -72,7 +72,7 @@ def own_errors(rows: Sequence[Row]) -> dict[str, Spread]:
     judged: dict[str, list[Row]] = {}
     for row in rows:
         if row.error is not None and not row.left_dense:
-            judged.setdefault(row.name.partition("[")[0], []).append(row)
+            judged.setdefault(row.module, []).append(row)
     found = {}
     for module, parts in judged.items():
         every = [part.errors for part in parts]

@@ -7,11 +7,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Final
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from convexprune.bounds.gains import ConvolutionOperator, LinearOperator, Operator, pooling_gain
+from convexprune.bounds.gains import pooling_gain
 from convexprune.bounds.propagation import Rule, Spread
 from convexprune.network.kinds import (
+    AVERAGE_POOLS,
     BATCH_NORMS,
     DROPOUT,
     DUPLICATES,
@@ -19,6 +20,7 @@ from convexprune.network.kinds import (
     NONEXPANSIVE,
     ORDERED,
     PARTS,
+    POOLED_AXES,
     POOLS,
     RESHAPING,
     SUMS,
@@ -54,7 +56,7 @@ def carried(step: Step, module: Any, reads: Sequence[Spread], rule: Rule) -> Spr
     if name == "batch_norm":
         scale = norm_scale(module, step)
         return before.folded(scale) if before.folded else rule.scaled(scale, before)
-    if name.startswith(("max_pool", "avg_pool")) and computes(module, POOLS):
+    if name in POOLED_AXES and computes(module, POOLS):
         through = before.times(_pooling(module, step))
         return through if _batched(step) else through.plain()
     if name in MEANS and len(step.sizes) == 2:
@@ -75,33 +77,19 @@ def norm_scale(module: Any, step: Step) -> Tensor:
     return scale
 
 
-def operator(module: Any, step: Step) -> Operator:
-    """A Linear or a convolution without its bias, on inputs of the size that the step has read."""
-    if isinstance(module, nn.Linear):
-        return LinearOperator(module.weight)
-    unpadded = isinstance(module.padding, tuple) and not any(module.padding)
-    if isinstance(module, (nn.Conv1d, nn.Conv2d)) and (module.padding_mode == "zeros" or unpadded):
-        reach = [d * (k - 1) + 1 for d, k in zip(module.dilation, module.kernel_size, strict=True)]
-        # "same" pads by the dilated kernel less one in all
-        room = [2 * p for p in module.padding] if isinstance(module.padding, tuple) else [r - 1 for r in reach]
-        torus = [max(s + p, r) for s, p, r in zip(step.sizes[0][-len(reach) :], room, reach, strict=True)]
-        return ConvolutionOperator(module.weight, torus, module.dilation, module.groups)
-    raise Uncovered(f"{step.place}: no gain is known of this layer")
-
-
 def _batched(step: Step) -> bool:
     """Whether a pool has read (samples, channels, ...); torch takes a tensor of one axis less for a single image."""
-    return len(step.sizes[0]) == (3 if "1d" in step.operation else 4)
+    return len(step.sizes[0]) == POOLED_AXES[step.operation] + 2
 
 
 def _pooling(module: Any, step: Step) -> float:
     """The gain of a pooling module."""
-    planes = 1 if isinstance(module, (nn.MaxPool1d, nn.AvgPool1d)) else 2
+    planes = POOLED_AXES[step.operation]
     sizes = {key: getattr(module, key, 1) for key in ("kernel_size", "stride", "dilation")}
     kernel, stride, dilation = ((size,) * planes if isinstance(size, int) else size for size in sizes.values())
     if getattr(module, "divisor_override", None):
         raise Uncovered(f"{step.place} divides by its divisor_override, and is not covered")
-    average = isinstance(module, (nn.AvgPool1d, nn.AvgPool2d))
+    average = isinstance(module, AVERAGE_POOLS)
     # a window that hangs over the edge may divide by fewer entries than it has
     whole = not module.ceil_mode and (getattr(module, "count_include_pad", True) or not _any(module.padding))
     return pooling_gain(kernel, stride, dilation, average and whole)
@@ -116,7 +104,7 @@ def _mean(step: Step, before: Spread) -> Spread:
     many, few = (math.prod(size) for size in step.sizes)
     share = 1 / math.sqrt(many / max(few, 1))
     if step.operation != "mean":
-        maps = slice(-1 if "1d" in step.operation else -2, None)
+        maps = slice(-POOLED_AXES[step.operation], None)
         wide, narrow = (size[maps] for size in step.sizes)
         if 0 in narrow or any(a % b for a, b in zip(wide, narrow, strict=True)):
             raise Uncovered(f"{step.place} averages windows that overlap, and is not covered")

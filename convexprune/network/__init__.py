@@ -6,18 +6,23 @@ from convexprune.network.capture import capture
 from convexprune.network.compact import Compaction, compact
 from convexprune.network.files import load, read, save, write
 from convexprune.network.mask_keeper import MaskKeeper
+from convexprune.network.matrices import ConvolutionStack, LinearStack, Stack, register_kind
 from convexprune.network.sensitivity import directions, sensitivities
 
 __all__ = [
     "Calibration",
     "Compaction",
+    "ConvolutionStack",
+    "LinearStack",
     "MaskKeeper",
+    "Stack",
     "capture",
     "compact",
     "directions",
     "load",
     "read",
     "reestimate_batch_norm",
+    "register_kind",
     "save",
     "sensitivities",
     "write",

@@ -167,7 +167,9 @@ def layers_of(
                 inputs=None if totals.inputs is None else totals.inputs[group],
                 targets=None if totals.targets is None else totals.targets[group],
             )
-            layers.append(replace(layer, kernel=stack.kernel, repairs=residual, module=module))
+            layers.append(
+                replace(layer, kernel=stack.kernel, repairs=residual, module=module, group=group, groups=stack.groups)
+            )
     return layers
 
 
@@ -245,7 +247,7 @@ def _check_dense(dense: nn.Module, modules: Mapping[str, Stack]) -> None:
         other = stack_of(theirs[name]) if name in theirs else None
         if other is None:
             raise ValueError(f"layer {name!r} is not in the dense network; {suggestion(name, stacks(dense))}")
-        mine, its = tuple(stack.module.weight.shape), tuple(other.module.weight.shape)
+        mine, its = tuple(stack.weight.shape), tuple(other.weight.shape)
         if mine != its:
             raise ValueError(f"layer {name!r} has weights of shape {mine} in the model, {its} in the dense network")
 

@@ -13,20 +13,24 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.nn import functional as F
 
 from convexprune.network.kinds import (
     ADAPTIVE_POOLS,
+    AVERAGE_POOLS,
     BATCH_NORMS,
     CONVOLUTIONS,
     DROPOUT_MODULES,
     ENTRYWISE,
     FX_ENTRYWISE,
     FX_ENTRYWISE_METHODS,
+    FX_POOLS,
     FX_SUMS,
+    LINEARS,
     POOLS,
     batch_norm_scale,
+    computes,
 )
+from convexprune.network.matrices import stack_of
 
 
 @dataclass(eq=False)
@@ -59,20 +63,32 @@ class Value:
     channels: Channels
     repeat: int
     constant: Tensor
-    flat: bool  # no positions behind the channels
+    planes: int  # axes of positions behind the channels; 0 in a plain matrix
+
+
+class LayerTracer(fx.Tracer):
+    """Looks into no layer, of whatever kind."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        """Also those outside torch.nn."""
+        return stack_of(m) is not None or super().is_leaf_module(m, module_qualified_name)
 
 
 class ChannelGraph:
-    """The channels of a traced model. Raises ValueError where the model cannot be traced."""
+    """The channels of a traced model. Raises ValueError where the model cannot be traced.
+
+    unfollowed  layer -> why nothing is known of its channels: it is of a kind that is not listed here
+    """
 
     def __init__(self, model: nn.Module, silent: dict[str, Tensor] | None = None) -> None:
         try:
-            self.graph = fx.Tracer().trace(model)
+            self.graph = LayerTracer().trace(model)
         except Exception as error:  # whatever a model's forward does with the tracer's proxies
             raise ValueError(f"the model cannot be traced, so its channels are not known: {error}") from error
         self.modules = dict(model.named_modules())
         self.silent = silent or {}  # node name -> (C,) bool: a ReLU that never fires
         self.values: dict[fx.Node, Value | None] = {}
+        self.unfollowed: dict[str, str] = {}
         self._groups: list[Channels] = []
         self._merged: dict[int, Channels] = {}
         called: dict[str, int] = {}
@@ -120,7 +136,7 @@ class ChannelGraph:
             return None
         if node.name in self.silent:
             found = Value(
-                found.channels, found.repeat, torch.where(self.silent[node.name], 0.0, found.constant), found.flat
+                found.channels, found.repeat, torch.where(self.silent[node.name], 0.0, found.constant), found.planes
             )
         return found
 
@@ -128,33 +144,38 @@ class ChannelGraph:
         name = str(node.target)
         module = self.modules[name]
         value = inputs[0] if inputs else None
-        if isinstance(module, nn.Linear):
-            return self._made(node, module, value, module.out_features, True)
-        if isinstance(module, CONVOLUTIONS):
+        if computes(module, LINEARS):
+            return self._made(node, module, value, module.out_features, 0)
+        if computes(module, CONVOLUTIONS):
+            planes = len(module.kernel_size)
             if module.groups == 1:
-                return self._made(node, module, value, module.out_channels, False)
+                return self._made(node, module, value, module.out_channels, planes)
             if value is not None and module.groups == module.in_channels == module.out_channels and value.repeat == 1:
                 return self._depthwise(name, module, value)
             self._freeze([value], f"{name} has groups")
-            return self._made(node, module, None, module.out_channels, False, f"{name} has groups")
+            return self._made(node, module, None, module.out_channels, planes, f"{name} has groups")
+        if stack_of(module) is not None:
+            self.unfollowed[name] = f"{name} is a {type(module).__name__}, a kind whose channels are not followed"
+            self._freeze(inputs, self.unfollowed[name])
+            return None
         if value is None:
             return None
         if isinstance(module, BATCH_NORMS) and value.repeat == 1 and module.running_var is not None:
             self.find(value.channels).passers.append(name)
             self._once(name, value)
-            return Value(value.channels, 1, _normed(module, value.constant), value.flat)
+            return Value(value.channels, 1, _normed(module, value.constant), value.planes)
         if isinstance(module, (*ENTRYWISE, *DROPOUT_MODULES, nn.AlphaDropout)):
             same = isinstance(module, (*DROPOUT_MODULES, nn.AlphaDropout))
             return Value(
-                value.channels, value.repeat, value.constant if same else _applied(module, value.constant), value.flat
+                value.channels, value.repeat, value.constant if same else _applied(module, value.constant), value.planes
             )
         if isinstance(module, (*POOLS, *ADAPTIVE_POOLS)) and value.repeat == 1:
             padded = getattr(module, "padding", 0)
-            zeros = isinstance(module, (nn.AvgPool1d, nn.AvgPool2d)) and padded not in (0, (0,), (0, 0))
+            zeros = isinstance(module, AVERAGE_POOLS) and padded not in (0, (0,), (0, 0), (0, 0, 0))
             kept = torch.where(value.constant == 0, 0.0, torch.nan) if zeros else value.constant
-            return Value(value.channels, 1, kept, value.flat)
+            return Value(value.channels, 1, kept, value.planes)
         if isinstance(module, nn.Flatten) and module.start_dim == 1 and module.end_dim == -1:
-            return Value(value.channels, value.repeat if value.flat else 0, value.constant, True)
+            return Value(value.channels, 0 if value.planes else value.repeat, value.constant, 0)
         return None
 
     def _function(self, node: fx.Node, inputs: list[Value | None]) -> Value | None:
@@ -166,13 +187,13 @@ class ChannelGraph:
             return None
         if function in FX_ENTRYWISE:
             apply = lambda x: function(x, *node.args[1:], **{k: v for k, v in node.kwargs.items() if k != "inplace"})  # noqa: E731
-            return Value(value.channels, value.repeat, _applied(apply, value.constant), value.flat)
+            return Value(value.channels, value.repeat, _applied(apply, value.constant), value.planes)
         if function is torch.flatten and (*node.args[1:], *node.kwargs.values()) == (1,):
-            return Value(value.channels, value.repeat if value.flat else 0, value.constant, True)
+            return Value(value.channels, 0 if value.planes else value.repeat, value.constant, 0)
         if function is torch.mean:
             return self._averaged(value, node)
-        if function in (F.max_pool2d, F.max_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool1d) and value.repeat == 1:
-            return Value(value.channels, 1, value.constant, value.flat)
+        if function in FX_POOLS and value.repeat == 1:
+            return Value(value.channels, 1, value.constant, value.planes)
         return None
 
     def _method(self, node: fx.Node) -> Value | None:
@@ -183,32 +204,35 @@ class ChannelGraph:
             return None
         if node.target in FX_ENTRYWISE_METHODS:
             apply = getattr(torch, str(node.target).rstrip("_"))
-            return Value(value.channels, value.repeat, _applied(apply, value.constant), value.flat)
+            return Value(value.channels, value.repeat, _applied(apply, value.constant), value.planes)
         if node.target == "flatten" and (*node.args[1:], *node.kwargs.values()) == (1,):
-            return Value(value.channels, value.repeat if value.flat else 0, value.constant, True)
+            return Value(value.channels, 0 if value.planes else value.repeat, value.constant, 0)
         if node.target in ("view", "reshape") and len(node.args) == 3 and node.args[2] == -1:  # (samples, -1)
-            return Value(value.channels, value.repeat if value.flat else 0, value.constant, True)
+            return Value(value.channels, 0 if value.planes else value.repeat, value.constant, 0)
         if node.target in ("mean", "amax"):
             return self._averaged(value, node)
         return None
 
     def _averaged(self, value: Value, node: fx.Node) -> Value | None:
         """A mean or maximum over all the positions of a convolution's output."""
-        axes = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else None)
-        if value.flat or value.repeat != 1 or tuple(axes if isinstance(axes, Iterable) else (axes,)) not in (
-            (2, 3), (-2, -1), (-1, -2), (2,), (-1,),
-        ):  # fmt: skip
+        given: Any = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else None)
+        axes = tuple(given) if isinstance(given, Iterable) else (given,)
+        if not value.planes or value.repeat != 1 or not all(isinstance(axis, int) for axis in axes):
+            return None
+        if sorted(axis % (value.planes + 2) for axis in axes) != [*range(2, value.planes + 2)]:
             return None
         spread = len(node.args) > 2 or bool(node.kwargs.get("keepdim"))
-        return Value(value.channels, 1, value.constant, not spread)
+        return Value(value.channels, 1, value.constant, value.planes if spread else 0)
 
-    def _made(self, node: fx.Node, module: Any, value: Value | None, count: int, flat: bool, frozen: str = "") -> Value:
+    def _made(
+        self, node: fx.Node, module: Any, value: Value | None, count: int, planes: int, frozen: str = ""
+    ) -> Value:
         name = str(node.target)
         if value is not None:
             group = self.find(value.channels)
-            inputs = module.in_features if flat else module.in_channels
+            inputs = module.in_channels if planes else module.in_features
             repeat = value.repeat or inputs // group.count
-            if repeat * group.count != inputs or value.flat != flat or (not flat and repeat != 1):
+            if repeat * group.count != inputs or value.planes != planes or (planes and repeat != 1):
                 self._freeze([value], f"{name} reads {inputs} inputs of {group.count} channels")
             elif id(module.weight) in self._tied:
                 self._freeze([value], f"{name} shares its weights with another module")
@@ -224,7 +248,7 @@ class ChannelGraph:
         weight = module.weight.detach().double().flatten(1)
         bias = torch.zeros(count, dtype=torch.float64) if module.bias is None else module.bias.detach().double().cpu()
         constant = torch.where((weight == 0).all(1).cpu(), bias, torch.nan)
-        return Value(made, 1, constant, flat)
+        return Value(made, 1, constant, planes)
 
     def _depthwise(self, name: str, module: Any, value: Value) -> Value:
         self.find(value.channels).passers.append(name)
@@ -238,11 +262,11 @@ class ChannelGraph:
         through = torch.where(
             (value.constant == 0) | torch.tensor(unpadded(module)), value.constant * kernel + bias, torch.nan
         )
-        return Value(value.channels, 1, torch.where(silent, bias, through), value.flat)
+        return Value(value.channels, 1, torch.where(silent, bias, through), value.planes)
 
     def _summed(self, inputs: list[Value | None]) -> Value | None:
         left, right = inputs
-        if left is None or right is None or left.repeat != right.repeat or left.flat != right.flat:
+        if left is None or right is None or left.repeat != right.repeat or left.planes != right.planes:
             return None
         one, other = self.find(left.channels), self.find(right.channels)
         if one.count != other.count:
@@ -253,7 +277,7 @@ class ChannelGraph:
             one.passers += other.passers
             one.readers += other.readers
             self._merged[id(other)] = one
-        return Value(one, left.repeat, left.constant + right.constant, left.flat)
+        return Value(one, left.repeat, left.constant + right.constant, left.planes)
 
     def _once(self, name: str, value: Value) -> None:
         if self.called[name] > 1:

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from convexprune.network.channels import ChannelGraph, Channels, unpadded
+from convexprune.network.channels import ChannelGraph, Channels, LayerTracer, unpadded
 from convexprune.network.forward import check_model, copied, undisturbed
-from convexprune.network.kinds import CONVOLUTIONS, FX_ENTRYWISE
+from convexprune.network.kinds import CONVOLUTIONS, FX_ENTRYWISE, LINEARS
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ def compact(
     removed: dict[str, int] = {}
     while True:  # a neuron that loses its last input is a constant itself
         graph = ChannelGraph(small, None if data is None else _silent(small, data))
-        progress, left = False, []
+        progress, left = False, list(graph.unfollowed.values())
         for channels in graph.groups:
             gone, why = _removable(graph, channels, round_to)
             if why:
@@ -123,7 +123,7 @@ def _take_out(graph: ChannelGraph, channels: Channels, gone: Tensor) -> None:
                 module.bias = nn.Parameter((old + shift).to(module.weight))
             columns = stays.repeat_interleave(reader.repeat)
             module.weight = nn.Parameter(module.weight[:, columns.to(module.weight.device)].clone())
-            if isinstance(module, nn.Linear):
+            if isinstance(module, LINEARS):
                 module.in_features = module.weight.shape[1]
             else:
                 module.in_channels = module.weight.shape[1]
@@ -143,7 +143,7 @@ def _narrow(module: Any, stays: Tensor) -> None:
             setattr(module, key, nn.Parameter(part, requires_grad=value.requires_grad))
         else:
             setattr(module, key, part)
-    if isinstance(module, nn.Linear):
+    if isinstance(module, LINEARS):
         module.out_features = count
     elif isinstance(module, CONVOLUTIONS):
         if module.groups > 1:  # depthwise
@@ -175,7 +175,7 @@ class _Watch(fx.Interpreter):
 
 def _silent(model: nn.Module, batches: list[Any]) -> dict[str, Tensor]:
     """ReLU node -> (C,) bool: channels that are 0 on all the batches."""
-    watch = _Watch(fx.GraphModule(model, fx.Tracer().trace(model)))
+    watch = _Watch(fx.GraphModule(model, LayerTracer().trace(model)))
     with undisturbed(model), torch.no_grad():
         for batch in batches:
             watch.run(batch[0] if isinstance(batch, (tuple, list)) else batch)

@@ -9,7 +9,7 @@ from typing import Final
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from convexprune.network.matrices import KIND_NAMES, stack_of
+from convexprune.network.matrices import kind_names, stack_of
 
 COVERED: Final = ""
 SHOWN: Final = 4  # tensors that a sentence names of each reason
@@ -90,7 +90,8 @@ def check_counted(counts: Mapping[str, int], pruned: Iterable[str]) -> None:
 
 
 def _why(places: list[tuple[str, str, nn.Module]], walked: Collection[str], chosen: Collection[str]) -> str:
-    layers = [path for path, key, module in places if key == "weight" and stack_of(module) is not None]
+    found = [(path, key, stack_of(module)) for path, key, module in places]
+    layers = [path for path, key, stack in found if stack is not None and key == stack.weight_name]
     if any(path in walked for path in layers):
         return COVERED
     if any(path in chosen for path in layers):
@@ -102,7 +103,7 @@ def _why(places: list[tuple[str, str, nn.Module]], walked: Collection[str], chos
         return "an embedding table"
     if is_parametrized(module) or path.rpartition(".")[0].endswith("parametrizations") or key.endswith("_orig"):
         return "computed by a parametrization"
-    if any(kind.__name__ in KIND_NAMES.split(", ") for kind in type(module).__mro__):
+    if any(kind.__name__ in kind_names().split(", ") for kind in type(module).__mro__):
         return "in a layer with a forward of its own"
     return f"no layer kind for the {key} of a {type(module).__name__}"
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from convexprune.network.weights import find
+from convexprune.network.names import find
 from convexprune.whole_file import write_whole
 
 _ALIASES = "aliases"

@@ -27,10 +27,14 @@ DROPOUT: Final = frozenset(("dropout", "dropout1d", "dropout2d", "dropout3d", "a
 """Dropout that is off; one that is on is recorded as "dropout in training"."""
 ADDITIONS: Final = frozenset(("add", "iadd", "radd"))
 SUMS: Final = ADDITIONS | {"sub", "isub"}
-MEANS: Final = frozenset(("mean", "adaptive_avg_pool1d", "adaptive_avg_pool2d"))
-MAXIMA: Final = frozenset(
-    ("max_pool1d", "max_pool2d", "max_pool3d", "adaptive_max_pool1d", "adaptive_max_pool2d", "adaptive_max_pool3d")
-)
+POOLED_AXES: Final = {
+    f"{pool}{axes}d": axes
+    for pool in ("max_pool", "avg_pool", "adaptive_max_pool", "adaptive_avg_pool")
+    for axes in (1, 2, 3)
+}
+"""Over how many of the last axes a pool works."""
+MAXIMA: Final = frozenset(name for name in POOLED_AXES if "max" in name)
+MEANS: Final = frozenset(("mean", *(name for name in POOLED_AXES if "adaptive_avg" in name)))
 NONEXPANSIVE: Final = frozenset(
     ("relu", "relu6", "tanh", "sigmoid", "hardtanh", "hardsigmoid", "softplus", "softsign", "abs")
 )
@@ -50,10 +54,15 @@ LOOKS: Final = frozenset(
 # ---- by module ----
 
 BATCH_NORMS: Final = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
-CONVOLUTIONS: Final = (nn.Conv1d, nn.Conv2d)
+LINEARS: Final = (nn.Linear,)
+CONVOLUTIONS: Final = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 DROPOUT_MODULES: Final = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
-POOLS: Final = (nn.MaxPool1d, nn.MaxPool2d, nn.AvgPool1d, nn.AvgPool2d)
-ADAPTIVE_POOLS: Final = (nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d)
+AVERAGE_POOLS: Final = (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d)
+POOLS: Final = (nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, *AVERAGE_POOLS)
+ADAPTIVE_POOLS: Final = (
+    nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d, nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d,
+    nn.AdaptiveMaxPool3d,
+)  # fmt: skip
 MONOTONE_NONEXPANSIVE: Final = (
     nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.Tanh, nn.Sigmoid, nn.Hardtanh, nn.Hardsigmoid, nn.Softplus, nn.Softsign,
     nn.Identity,
@@ -67,6 +76,9 @@ ENTRYWISE: Final = (
 # ---- by the target of a torch.fx node ----
 
 FX_SUMS: Final = frozenset((operator.add, operator.iadd, torch.add))
+FX_POOLS: Final = frozenset(
+    (F.max_pool1d, F.max_pool2d, F.max_pool3d, F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d)
+)
 FX_ENTRYWISE: Final = frozenset(
     (F.relu, torch.relu, F.leaky_relu, F.elu, F.gelu, F.silu, F.relu6, F.hardswish, torch.sigmoid, torch.tanh,
      F.sigmoid, F.tanh, F.softplus)

@@ -1,17 +1,20 @@
 """How a module is an (out, in) matrix: its weights as one, its inputs and outputs as rows.
 
-A further kind of module is one more small subclass of `Stack` and one more line of `_KINDS`.
+A further kind of module is a subclass of `Stack` and a call of `register_kind`.
 """
 
 from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Hashable
-from typing import Any
+from collections.abc import Hashable, Sequence
+from inspect import isabstract
+from typing import Any, ClassVar, Final
 
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from convexprune.bounds.gains import ConvolutionOperator, LinearOperator, Operator
 
 
 class Stack(ABC):
@@ -19,25 +22,16 @@ class Stack(ABC):
 
     Samples are laid out as (items, positions): the images and the output positions of a convolution; the rows and
     a single position of a Linear.
+
+    weight_name  of the module's parameter that holds the matrices
+    bias_name    of the parameter (groups * out,) that holds b; None for a kind that never has one
     """
 
-    groups: int
-    module: Any  # the nn.Module itself
+    weight_name: ClassVar[str] = "weight"
+    bias_name: ClassVar[str | None] = "bias"
 
-    @property
-    @abstractmethod
-    def width(self) -> int:
-        """The number of inputs of one matrix, without the bias."""
-
-    @property
-    def kernel(self) -> int:
-        """How many inputs of a matrix belong to one channel: the kernel's positions, or 1."""
-        return 1
-
-    @property
-    @abstractmethod
-    def unfolding(self) -> Hashable:
-        """Modules with the same unfolding see the same rows in the same tensor."""
+    def __init__(self, module: Any, groups: int = 1) -> None:
+        self.module, self.groups = module, groups
 
     @abstractmethod
     def pack(self, weight: Tensor) -> Tensor:
@@ -46,6 +40,11 @@ class Stack(ABC):
     @abstractmethod
     def unpack(self, matrices: Tensor) -> Tensor:
         """The inverse of `pack`."""
+
+    @property
+    @abstractmethod
+    def unfolding(self) -> Hashable:
+        """Modules with the same unfolding see the same rows in the same tensor."""
 
     @abstractmethod
     def items(self, x: Tensor) -> Tensor:
@@ -60,8 +59,45 @@ class Stack(ABC):
         """The module's output as (items, positions, groups, out), in the order of `input_rows`."""
 
     @abstractmethod
+    def channel_axis(self, dimensions: int) -> int:
+        """Which axis of an input or output of so many dimensions holds the channels; the others count samples.
+
+        0 is that of a single sample without a batch axis, 1 that of a batch (samples, channels, ...).
+        """
+
+    def operator(self, size: Sequence[int]) -> Operator | None:
+        """The module without its bias, on inputs of this size; None where no bound of its norm is known."""
+        return None
+
+    @property
+    def kernel(self) -> int:
+        """How many inputs of a matrix belong to one channel: the kernel's positions, or 1."""
+        return 1
+
+    @property
+    def weight(self) -> Any:
+        """The parameter that holds the matrices."""
+        return getattr(self.module, self.weight_name)
+
+    @property
+    def bias(self) -> Any:
+        """The parameter that holds the biases, or None."""
+        return None if self.bias_name is None else getattr(self.module, self.bias_name)
+
+    @property
+    def outputs(self) -> int:
+        """The number of outputs, of all groups together."""
+        return math.prod(self.weights().shape[:2])
+
+    @property
+    def width(self) -> int:
+        """The number of inputs of one matrix, without the bias."""
+        return self.weights().shape[2]
+
     def sample_shape(self, y: Tensor) -> tuple[int, ...]:
         """The dimensions of the output y that count samples, such as (batch, tokens)."""
+        channels = self.channel_axis(y.ndim)
+        return tuple(size for axis, size in enumerate(y.shape) if axis != channels)
 
     def names(self, name: str) -> list[str]:
         """The layers' names: the module's own, or name[0], name[1], ... where there are groups."""
@@ -69,28 +105,15 @@ class Stack(ABC):
 
     def weights(self) -> Tensor:
         """(groups, out, in), as stored."""
-        return self.pack(self.module.weight.detach())
+        return self.pack(self.weight.detach())
 
     def biases(self) -> Tensor | None:
         """(groups, out), as stored."""
-        return None if self.module.bias is None else self.module.bias.detach().reshape(self.groups, -1)
+        return None if self.bias is None else self.bias.detach().reshape(self.groups, -1)
 
 
 class LinearStack(Stack):
     """nn.Linear: one matrix; all leading dimensions of the input count samples."""
-
-    def __init__(self, module: nn.Linear) -> None:
-        self.module, self.groups = module, 1
-
-    @property
-    def width(self) -> int:
-        """in_features."""
-        return int(self.module.weight.shape[1])
-
-    @property
-    def unfolding(self) -> Hashable:
-        """Every Linear reads the rows as they are."""
-        return nn.Linear
 
     def pack(self, weight: Tensor) -> Tensor:
         """(out, in) -> (1, out, in)."""
@@ -99,6 +122,11 @@ class LinearStack(Stack):
     def unpack(self, matrices: Tensor) -> Tensor:
         """(1, out, in) -> (out, in)."""
         return matrices[0]
+
+    @property
+    def unfolding(self) -> Hashable:
+        """Every such module reads the rows as they are."""
+        return LinearStack
 
     def items(self, x: Tensor) -> Tensor:
         """(..., in) -> (items, in)."""
@@ -112,33 +140,38 @@ class LinearStack(Stack):
         """(..., out) -> (items, 1, 1, out)."""
         return y.reshape(-1, 1, 1, y.shape[-1])
 
-    def sample_shape(self, y: Tensor) -> tuple[int, ...]:
-        """All dimensions but the last."""
-        return tuple(y.shape[:-1])
+    def channel_axis(self, dimensions: int) -> int:
+        """The last."""
+        return dimensions - 1
+
+    def operator(self, size: Sequence[int]) -> Operator:
+        """D -> D W^T."""
+        return LinearOperator(self.weights()[0])
+
+
+class Conv1DStack(LinearStack):
+    """transformers' Conv1D, y = x W + b with W (in, out): a Linear that stores its matrix the other way round."""
+
+    def pack(self, weight: Tensor) -> Tensor:
+        """(in, out) -> (1, out, in)."""
+        return weight.T[None]
+
+    def unpack(self, matrices: Tensor) -> Tensor:
+        """(1, out, in) -> (in, out)."""
+        return matrices[0].T
 
 
 class ConvolutionStack(Stack):
-    """nn.Conv1d and nn.Conv2d: in = in_channels / groups * kernel size, one row for each output position."""
+    """nn.Conv1d, 2d, 3d: in = in_channels / groups * kernel size, one row for each output position."""
 
-    def __init__(self, module: nn.Conv1d | nn.Conv2d) -> None:
-        self.module, self.groups = module, module.groups
-        self.planes = len(module.kernel_size)  # 1 or 2
-
-    @property
-    def width(self) -> int:
-        """in_channels / groups * kernel size."""
-        return int(self.module.weight[0].numel())
+    def __init__(self, module: Any) -> None:
+        super().__init__(module, module.groups)
+        self.planes = len(module.kernel_size)
 
     @property
     def kernel(self) -> int:
         """The kernel's positions."""
         return math.prod(self.module.kernel_size)
-
-    @property
-    def unfolding(self) -> Hashable:
-        """Everything that decides which pixels make a row."""
-        m = self.module
-        return (self.planes, m.kernel_size, m.stride, m.padding, m.padding_mode, m.dilation, m.groups)
 
     def pack(self, weight: Tensor) -> Tensor:
         """(out_channels, in_channels / groups, *kernel) -> (groups, out, in)."""
@@ -146,39 +179,64 @@ class ConvolutionStack(Stack):
 
     def unpack(self, matrices: Tensor) -> Tensor:
         """(groups, out, in) -> (out_channels, in_channels / groups, *kernel)."""
-        return matrices.reshape(self.module.weight.shape)
+        return matrices.reshape(self.weight.shape)
+
+    @property
+    def unfolding(self) -> Hashable:
+        """Everything that decides which pixels make a row."""
+        m = self.module
+        return (type(self), m.kernel_size, m.stride, m.padding, m.padding_mode, m.dilation, m.groups, m.output_padding)
 
     def items(self, x: Tensor) -> Tensor:
         """(batch, channels, *pixels), the batch dimension added where the input has none."""
         return x if x.ndim == self.planes + 2 else x[None]
 
     def input_rows(self, items: Tensor) -> Tensor:
-        """(items, channels, *pixels) -> (items, positions, groups, in), by torch's unfold."""
-        m = self.module
-        x, stride = self._spread(items)
-        kernel, dilation = m.kernel_size, m.dilation
-        if self.planes == 1:  # an image one pixel high
-            x, kernel, stride, dilation = x[:, :, None], (1, *kernel), (1, *stride), (1, *dilation)
-        columns = F.unfold(x, kernel, dilation=dilation, stride=stride)  # (items, channels * kernel, positions)
+        """(items, channels, *pixels) -> (items, positions, groups, in)."""
+        m, image = self.module, self._padded(items)
+        for axis, (size, step, stride) in enumerate(zip(m.kernel_size, m.dilation, self._stride(), strict=True), 2):
+            image = image.unfold(axis, step * (size - 1) + 1, stride)[..., ::step]
+        # so far a view: (items, groups, channels of a group, *positions, *kernel)
+        image = image.reshape(len(items), self.groups, -1, *image.shape[2:])
+        positions, kernel = range(3, 3 + self.planes), range(3 + self.planes, 3 + 2 * self.planes)
         # stored as (groups, in, items, positions): the long axis stays contiguous, and BLAS takes it transposed
-        columns = columns.reshape(len(items), self.groups, self.width, -1).permute(1, 2, 0, 3).contiguous()
-        return columns.permute(2, 3, 0, 1)
+        image = image.permute(1, 2, *kernel, 0, *positions)
+        rows = image.reshape(self.groups, image.shape[1] * self.kernel, len(items), -1)
+        return rows.permute(2, 3, 0, 1)
 
     def output_rows(self, y: Tensor) -> Tensor:
         """(items, out_channels, *pixels) -> (items, positions, groups, out)."""
         y = self.items(y).flatten(2)
         return y.reshape(len(y), self.groups, y.shape[1] // self.groups, -1).permute(0, 3, 1, 2)
 
-    def sample_shape(self, y: Tensor) -> tuple[int, ...]:
-        """(batch, *output pixels)."""
-        y = self.items(y)
-        return (len(y), *y.shape[2:])
+    def channel_axis(self, dimensions: int) -> int:
+        """In front of the pixels."""
+        return dimensions - self.planes - 1
 
-    def _spread(self, items: Tensor) -> tuple[Tensor, tuple[int, ...]]:
-        """The padded images, and the stride with which the kernel moves over them."""
+    def operator(self, size: Sequence[int]) -> Operator | None:
+        """On a torus that holds every product of a pixel and a kernel position, whatever zeros are around the image."""
         m = self.module
-        mode = "constant" if m.padding_mode == "zeros" else m.padding_mode
-        return F.pad(items, self._padding(), mode=mode), m.stride
+        if m.padding_mode != "zeros" and any(self._padding()):
+            return None  # the border repeats entries
+        around = [
+            pixels + step * (kernel - 1)
+            for pixels, step, kernel in zip(self._spread(size[-self.planes :]), m.dilation, m.kernel_size, strict=True)
+        ]
+        kernels = self.weights().reshape(self.outputs, -1, *m.kernel_size)
+        return ConvolutionOperator(kernels, around, m.dilation, self.groups)
+
+    def _stride(self) -> tuple[int, ...]:
+        """With which the kernel moves over the padded image."""
+        stride: tuple[int, ...] = self.module.stride
+        return stride
+
+    def _spread(self, pixels: Sequence[int]) -> list[int]:
+        """The size of an image that the kernel moves over, before padding."""
+        return list(pixels)
+
+    def _padded(self, items: Tensor) -> Tensor:
+        m = self.module
+        return F.pad(items, self._padding(), mode="constant" if m.padding_mode == "zeros" else m.padding_mode)
 
     def _padding(self) -> list[int]:
         # F.pad takes (before, after) pairs, the last dimension first; "same" puts an odd pixel after, as torch does
@@ -195,21 +253,11 @@ class ConvolutionStack(Stack):
 
 
 class TransposedStack(ConvolutionStack):
-    """nn.ConvTranspose1d and nn.ConvTranspose2d, as the convolution that they are.
+    """nn.ConvTranspose1d, 2d, 3d, as the convolution that they are.
 
     The input with stride - 1 zeros between its pixels, padded by dilation (kernel - 1) - padding, meets the kernel
     turned around: a row holds zeros where no pixel meets a kernel position. in = in_channels / groups * kernel size.
     """
-
-    @property
-    def width(self) -> int:
-        """in_channels / groups * kernel size."""
-        return int(self.module.in_channels // self.groups) * self.kernel
-
-    @property
-    def unfolding(self) -> Hashable:
-        """Everything that decides which pixels make a row."""
-        return ("transposed", *super().unfolding, self.module.output_padding)  # type: ignore[misc]
 
     def pack(self, weight: Tensor) -> Tensor:
         """(in_channels, out_channels / groups, *kernel) -> (groups, out, in)."""
@@ -219,40 +267,89 @@ class TransposedStack(ConvolutionStack):
 
     def unpack(self, matrices: Tensor) -> Tensor:
         """(groups, out, in) -> (in_channels, out_channels / groups, *kernel)."""
-        shape = self.module.weight.shape
+        shape = self.weight.shape
         parts = matrices.reshape(self.groups, shape[1], -1, self.kernel).transpose(1, 2)
         return parts.reshape(shape).flip(tuple(range(2, len(shape))))
 
-    def _spread(self, items: Tensor) -> tuple[Tensor, tuple[int, ...]]:
-        m = self.module
-        size = [(pixels - 1) * stride + 1 for pixels, stride in zip(items.shape[2:], m.stride, strict=True)]
-        apart = items.new_zeros(*items.shape[:2], *size)
-        pixels_of: tuple[slice, ...] = tuple(slice(None, None, stride) for stride in m.stride)
-        apart[(slice(None), slice(None), *pixels_of)] = items
-        pads: list[int] = []
+    def _stride(self) -> tuple[int, ...]:
+        return (1,) * self.planes
+
+    def _spread(self, pixels: Sequence[int]) -> list[int]:
+        return [(size - 1) * stride + 1 for size, stride in zip(pixels, self.module.stride, strict=True)]
+
+    def _padded(self, items: Tensor) -> Tensor:
+        apart = items.new_zeros(*items.shape[:2], *self._spread(items.shape[2:]))
+        pixels: tuple[slice, ...] = tuple(slice(None, None, stride) for stride in self.module.stride)
+        apart[(slice(None), slice(None), *pixels)] = items
+        return F.pad(apart, self._padding())
+
+    def _padding(self) -> list[int]:
+        m, pads = self.module, []
         for axis in reversed(range(self.planes)):
             before = m.dilation[axis] * (m.kernel_size[axis] - 1) - m.padding[axis]
             pads += [before, before + m.output_padding[axis]]
-        return F.pad(apart, pads), (1,) * self.planes
+        return pads
 
 
-_KINDS: dict[type[nn.Module], type[Any]] = {
+KINDS: Final[dict[type[nn.Module] | str, type[Stack]]] = {
     nn.Linear: LinearStack,
     nn.Conv1d: ConvolutionStack,
     nn.Conv2d: ConvolutionStack,
+    nn.Conv3d: ConvolutionStack,
     nn.ConvTranspose1d: TransposedStack,
     nn.ConvTranspose2d: TransposedStack,
+    nn.ConvTranspose3d: TransposedStack,
+    "transformers.pytorch_utils.Conv1D": Conv1DStack,  # by its path: nothing is imported for it
 }
-KIND_NAMES = ", ".join(kind.__name__ for kind in _KINDS)
+
+
+def register_kind(module_class: type[nn.Module] | str, stack_class: type[Stack]) -> None:
+    """From now on modules of `module_class` are layers, and `stack_class(module)` says how each is a matrix.
+
+    module_class  a class, or the path "package.module.Class" of one that may never be imported. Its subclasses count
+                  while they compute what it does: one with a forward of its own is something else
+    stack_class   a subclass of `Stack` that is called with the module alone
+
+    Raises TypeError for what is no such class, ValueError for a kind that is registered already.
+    """
+    if isinstance(module_class, str):
+        if not all(part.isidentifier() for part in module_class.split(".")) or "." not in module_class:
+            raise ValueError(f"module_class is {module_class!r}; give a class, or its path as 'package.module.Class'")
+    elif not (isinstance(module_class, type) and issubclass(module_class, nn.Module)):
+        raise TypeError(f"module_class is {module_class!r}; give a subclass of nn.Module, or the path of one")
+    if not (isinstance(stack_class, type) and issubclass(stack_class, Stack)):
+        raise TypeError(f"stack_class is {stack_class!r}; give a subclass of convexprune.network.Stack")
+    if isabstract(stack_class):
+        missing = ", ".join(sorted(stack_class.__abstractmethods__))
+        raise TypeError(f"stack_class is {stack_class.__name__}, which lacks {missing}")
+    for kind in KINDS:
+        # a class is itself; a path is all that is known of a class that is given by it
+        by_path = isinstance(kind, str) or isinstance(module_class, str)
+        if _path(kind) == _path(module_class) if by_path else kind is module_class:
+            raise ValueError(f"{_path(module_class)} is a kind of layer already, by {KINDS[kind].__name__}")
+    KINDS[module_class] = stack_class
+
+
+def kind_names() -> str:
+    """The kinds of layers, as an error lists them."""
+    return ", ".join(kind if isinstance(kind, str) else kind.__name__ for kind in KINDS)
 
 
 def stack_of(module: nn.Module) -> Stack | None:
-    """The module as matrices, or None where it is no Linear or convolution.
+    """The module as matrices, or None where it is of no kind that is registered.
 
     A subclass counts only while it computes what its parent does: one with a forward of its own is something else.
     """
-    for kind, stack in _KINDS.items():
-        methods = [name for name in ("forward", "_conv_forward") if hasattr(kind, name)]
-        if isinstance(module, kind) and all(getattr(type(module), m) is getattr(kind, m) for m in methods):
+    for kind in type(module).__mro__:
+        stack: Any = KINDS.get(kind) or KINDS.get(_path(kind))
+        if stack is not None and all(
+            getattr(type(module), method) is getattr(kind, method)
+            for method in ("forward", "_conv_forward")
+            if hasattr(kind, method)
+        ):
             return stack(module)  # type: ignore[no-any-return]
     return None
+
+
+def _path(kind: type | str) -> str:
+    return kind if isinstance(kind, str) else f"{kind.__module__}.{kind.__qualname__}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Collection, Hashable, Iterator
 from dataclasses import dataclass, field
@@ -86,10 +87,10 @@ class Account:
                 f"layer {name!r}: its output has shape {tuple(dense.shape)} in the dense network, {tuple(y.shape)} in "
                 "the model"
             )
-        slot, fresh = self._slot(name, stack, x)
+        slot, fresh = self._slot(name, stack, x, y)
         if not fresh and dense is None:
             return
-        for rows, wanted, part in self._chunks(name, stack, x, mask, slot.generator):
+        for rows, wanted, part in self._chunks(name, stack, x, y, mask, slot.generator):
             if fresh:
                 self._read_rows(name, slot.stream, rows, x.dtype)
             if dense is not None:
@@ -114,12 +115,12 @@ class Account:
         kept = _by_group([rows for slot in slots for rows in slot.kept])
         return Totals(read, aimed, inputs, kept)
 
-    def _slot(self, name: str, stack: Stack, x: Tensor) -> tuple[Slot, bool]:
+    def _slot(self, name: str, stack: Stack, x: Tensor, y: Tensor) -> tuple[Slot, bool]:
         # the slot of this call, and whether its stream still wants the rows of this batch
         call = self._calls.get(name, 0)
         self._calls[name] = call + 1
         # an inference tensor does not say when it was changed in place, so it is never taken for one already read
-        key = (id(x), object() if x.is_inference() else x._version, stack.unfolding)
+        key = (id(x), object() if x.is_inference() else x._version, stack.unfolding, stack.sample_shape(y))
         holder, stream = self._read.get(key, (None, None))
         if holder is None or holder() is not x:
             stream = None
@@ -142,13 +143,19 @@ class Account:
         return Stream(self._batch, [InputMoments(stack.width) for _ in range(stack.groups)])
 
     def _chunks(
-        self, name: str, stack: Stack, x: Tensor, mask: Tensor | None, generator: torch.Generator
+        self, name: str, stack: Stack, x: Tensor, y: Tensor, mask: Tensor | None, generator: torch.Generator
     ) -> Iterator[tuple[Tensor, Tensor | None, slice]]:
         # (samples, groups, in) rows in float64, chunk by chunk, with the positions taken and the items they are from
         items = stack.items(x.detach())
         if len(items) == 0:
             return
         one = stack.input_rows(items[:1].cpu().double())
+        if one.shape[1] * len(items) != math.prod(stack.sample_shape(y)):
+            raise ValueError(
+                f"layer {name!r}: its output has samples of shape {stack.sample_shape(y)}, but its input makes "
+                f"{len(items)} x {one.shape[1]} rows (an output_size of its own in the call, perhaps); leave the layer "
+                "out of `names`"
+            )
         size = max(1, _CHUNK // max(one.numel(), 1))
         samples = None if mask is None else mask.cpu().reshape(len(items), -1)
         for start in range(0, len(items), size):

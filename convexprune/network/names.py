@@ -1,7 +1,8 @@
-"""Which layers of a model a list of names and patterns means."""
+"""Which layers of a model a name, or a list of names and patterns, means."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -11,8 +12,8 @@ from functools import cached_property
 import torch
 from torch import nn
 
-from convexprune.network.matrices import KIND_NAMES, Stack, stack_of
-from convexprune.network.weights import check_stored
+from convexprune.network.matrices import Stack, kind_names, stack_of
+from convexprune.network.weights import Place, check_stored
 
 
 def stacks(model: nn.Module) -> dict[str, Stack]:
@@ -55,8 +56,8 @@ class Chosen:
 def choose(model: nn.Module, names: Iterable[str] | str | None) -> Chosen:
     """The layers that the names and fnmatch patterns mean; without names there is one request, "*".
 
-    Raises ValueError for a name or pattern that means no layer and for weights that hold NaN or inf, TypeError for a
-    layer with integer weights.
+    Raises ValueError for a name or pattern that means no layer, for a name that means two and for weights that hold NaN
+    or inf, TypeError for a layer with integer weights.
     """
     requests = ["*"] if names is None else [names] if isinstance(names, str) else list(names)
     if not requests:
@@ -65,8 +66,12 @@ def choose(model: nn.Module, names: Iterable[str] | str | None) -> Chosen:
     layers = [(module, layer) for module, stack in known.items() for layer in stack.names(module)]
     meant = {request: _meant(model, request, layers) for request in requests}
     modules = dict.fromkeys(module for pairs in meant.values() for module, _ in pairs)
+    count = Counter(layer for _, layer in layers)
+    for layer in {layer for pairs in meant.values() for _, layer in pairs}:
+        if count[layer] > 1:
+            raise ValueError(_twice(layer, [path for path, name in layers if name == layer]))
     for module in modules:
-        check_stored(module, known[module].module)
+        check_stored(module, known[module])
         _check_finite(module, known[module].module)
     return Chosen(meant, {module: known[module] for module in known if module in modules})
 
@@ -77,6 +82,29 @@ def _check_finite(name: str, module: nn.Module) -> None:
             raise ValueError(
                 f"layer {name!r}: its {key} holds NaN or inf; leave it out of `names`, or repair the model"
             )
+
+
+def find(model: nn.Module, name: str) -> Place:
+    """The place of the layer `name`, "conv[2]" being the third group of the module "conv".
+
+    Raises ValueError for a name that is none, or that of two, TypeError for integer weights.
+    """
+    modules = dict(model.named_modules(remove_duplicate=False))
+    owners = {path: stack_of(modules[path]) for path in modules if name == path or name.startswith(f"{path}[")}
+    meant = {path: stack for path, stack in owners.items() if stack is not None and name in stack.names(path)}
+    if len(meant) > 1:
+        raise ValueError(_twice(name, meant))
+    if not meant:
+        path = max(owners, key=len, default=name)
+        stack = owners.get(path)
+        if stack is not None:
+            names = stack.names(path)
+            raise ValueError(f"layer {name!r}: the layers of {path!r} are {names[0]!r} to {names[-1]!r}")
+        kind = f"a {type(modules[path]).__name__}, not one of {kind_names()}" if path in modules else "not in the model"
+        raise ValueError(f"layer {name!r}: {path!r} is {kind}")
+    ((path, stack),) = meant.items()
+    check_stored(name, stack)
+    return Place(name, stack, stack.names(path).index(name))
 
 
 def suggestion(name: str, known: Iterable[str]) -> str:
@@ -98,11 +126,15 @@ def _meant(model: nn.Module, request: str, layers: list[tuple[str, str]]) -> lis
         if not exact:
             kind = type(modules[request]).__name__
             hint = f"; for the layers inside it use '{request}.*'" if list(modules[request].children()) else ""
-            raise ValueError(f"{request!r} is a {kind}, not one of {KIND_NAMES}{hint}")
+            raise ValueError(f"{request!r} is a {kind}, not one of {kind_names()}{hint}")
         return exact
     matched = [pair for pair in layers if any(fnmatchcase(name, request) for name in pair)]
     if not matched:
         kind = "pattern matches" if any(c in request for c in "*?[") else "name is that of"
         names = [name for pair in layers for name in dict.fromkeys(pair)]
-        raise ValueError(f"{request!r}: this {kind} no {KIND_NAMES} of the model; {suggestion(request, names)}")
+        raise ValueError(f"{request!r}: this {kind} no {kind_names()} of the model; {suggestion(request, names)}")
     return matched
+
+
+def _twice(layer: str, paths: Iterable[str]) -> str:
+    return f"{layer!r} is the name of a layer of {' and of '.join(map(repr, paths))}; rename one of these modules"

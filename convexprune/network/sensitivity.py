@@ -58,16 +58,15 @@ def sensitivities(
                 )
                 for (name, _), grad in zip(calls, grads, strict=True):
                     if grad is not None:
-                        rows = (
-                            stacks[name].output_rows(grad.detach()).double().cpu()
-                        )  # (items, positions, groups, width)
+                        # (items, positions, groups, out)
+                        rows = stacks[name].output_rows(grad.detach()).double().cpu()
                         total = rows.square().sum((0, 1))
                         sums[name] = sums[name] + total if name in sums else total
     found: dict[str, Tensor] = {}
     for module, layer in pairs:
         if module in sums:
-            each = stacks[module].names(module)
-            found[layer] = sums[module][each.index(layer)] / (samples * probes)
+            group = stacks[module].names(module).index(layer)
+            found[layer] = sums[module][group] / (samples * probes)
     return found
 
 
@@ -86,14 +85,14 @@ def directions(
         raise ValueError("no batches; give at least one")
     found: dict[str, list[Tensor]] = {layer: [] for _, layer in pairs}
     generator = torch.Generator().manual_seed(seed)
-    parameters = [p for stack in stacks.values() for p in (stack.module.weight, stack.module.bias) if p is not None]
+    parameters = [p for stack in stacks.values() for p in (stack.weight, stack.bias) if p is not None]
     asked = [parameter.requires_grad for parameter in parameters]
     with undisturbed(model):
         try:
             for parameter in parameters:
                 parameter.requires_grad_(True)
             for part in _parts(batches, max(1, -(-total // count))):
-                outputs, _ = _graph(model, part, {})
+                outputs, _ = _graph(model, part, ())
                 probe = torch.randn(outputs.shape, generator=generator).to(outputs)
                 grads = torch.autograd.grad((outputs * probe).sum(), parameters, allow_unused=True)
                 known = dict(zip(map(id, parameters), grads, strict=True))
@@ -108,8 +107,8 @@ def directions(
 
 def _gradient(stack: Stack, known: Mapping[int, Tensor | None], group: int) -> Tensor:
     """(out, P), float32 on the CPU; 0 where the outputs do not depend on the layer."""
-    weight, bias = known[id(stack.module.weight)], stack.module.bias
-    weight = torch.zeros_like(stack.module.weight) if weight is None else weight
+    weight, bias = known[id(stack.weight)], stack.bias
+    weight = torch.zeros_like(stack.weight) if weight is None else weight
     matrix = stack.pack(weight.detach())[group].float().cpu()
     if bias is None:
         return matrix
@@ -133,7 +132,7 @@ def _parts(batches: Iterable[Any], size: int) -> Iterator[Any]:
             }
 
 
-def _graph(model: nn.Module, batch: Any, stacks: Mapping[str, Stack]) -> tuple[Tensor, list[tuple[str, Tensor]]]:
+def _graph(model: nn.Module, batch: Any, layers: Iterable[str]) -> tuple[Tensor, list[tuple[str, Tensor]]]:
     """The outputs with their graph, and the outputs of the layers in it, call by call."""
     calls: list[tuple[str, Tensor]] = []
 
@@ -144,7 +143,7 @@ def _graph(model: nn.Module, batch: Any, stacks: Mapping[str, Stack]) -> tuple[T
         return output.clone()  # what follows may overwrite it in place
 
     with ExitStack() as hooks, torch.inference_mode(False), torch.enable_grad():
-        for name in stacks:
+        for name in layers:
             hooks.callback(model.get_submodule(name).register_forward_hook(partial(keep, name)).remove)
         first = batch[0] if isinstance(batch, (tuple, list)) else batch
         outputs = model(first) if isinstance(first, Tensor) else model(**first)

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.parameter import is_lazy
 
-from convexprune.network.matrices import KIND_NAMES, Stack, stack_of
+from convexprune.network.matrices import Stack
 
 
-def check_stored(name: str, module: nn.Module) -> None:
+def check_stored(name: str, stack: Stack) -> None:
     """Raise where the weights cannot be read and written as real numbers: integers, parametrized, not yet made."""
-    for key in ("weight", "bias"):
+    module = stack.module
+    for key in (stack.weight_name, stack.bias_name):
+        if key is None:
+            continue
+        if not hasattr(module, key):
+            raise ValueError(
+                f"layer {name!r}: a {type(module).__name__} has no {key!r}; set weight_name or bias_name of "
+                f"{type(stack).__name__}"
+            )
         if key not in module._parameters:
             raise ValueError(
                 f"layer {name!r}: its {key} is computed from other parameters (weight norm, a parametrization, a "
@@ -49,7 +56,6 @@ class Place:
 
         Raises ValueError for another shape, and for numbers that are not finite once cast.
         """
-        module = self.stack.module
         weights, biases = self.stack.weights().clone(), self.stack.biases()
         out, width = weights.shape[1:]
         shape = (out, width + (biases is not None))
@@ -60,9 +66,9 @@ class Place:
             biases = biases.clone()
             biases[self.group] = self._cast(x[:, width], biases)
         with torch.no_grad():
-            module.weight.copy_(self.stack.unpack(weights))
+            self.stack.weight.copy_(self.stack.unpack(weights))
             if biases is not None:
-                module.bias.copy_(biases.reshape(-1))
+                self.stack.bias.copy_(biases.reshape(-1))
 
     def _cast(self, value: Tensor, like: Tensor) -> Tensor:
         cast = value.detach().to(like)
@@ -71,22 +77,3 @@ class Place:
             worst = float(value.detach().to(like.device)[bad][0])
             raise ValueError(f"layer {self.name!r}: {worst:g} is not a finite {like.dtype}; nothing was written")
         return cast
-
-
-def find(model: nn.Module, name: str) -> Place:
-    """The place of the layer `name`, "conv[2]" being the third group of the module "conv".
-
-    Raises ValueError for a name that is none, TypeError for integer weights.
-    """
-    modules = dict(model.named_modules(remove_duplicate=False))
-    grouped = re.fullmatch(r"(.*)\[(\d+)\]", name)
-    path, group = (grouped[1], int(grouped[2])) if grouped and name not in modules else (name, 0)
-    stack = stack_of(modules[path]) if path in modules else None
-    if stack is None:
-        kind = f"a {type(modules[path]).__name__}, not one of {KIND_NAMES}" if path in modules else "not in the model"
-        raise ValueError(f"layer {name!r}: {path!r} is {kind}")
-    check_stored(name, stack.module)
-    names = stack.names(path)
-    if name not in names:
-        raise ValueError(f"layer {name!r}: the layers of {path!r} are {names[0]!r} to {names[-1]!r}")
-    return Place(name, stack, group)

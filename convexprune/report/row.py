@@ -72,6 +72,11 @@ class Row:
     moments: Moments | None = None
     errors: Tensor | None = field(default=None, repr=False, compare=False)  # (out,): `error`, each output's
     repairs: bool = False  # whether `error` is that of the residual sum behind the layer, in the layer's units
+    module: str = None  # type: ignore[assignment]  # the name of the module that it is in; the layer's unless given
+
+    def __post_init__(self) -> None:
+        if self.module is None:
+            object.__setattr__(self, "module", self.name)
 
     @property
     def total(self) -> int:
