@@ -1,4 +1,4 @@
-"""How much the layers change: each alone on the dense network's inputs, and all of them together."""
+"""Measure how much the layers change: each alone on the dense network's inputs, and all of them together."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from torch import Tensor, nn
 from convexprune.layer import Layer
 from convexprune.network.forward import run, undisturbed
 
-Rectified = Mapping[str, bool]  # module -> whether a ReLU is all that reads it: it is then judged behind the ReLU
+Rectified = Mapping[str, bool]  # module -> True if only a ReLU reads it: it is then judged behind the ReLU
 
 
 def rectified_modules(layers: Iterable[Layer]) -> dict[str, bool]:
-    """The modules of captured layers, in forward order."""
+    """The modules of captured layers in forward order, and whether each is judged behind a ReLU."""
     return {layer.name.partition("[")[0]: layer.activation == "relu" for layer in layers}
 
 
 def alone(model: nn.Module, pruned: nn.Module, batches: Iterable[Any], layers: Rectified) -> dict[str, Tensor]:
-    """module -> D^T D (out, out), float64: D its change on the dense network's inputs, a row each sample and position.
+    """D^T D (out, out), float64, of each module; D is its change on the dense network's inputs.
 
-    One pass of the dense network; the pruned one is not run.
+    D has a row for each sample and position. This takes one pass of the dense network; the pruned one is not run.
     """
     twins = dict(pruned.named_modules())
     grams: dict[str, Tensor] = {}
@@ -41,7 +41,7 @@ def alone(model: nn.Module, pruned: nn.Module, batches: Iterable[Any], layers: R
 
 
 def norms(model: nn.Module, batches: Iterable[Any], layers: Rectified) -> tuple[dict[str, float], float | None]:
-    """||Y_l||_F of each layer, and of the outputs, in float64; None for these where they are not one tensor."""
+    """||Y_l||_F of each layer, and ||Y||_F of the outputs, or None if they are not one tensor; in float64."""
     squares = dict.fromkeys(layers, 0.0)
     whole: float | None = 0.0
 
@@ -58,18 +58,18 @@ def norms(model: nn.Module, batches: Iterable[Any], layers: Rectified) -> tuple[
 def together(
     model: nn.Module, pruned: nn.Module, batches: Iterable[Any], layers: Rectified, tell: Callable[[int], None]
 ) -> tuple[dict[str, float], float | None, float]:
-    """|| Yhat_l - Y_l ||_F of each layer, and of the outputs, with ||Y||_F; summed in float64.
+    """|| Yhat_l - Y_l ||_F of each layer, || Yhat - Y ||_F of the outputs, and ||Y||_F, summed in float64.
 
-    layers  none: only the outputs. Their dense outputs are held for a batch
-    tell    is called with each batch's number
+    layers  the layers to compare, may be empty; their dense outputs are kept for the length of a batch
+    tell    called with the number of each batch
 
-    The outputs' error is None where they are not one tensor.
+    The error of the outputs is None if they are not one tensor.
     """
     dense: dict[str, Tensor] = {}
     squares = dict.fromkeys(layers, 0.0)
 
     def keep(name: str, module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
-        dense[name] = behind(output, layers[name]).clone()  # what comes next may be in place
+        dense[name] = behind(output, layers[name]).clone()  # the next operation may work in place
 
     def compare(name: str, module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
         squares[name] += _square(behind(output, layers[name]).double() - dense.pop(name))
@@ -90,7 +90,7 @@ def together(
 
 @contextmanager
 def hooked(model: nn.Module, names: Iterable[str], function: Callable[..., None]) -> Iterator[None]:
-    """`function(name, module, args, kwargs, output)` behind each of the modules."""
+    """Call `function(name, module, args, kwargs, output)` after the forward pass of each of these modules."""
     modules = dict(model.named_modules())
     with ExitStack() as hooks:
         for name in names:
@@ -100,12 +100,12 @@ def hooked(model: nn.Module, names: Iterable[str], function: Callable[..., None]
 
 
 def behind(output: Tensor, rectified: bool) -> Tensor:
-    """Where a layer is judged: behind its ReLU, if that is all that reads it."""
+    """The output as the layer is judged: behind the ReLU if only a ReLU reads it."""
     return output.relu() if rectified else output
 
 
 def _columns(change: Tensor) -> Tensor:
-    """(samples and positions, channels), float64."""
+    """The change as a matrix (samples and positions, channels), float64."""
     channels = change if change.ndim < 3 else change.movedim(1, -1)
     return channels.reshape(-1, channels.shape[-1]).double()
 
@@ -115,7 +115,7 @@ def _square(change: Tensor) -> float:
 
 
 def turns(sizes: Mapping[str, int], memory: float) -> Sequence[list[str]]:
-    """The names in as many groups as it takes for each to stay below `memory`; one that is larger stands alone."""
+    """Split the names into groups whose total size is at most `memory`; a larger one is a group of its own."""
     groups: list[list[str]] = []
     used = memory
     for name, size in sizes.items():

@@ -1,4 +1,4 @@
-"""Running a model without leaving a trace in it."""
+"""Run a model, and leave it exactly as it was."""
 
 from __future__ import annotations
 
@@ -11,26 +11,27 @@ from torch import Tensor, nn
 
 
 class Enough(BaseException):  # no Exception: a model that catches those must not catch this
-    """A hook has seen what the pass was made for; the rest of it is not needed."""
+    """Raised by a hook to end a forward pass whose remaining part is not needed."""
 
 
 def check_batches(batches: Any) -> None:
-    """Raise TypeError for what iterates over something else than batches: a lone tensor gives its rows."""
+    """Raise TypeError for an object that iterates over something other than batches: a tensor gives its rows."""
     if isinstance(batches, (Tensor, Mapping, str)):
         raise TypeError(f"batches is a {type(batches).__name__}; give an iterable of batches, such as [x]")
 
 
 def check_model(model: Any) -> None:
-    """Raise TypeError for what is no network: its class, its state_dict."""
+    """Raise TypeError for an object that is not a network, such as its class or its state_dict."""
     if not isinstance(model, nn.Module):
         what = f"the class {model.__name__}" if isinstance(model, type) else f"a {type(model).__name__}"
         raise TypeError(f"the model is {what}; give an nn.Module that has its weights")
 
 
 def run(model: nn.Module, batch: Any, gradients: bool = False) -> Any:
-    """The model's output on a copy of a batch, as a model may change its input in place; no gradients unless asked for.
+    """The model's output on a copy of a batch, since a model may change its input in place.
 
     A batch is a tensor, a tuple or list whose first element is the input, or a mapping of keyword arguments.
+    Gradients are recorded only if `gradients` is True.
     """
     first = batch
     if isinstance(batch, (tuple, list)):
@@ -58,7 +59,7 @@ def _copy(value: Any) -> Any:
 
 @contextmanager
 def undisturbed(*models: nn.Module) -> Iterator[None]:
-    """Put models in eval mode; afterwards their modes and buffers, and the random state, are as they were."""
+    """Put models in evaluation mode; restore their modes, their buffers and the random state at the end."""
     modules = [module for model in models for module in model.modules()]
     modes = [(module, module.training) for module in modules]
     buffers = [
@@ -84,7 +85,7 @@ def undisturbed(*models: nn.Module) -> Iterator[None]:
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:
-    """The tensors of a nest of tuples, lists and mappings."""
+    """The tensors in nested tuples, lists and mappings."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, Mapping):
@@ -96,5 +97,5 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
 
 
 def edits(tensor: Tensor) -> int | None:
-    """How often it was changed in place; None of an inference tensor, which does not say."""
+    """How often the tensor was changed in place; None for an inference tensor, which does not count changes."""
     return None if tensor.is_inference() else tensor._version

@@ -1,4 +1,4 @@
-"""What a long run tells those who watch: events, never prints."""
+"""Progress of a long run, as events for the caller; the library never prints."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a run has come: `done` of `total` steps of this stage.
+    """Progress of a run: `done` of `total` steps of this stage.
 
-    stage "capture" and "measure": the steps are calibration batches; "solve": they are layers, `layer` being next.
+    A step is a calibration batch in the stage "capture", a layer in "solve", where `layer` is the next one, and in
+    "measure" a layer if `layer` names one, else a batch.
     """
 
     stage: str
     layer: str | None  # None where the stage concerns the whole network
     done: int
-    total: int | None  # None where the batches do not say how many they are
+    total: int | None  # None if the batches have no length
