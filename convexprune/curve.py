@@ -1,4 +1,4 @@
-"""A rate-distortion curve: what each level of pruning of a layer costs, and what it loses."""
+"""A rate-distortion curve: the cost and the distortion of a layer at each level of pruning."""
 
 from __future__ import annotations
 
@@ -12,17 +12,30 @@ EXACT = 2**53  # integers up to this are exact in float64
 
 @dataclass(frozen=True, eq=False)
 class Curve:
-    """The levels among which an allocation chooses one for a layer.
+    """The pruning levels of one layer; an allocation chooses one of them.
 
-    kept        (K,) how many weights each level keeps, in any order
-    distortion  (K,) what the level loses; any unit, the same for all layers
-    cost        (K,) what it costs, >= 0: weights kept unless told: MACs, bytes, microseconds
-    total       how many weights the layer has; the largest `kept` unless told
-    tie         curves with the same tie take the same level: they need as many levels
-    weight      (out, in): the dense weights, for the rules that look at them (ERK, LAMP, global magnitude)
-    kernel      kernel positions behind each input channel; 1 if linear
+    Args:
+        name: The layer's name.
+        kept: Number of weights that each level keeps, (K,), in any order.
+        distortion: Distortion of each level, (K,), in any unit that is the same for all layers.
+        cost: Cost of each level, (K,), at least 0, such as MACs, bytes or microseconds; None takes `kept`.
+        total: Number of weights of the layer; None takes the largest `kept`.
+        tie: Label; curves with the same label take the same level, and must have the same number of levels.
+        weight: The dense weights (out, in), for the rules that look at them: `ErdosRenyiKernel`, `LAMP` and
+            `GlobalMagnitude`.
+        kernel: Number of kernel positions of each input channel; 1 for a linear layer.
 
-    Raises ValueError naming the curve for no levels, lengths that differ, NaN, negative costs and costs beyond 2^53.
+    Raises:
+        ValueError: For a curve without levels, lengths that differ, NaN, negative costs and costs above 2^53.
+
+    Example:
+        >>> import convexprune as cp
+        >>> from torch import tensor
+        >>> curve = cp.Curve("fc", kept=tensor([10, 50, 100]), distortion=tensor([4.0, 1.0, 0.0]))
+        >>> curve.fraction
+        tensor([0.1000, 0.5000, 1.0000], dtype=torch.float64)
+        >>> curve.between(0.2, 1.0).kept
+        tensor([ 50., 100.], dtype=torch.float64)
     """
 
     name: str
@@ -58,24 +71,24 @@ class Curve:
 
     @property
     def costs(self) -> Tensor:
-        """(K,), float64."""
+        """The cost of each level (K,), float64."""
         assert self.cost is not None  # by __post_init__
         return self.cost
 
     @property
     def fraction(self) -> Tensor:
-        """(K,): the share of the layer's weights that each level keeps."""
+        """The fraction of the layer's weights that each level keeps, (K,)."""
         return self.kept / max(self.total or 0, 1)
 
     def between(self, least: float = 0.0, most: float = 1.0) -> Curve:
-        """Only the levels that keep a fraction in [least, most]. Raises ValueError where none does."""
+        """The curve with only the levels that keep a fraction in [least, most]. Raises ValueError if there is none."""
         inside = (self.fraction >= least) & (self.fraction <= most)
         if not bool(inside.any()):
             raise ValueError(f"curve {self.name!r}: no level keeps between {least:g} and {most:g} of the layer")
         return replace(self, kept=self.kept[inside], distortion=self.distortion[inside], cost=self.costs[inside])
 
     def priced(self, each: float) -> Curve:
-        """The same levels at `each` a kept weight: its MACs (the output positions), its bytes, ..."""
+        """The curve with a cost of `each` for every kept weight: its MACs, its bytes, and so on."""
         return replace(self, cost=self.kept * each)
 
 

@@ -1,4 +1,4 @@
-"""The demo's networks and data: LeNet-300-100, scikit-learn's digits, MNIST from a file."""
+"""Networks and data for the demo: LeNet-300-100, scikit-learn's digits, and MNIST from a file."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def lenet300(inputs: int = 784, hidden: Sequence[int] = (300, 100), classes: int
 
 
 def digits(seed: int = 0) -> Images:
-    """scikit-learn's 1,797 digits of 8 x 8 pixels, a seeded quarter of them kept for testing."""
+    """scikit-learn's 1,797 digits of 8 x 8 pixels; a quarter, drawn with the seed, is the test set."""
     from sklearn.datasets import load_digits
 
     bunch = load_digits()
@@ -52,7 +52,7 @@ def digits(seed: int = 0) -> Images:
 def mnist(path: str | os.PathLike[str]) -> Images:
     """Images from an npz with x_train, x_test (n, height, width) uint8 and y_train, y_test (n,).
 
-    Raises ValueError saying what is missing, OSError if the file cannot be read.
+    Raises ValueError naming missing arrays, OSError if the file cannot be read.
     """
     arrays = _arrays(path, ("x_train", "y_train", "x_test", "y_test"))
     parts = []
@@ -70,7 +70,7 @@ def mnist(path: str | os.PathLike[str]) -> Images:
 def trained_lenet300(path: str | os.PathLike[str]) -> nn.Sequential:
     """The LeNet-300-100 whose weights are in an npz as fc1.weight (out, in), fc1.bias, ... fc3.bias.
 
-    Raises ValueError saying what is missing, OSError if the file cannot be read.
+    Raises ValueError naming missing arrays, OSError if the file cannot be read.
     """
     keys = tuple(f"fc{index}.{part}" for index in (1, 2, 3) for part in ("weight", "bias"))
     arrays = _arrays(path, keys)
@@ -111,7 +111,7 @@ def error_rate(model: nn.Module, x: Tensor, y: Tensor) -> float:
 
 
 def _arrays(path: str | os.PathLike[str], keys: Sequence[str]) -> dict[str, np.ndarray]:
-    """The named arrays of an npz, nothing unpickled."""
+    """The named arrays of an npz file; nothing is unpickled."""
     expected = f"expected an npz file with {', '.join(keys)}"
     try:
         with np.load(path, allow_pickle=False) as archive:

@@ -1,10 +1,10 @@
-"""Distillation without labels: what is left of all layers at once, against the dense network's activations.
+"""Distillation without labels: train the surviving weights of all layers towards the dense network's activations.
 
     minimise over the nonzero weights   ||Yhat - Y||_F^2 / ||Y||_F^2  +  h/L sum_l ||Yhat_l - Y_l||_F^2 / ||Y_l||_F^2
 
-Y are the dense network's outputs on the calibration samples, Y_l its layers'; h weighs these hints. A layer's own
-problem (`prune`) takes the layers behind it as they are; here they give way to each other. Nothing convex is left and
-nothing is certified: what is known of the result is measured.
+Y are the dense network's outputs on the calibration samples, Y_l the outputs of its layer l (of L); h weighs these
+hints. In `prune` each layer takes the layers after it as they are; here all layers move together. The problem is not
+convex and has no certificate; errors are measured.
 Source: Romero et al., FitNets, ICLR 2015; Hinton, Vinyals, Dean, 2015.
 """
 
@@ -31,12 +31,15 @@ WHOLE: Final = ""  # the network's output among the layers' names: the root modu
 
 @dataclass(frozen=True)
 class Distilled:
-    """What distillation did: relative errors || . ||_F on the calibration samples as (before, after).
+    """The relative errors before and after distillation, on the calibration samples.
 
-    outputs    of the network; None where the output is not one tensor
-    layers     module -> of the layer, behind its ReLU where that is all that reads it
-    objective  what was minimised
-    note       why the network is as it was, if so
+    Attributes:
+        outputs: Error of the network's output before and after; None if the output is not one tensor.
+        layers: Error of each module before and after, behind its ReLU if only a ReLU reads the module.
+        objective: Value of the objective before and after.
+        steps: Number of gradient steps.
+        seconds: Time that the whole call took.
+        note: Why the network was left as it was; empty if it was not.
     """
 
     outputs: tuple[float, float] | None
@@ -64,16 +67,41 @@ def distill(
     rate: float = 0.01,
     seed: int = 0,
 ) -> tuple[nn.Module, Distilled]:
-    """A copy of `pruned` whose nonzero weights imitate `model`, and how far it came; zeros stay zero.
+    r"""Train the nonzero weights of a pruned network to imitate the dense one; zeros stay zero, labels are not needed.
 
-    batches  calibration data, a step of Adam each; their order in each of the `epochs` is drawn with `seed`
-    names    of the layers that move and are watched, as of `prune`; None: all
-    hints    the weight h of the layers' own outputs; 0: only the network's count
-    rate     Adam's first step relative to the rms of a layer's nonzero weights; it falls to 0 as a cosine
+    $$ \min \; \|\hat Y - Y\|_F^2 / \|Y\|_F^2 + \frac hL \sum_l \|\hat Y_l - Y_l\|_F^2 / \|Y_l\|_F^2 $$
 
-    In eval mode: dropout is off and batch norm keeps its statistics. Where the steps made the objective larger, the
-    copy is as it was and the note says so. Raises ValueError for figures out of range and for layers that the two
-    networks do not share, TypeError for batches of another kind.
+    over the nonzero weights; $Y$ are the dense network's outputs, $Y_l$ those of its layer $l$, hats mark the pruned
+    network. Both networks run in evaluation mode: dropout is off and batch norm keeps its statistics. If the steps
+    made the objective larger, the copy is `pruned` as it was, and the note says so. The result has no certificate.
+
+    Args:
+        model: The dense network.
+        pruned: The pruned network, with modules of the same names and shapes; it is not changed.
+        batches: Calibration data; each batch is one step of Adam.
+        names: Layers that move and are compared, as in `prune`; None takes all.
+        epochs: Number of passes over the batches.
+        hints: The weight $h$ of the layers' own outputs; 0 compares the network's outputs only.
+        rate: Adam's first step size, relative to the root mean square of a layer's nonzero weights. The step size
+            falls to 0 along a cosine.
+        seed: Seed of the order of the batches in each epoch.
+
+    Returns:
+        The trained copy of `pruned`, and a `Distilled` with the errors before and after.
+
+    Raises:
+        ValueError: For numbers out of range, and for layers that the two networks do not share.
+        TypeError: If the batches are not an iterable of batches.
+
+    Example:
+        >>> import torch, convexprune as cp
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> x = torch.randn(64, 8)
+        >>> pruned, report = cp.prune(model, [x], lambda layer: cp.Reconstruction(layer, cp.Unstructured(0.5)))
+        >>> better, distilled = cp.distill(model, pruned, [x], epochs=20)
+        >>> before, after = distilled.objective
+        >>> after <= before, int((better[0].weight != 0).sum())
+        (True, 32)
     """
     check_model(model)
     check_model(pruned)
@@ -110,7 +138,7 @@ def distill(
 
 
 class _Pair:
-    """Two networks and where they are compared."""
+    """The two networks, and the modules whose outputs are compared."""
 
     def __init__(
         self, model: nn.Module, student: nn.Module, batches: list[Any], rectified: Mapping[str, bool], hints: float
@@ -155,7 +183,7 @@ class _Pair:
 
 
 def _train(pair: _Pair, batches: list[Any], epochs: int, rate: float, seed: int) -> None:
-    """Adam on the student's layers, the zeros kept."""
+    """Train the student's layers by Adam; zeros stay zero."""
     flags = [(parameter, parameter.requires_grad) for parameter in pair.student.parameters()]
     groups = _groups(pair.student, pair.rectified, rate)
     if not groups:

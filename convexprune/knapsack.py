@@ -1,4 +1,4 @@
-"""Multiple-choice knapsack on arrays: the price that divides the budget, and the exact search around it.
+"""Multiple-choice knapsack on arrays: find the price that divides the budget, and search exactly around it.
 
     minimise  sum_l d_l(k_l)   subject to   sum_l c_l(k_l) <= budget
 
@@ -7,8 +7,8 @@ With a price p >= 0 on the budget, every choice satisfies
     sum_l d_l(k_l) = L(p) + sum_l r_l(k_l) + p (budget - cost),    r_lk = d_lk + p c_lk - min_k (d_lk + p c_lk) >= 0
     L(p) = sum_l min_k (d_lk + p c_lk) - p budget
 
-so L(p) is a lower bound, and a choice better than a given value spends at most the difference in sum r + p (budget -
-cost): few levels of each layer can be in it. Costs and distortions are (L, K) arrays, padded with inf.
+so L(p) is a lower bound. A choice of value below v has sum_l r_l(k_l) + p (budget - cost) < v - L(p), so only a few
+levels of each layer can be part of it. Costs and distortions are (L, K) arrays, padded with inf.
 Source: Sinha, Zoltners, Oper. Res. 1979; Pisinger, EJOR 1995 (a minimal core).
 """
 
@@ -23,18 +23,18 @@ from numpy.typing import NDArray
 Array = NDArray[np.float64]
 Choice = NDArray[np.int64]
 
-MOST = 2_000_000  # partial choices kept at once
+MOST = 2_000_000  # limit on the number of partial choices kept at a time
 UNIT = 2.0**-53
 
 
 @dataclass(frozen=True, eq=False)
 class Priced:
-    """The optimal price, and the two choices between which it divides the budget.
+    """The optimal price, and two choices that are optimal at this price, one below the budget and one above.
 
     price   p, the maximiser of L
-    bound   L(p), less what rounding may have added
+    bound   L(p), minus a bound of its rounding error
     under   the choice at that price that costs at most the budget
-    over    the one that costs more; the same as `under` where the budget binds nothing
+    over    the choice that costs more; the same as `under` if the budget is no restriction
     """
 
     price: float
@@ -44,7 +44,7 @@ class Priced:
 
 
 def dual(cost: Array, distortion: Array, budget: float, price: float) -> float:
-    """L(p), certainly not above its exact value; -inf for a price that is negative or not finite."""
+    """L(p), rounded down to be at most its exact value; -inf for a price that is negative or not finite."""
     if not (0 <= price < math.inf):
         return -math.inf
     least = np.where(np.isfinite(cost), distortion + price * np.where(np.isfinite(cost), cost, 0), np.inf).min(1)
@@ -53,11 +53,11 @@ def dual(cost: Array, distortion: Array, budget: float, price: float) -> float:
 
 
 def divide(cost: Array, distortion: Array, budget: float) -> Priced | None:
-    """The price at which the budget is divided, by the secant of two choices; None where nothing fits the budget."""
+    """Find the price that divides the budget, by secants of two choices; None if no choice fits the budget."""
     rows = np.arange(len(cost))
 
     def at(price: float) -> tuple[Choice, float, float]:
-        # of equals the cheaper: the first one in order of cost
+        # among equal levels the cheaper: levels are sorted by cost, and argmin takes the first
         choice = np.where(np.isfinite(cost), distortion + price * np.where(np.isfinite(cost), cost, 0), np.inf).argmin(
             1
         )
@@ -72,7 +72,7 @@ def divide(cost: Array, distortion: Array, budget: float) -> Priced | None:
         return None
     price = 0.0
     while True:
-        # the line through both choices is below the hull's corner that the next price finds, or is its edge
+        # the line through both choices is an edge of the convex hull, or the next price finds a corner below it
         price = max((under_loss - over_loss) / (over_cost - under_cost), 0.0)
         choice, spent, loss = at(price)
         if spent <= budget and spent > under_cost and loss < under_loss:
@@ -84,7 +84,7 @@ def divide(cost: Array, distortion: Array, budget: float) -> Priced | None:
 
 
 def filled(cost: Array, distortion: Array, budget: float, choice: Choice) -> Choice:
-    """A choice within the budget, improved: the upgrade that saves most for its cost first, while one fits."""
+    """Improve a choice within the budget: while an upgrade fits, take the one that saves most for its cost."""
     choice, rows = choice.copy(), np.arange(len(cost))
     left = budget - float(cost[rows, choice].sum())
     while True:
@@ -102,8 +102,8 @@ def filled(cost: Array, distortion: Array, budget: float, choice: Choice) -> Cho
 def best_below(cost: Array, distortion: Array, budget: float, price: float, below: float) -> tuple[Choice | None, bool]:
     """The best choice of value < `below` within the budget, or None; and whether the search was complete.
 
-    Layer by layer the partial choices that can still end below: one that costs no less and loses no less than another
-    is dropped. The search gives up, incomplete, where more than MOST are left.
+    Layer by layer, the search keeps the partial choices that can still end below. It drops a partial choice if another
+    one costs no more and loses no more. It gives up, incomplete, if more than MOST are left.
     """
     bound = dual(cost, distortion, budget, price)
     room = below - bound
@@ -118,10 +118,10 @@ def best_below(cost: Array, distortion: Array, budget: float, price: float, belo
     order = sorted(range(len(core)), key=lambda layer: -len(core[layer]))
     cheapest = np.array([cost[layer, core[layer]].min() for layer in order])
     dearest = np.array([cost[layer, core[layer]].max() for layer in order])
-    # what the layers still to come cost, at least and at most
+    # the least and the largest cost of all later layers
     low = np.append(cheapest[::-1].cumsum()[::-1][1:], 0.0)
     high = np.append(dearest[::-1].cumsum()[::-1][1:], 0.0)
-    thrift = (room + slack) / price if price > 0 else math.inf  # what may be left of the budget
+    thrift = (room + slack) / price if price > 0 else math.inf  # the largest part of the budget that may be left
     spent, lost, over = np.zeros(1), np.zeros(1), np.zeros(1)
     steps: list[tuple[Choice, Choice]] = []
     for turn, layer in enumerate(order):

@@ -1,4 +1,4 @@
-"""Data-free neuron merging of whole networks: layer after layer, then the merged neurons are taken out.
+"""Data-free neuron merging of whole networks: merge layer after layer, then remove the merged neurons.
 
 Source: Srinivas, Babu, BMVC 2015.
 """
@@ -27,7 +27,7 @@ from convexprune.solvers import GreedyMerging, Merges
 
 @dataclass(frozen=True, eq=False)
 class _Junction:
-    """A Linear, what covers its outputs, and the Linears that read them."""
+    """A Linear layer, and the Linear layers that read its outputs."""
 
     maker: str
     readers: tuple[str, ...]
@@ -43,20 +43,37 @@ def merge(
     refit: bool = False,
     solver: Solver | None = None,
 ) -> tuple[nn.Module, MergeReport]:
-    """A smaller copy of the model, in which neurons of Linear layers have joined others, and the report on it.
+    """Merge similar neurons of Linear layers, and return a smaller copy of the model with a report.
 
-    keep          how many neurons of each layer survive, as a fraction or a count; by layer name, where they differ;
-                  None (and no max_saliency): up to the published cut-off, the mode of the saliencies' histogram
-    max_saliency  instead: the largest sum of saliencies of a layer
-    names         of the layers whose neurons may merge; None: every Linear that only Linears read, through activations
-                  that are nondecreasing with slope at most 1
-    batches       calibration data, not needed: saliencies then use the Gram matrix of the inputs, and the report says
-                  how much the outputs really moved
-    refit         the readers' weights by least squares on the batches, instead of added up
-    solver        of NeuronMerging; None: the greedy one
+    Neuron $j$ joins neuron $i$: the weights that read $j$ are added to those that read $i$, and $j$ leaves. Layers
+    merge in forward order. The model itself is not changed.
 
-    Layers merge in forward order; the model itself is not changed. Raises ValueError for names that cannot merge, for
-    a model that cannot be traced, and for `refit` without batches.
+    Args:
+        model: The network; torch.fx must be able to trace it.
+        keep: Number of neurons of a layer that survive: a fraction in (0, 1] (a float), a count (an int), or a mapping
+            from layer names to either. None, without `max_saliency`, stops each layer at the published cut-off, the
+            mode of the histogram of its saliencies.
+        max_saliency: Largest total saliency of a layer; takes the place of `keep`.
+        names: Layers whose neurons may merge. None means every Linear that only Linears read, through activations
+            that are nondecreasing with slope at most 1.
+        batches: Calibration data, optional. With them the saliencies use the Gram matrix of the inputs, and the
+            report says how far the outputs moved.
+        refit: Fit the weights of the readers to the batches by least squares, instead of adding weights up.
+        solver: Solver of `NeuronMerging`; None takes `GreedyMerging()`.
+
+    Returns:
+        The smaller model, and a `convexprune.report.MergeReport` with the survivors and the saliency of each layer.
+
+    Raises:
+        ValueError: For names that cannot merge, a model that cannot be traced, `keep` together with `max_saliency`,
+            and `refit` without batches.
+
+    Example:
+        >>> import torch, convexprune as cp
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 6), torch.nn.ReLU(), torch.nn.Linear(6, 2))
+        >>> small, report = cp.merge(model, keep=0.5)
+        >>> small[0].out_features, small[2].in_features
+        (3, 3)
     """
     if refit and batches is None:
         raise ValueError("refit needs batches: least squares want calibration data")
@@ -177,7 +194,7 @@ def _read_by_linears(graph: ChannelGraph, channels: Channels, maker: str) -> boo
             path.append(node)
             node = node.all_input_nodes[0]
         paths.add(tuple(path))
-    return len(paths) == 1  # all read the same function of the neurons
+    return len(paths) == 1  # every reader sees the same function of the neurons
 
 
 def _covered(graph: ChannelGraph, node: fx.Node) -> bool:

@@ -9,13 +9,13 @@ from pathlib import Path
 
 
 def write_whole(path: str | os.PathLike[str], content: bytes | str) -> None:
-    """Write beside the target under a name of its own, then rename: neither half a file nor a lost old one.
+    """Write a file whole or not at all: to a temporary file in the same folder, which then replaces the target.
 
-    A file that is there keeps its mode; a symbolic link stays, and what it points to is replaced. Two writers of one
-    path leave one whole file, of one of them.
+    An existing file keeps its mode. A symbolic link stays, and the file that it points to is replaced. If two writers
+    share a path, the file of one of them remains, whole.
 
-    Raises OSError, naming the path, where the target is no regular file and where it cannot be written; nothing is
-    left beside it then.
+    Raises OSError, naming the path, if the target is not a regular file or cannot be written. The temporary file is
+    then removed, and an existing file stays as it was.
     """
     target = Path(os.path.realpath(path))
     mode = target.stat().st_mode if target.exists() else None

@@ -1,4 +1,4 @@
-"""From a budget for the whole network to a count for each layer: curves, and a knapsack over them."""
+"""Divide a budget for the whole network into a count for each layer: a knapsack over rate-distortion curves."""
 
 from __future__ import annotations
 
@@ -24,15 +24,34 @@ from convexprune.solve import solve
 class Allocation:
     """How `prune` divides a budget among the layers.
 
-    budget    a fraction of what keeping everything costs (a float in (0, 1]), or that cost itself (an int)
-    measure, levels, inner, damping, cache   how the curves are measured: see `rate_distortion`
-    solver    divides the budget; None: the exact one. A rule such as `ErdosRenyiKernel()` needs no curves, and gets
-              them all the same, so that the report can say what it gives away
-    least, most   the fraction of any layer that may be kept; a mapping gives some layers their own
-    price     layer name -> what one kept weight of it costs; None: 1. See `macs_per_weight`
-    tie       layer name -> a label: layers with the same one keep the same fraction
-    batches   calibration data for the curves, where it is not that of the pruning
-    curves    measured before; then nothing is measured
+    Args:
+        budget: A fraction (a float in (0, 1]) of the cost of keeping everything, or a cost (an int).
+        measure: How the distortion of a level is measured, as in `rate_distortion`.
+        levels: Fractions of a layer's weights at which its distortion is measured.
+        inner: Solver that prunes a layer to each level; None takes the default of `Reconstruction`.
+        damping: As in `Layer.damped`.
+        solver: Solver that divides the budget; None takes `MinimalCore()`. A rule such as `ErdosRenyiKernel` does not
+            look at the distortions; they are measured all the same, so that the report can compare the rule with the
+            optimum.
+        least: Smallest fraction of a layer that may be kept; a mapping sets it by layer name.
+        most: Largest fraction of a layer that may be kept; a mapping sets it by layer name.
+        price: Cost of one kept weight by layer name, such as `macs_per_weight` gives; a layer without one costs 1.
+        tie: Label by layer name; layers with the same label keep the same fraction.
+        cache: Folder for the measured curves, as in `rate_distortion`.
+        batches: Calibration data for the curves; None takes the batches of the pruning.
+        curves: Curves that are known already; then nothing is measured.
+
+    Raises:
+        ValueError: For a budget that is neither a fraction nor a cost.
+
+    Example:
+        >>> import convexprune as cp
+        >>> from torch import tensor
+        >>> steep = cp.Curve("steep", kept=tensor([10, 50, 100]), distortion=tensor([90.0, 10.0, 0.0]))
+        >>> flat = cp.Curve("flat", kept=tensor([10, 50, 100]), distortion=tensor([3.0, 1.0, 0.0]))
+        >>> shares = cp.Allocation(0.6, curves=[steep, flat]).shares(model=None, batches=[])
+        >>> shares.counts, shares.certificate.value  # of 200 weights 120 may stay
+        ({'steep': 100, 'flat': 10}, 3.0)
     """
 
     budget: float | int
@@ -61,9 +80,9 @@ class Allocation:
         *,
         progress: Callable[[Progress], None] | None = None,
     ) -> Shares:
-        """What each layer keeps.
+        """Measure the curves, and choose how much each layer keeps; arguments as in `prune`.
 
-        Raises ValueError, naming the smallest budget that can be met, where the layers' cheapest levels exceed it.
+        Raises ValueError, with the smallest budget that can be met, if even the cheapest levels exceed the budget.
         """
         calibration = Calibration.of(calibration)
         curves = self.curves
@@ -90,7 +109,7 @@ class Allocation:
         )
 
     def problem(self, curves: Sequence[Curve]) -> SparsityAllocation:
-        """The knapsack of some curves, priced, tied and limited as asked for."""
+        """The knapsack of these curves, with the prices, ties and limits of this allocation."""
         known = {curve.name for curve in curves}
         for key in ("least", "most", "price", "tie"):
             given = getattr(self, key)
@@ -114,9 +133,9 @@ class Allocation:
 
 
 def macs_per_weight(model: nn.Module, batch: Any, names: Sequence[str] | str | None = None) -> dict[str, float]:
-    """How often each layer multiplies by each of its weights for one example: 1 if linear, else its output positions.
+    """Number of multiplications by each weight of a layer for one example: 1 if linear, else its output positions.
 
-    batch   a tensor, or a tuple or list that begins with one; its first axis are the examples
+    batch   a tensor, or a tuple or list that begins with one; the examples are along its first axis
     """
     first = batch[0] if isinstance(batch, (tuple, list)) else batch
     if isinstance(first, Mapping):

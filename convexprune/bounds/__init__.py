@@ -1,4 +1,4 @@
-"""The papers' theorems as objects: hypotheses checked, the guaranteed and the measured side computed."""
+"""The papers' theorems as objects that check their hypotheses and compute both sides, guaranteed and measured."""
 
 from convexprune.bounds.additivity import Additivity
 from convexprune.bounds.chain import ChainBound, cascade_bound, parallel_bound, slack_product_bound

@@ -1,11 +1,11 @@
-"""The additivity that allocation rests on, as a measured statement: what makes the sum right, and what breaks it.
+"""Additivity of the layers' distortions, which allocation assumes: measured, with the terms that break it.
 
-With delta_l the change of the network's output where layer l alone is pruned, and delta where all are,
+Let delta_l be the change of the network's output when layer l alone is pruned, and delta the change when all are. Then
 
     delta = sum_l delta_l + rest,     E|sum_l delta_l|^2 = sum_l E|delta_l|^2 + cross terms
 
-so E|delta|^2 is the sum of the layers' distortions as far as the rest and the cross terms are small: small errors, of
-mean zero and uncorrelated between layers. Source: Xu et al., ICCV 2023, section 3, where both are assumed.
+so E|delta|^2 is the sum of the layers' distortions if the rest and the cross terms are small. They are small for small
+errors of mean zero that are uncorrelated between layers. Source: Xu et al., ICCV 2023, section 3, assumes both.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ PAPER = "Xu et al., ICCV 2023"
 
 @dataclass(frozen=True)
 class Additivity:
-    """Distortions, means over the samples of squared changes of the output.
+    """Mean squared changes of the network's output over the samples.
 
     alone      E|delta_l|^2, layer by layer
     superposed E|sum_l delta_l|^2
@@ -47,7 +47,7 @@ class Additivity:
 
     @classmethod
     def of(cls, alone: Sequence[Tensor], together: Tensor) -> Additivity:
-        """From delta_l (n, outputs) of each layer, and delta."""
+        """Compute the means from delta_l (n, outputs) of each layer, and delta."""
         if not alone:
             raise ValueError("no layer has changed; there is nothing to add up")
         total = torch.stack([each.double() for each in alone]).sum(0)
@@ -65,19 +65,19 @@ class Additivity:
 
     @property
     def crossing(self) -> float:
-        """The cross terms over the sum: 0 where the layers' changes are uncorrelated."""
+        """The cross terms divided by the sum; 0 if the layers' changes are uncorrelated."""
         return self.superposed / self.predicted - 1 if self.predicted else math.nan
 
     @property
     def bending(self) -> float:
-        """The rest's norm over the change's: 0 where the network is linear in the layers' changes."""
+        """The norm of the rest divided by the norm of the change; 0 if the network is linear in the layers' changes."""
         return math.sqrt(self.rest / self.measured) if self.measured else 0.0
 
     def statement(self, tolerance: float = 0.25) -> Statement:
         """E|delta|^2 <= (1 + t) / (1 - t)^2 sum_l E|delta_l|^2, if bending and crossing are at most the tolerance t.
 
-        Proof. |delta| <= |sum delta_l| + |rest| in the norm sqrt(E|.|^2), the first at most sqrt((1 + t) sum), the
-        second at most t |delta|. Raises ValueError for a tolerance outside (0, 1).
+        Proof. |delta| <= |sum delta_l| + |rest| in the norm sqrt(E|.|^2). The first term is at most
+        sqrt((1 + t) sum), the second at most t |delta|. Raises ValueError for a tolerance outside (0, 1).
         """
         if not 0 < tolerance < 1:
             raise ValueError(f"tolerance is {tolerance}; it must be in (0, 1)")

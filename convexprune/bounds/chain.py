@@ -1,12 +1,12 @@
-"""The error of a whole network from the errors of its layers, without any normalisation of the weights.
+"""Bound the error of a chain of layers by the layers' own errors, without normalising the weights.
 
-A chain is a network Y_l = act_l(Y_{l-1} W_l^T + 1 b_l^T) whose activations act_l, and whatever else stands between two
-layers, are 1-Lipschitz; Y_0 is the calibration data, one sample a row. Yhat_l are the outputs of the pruned network
-on the same samples, with weights What_l and biases bhat_l, and e_l = || Yhat_l - Y_l ||_F.
+A chain is a network Y_l = act_l(Y_{l-1} W_l^T + 1 b_l^T) whose activations act_l are 1-Lipschitz, like every other
+function between two layers; Y_0 is the calibration data, one sample in each row. Yhat_l are the outputs of the pruned
+network on the same samples, with weights What_l and biases bhat_l, and e_l = || Yhat_l - Y_l ||_F.
 
 Source: Aghasi, Abdi, Nguyen, Romberg, NIPS 2017, Theorems 1 and 2, which ask for ||W_l||_1 = 1. Here the spectral
-norms take the place of the normalisation. The figures are for exact arithmetic: a network that computes in float32
-adds its own rounding, about 1e-7 of the outputs, to whatever is measured on it.
+norms replace the normalisation. The bounds hold in exact arithmetic: a network that computes in float32 adds its own
+rounding to every measured error, about 1e-7 of the outputs.
 """
 
 from __future__ import annotations
@@ -42,13 +42,13 @@ class ChainBound:
 def parallel_bound(errors: Sequence[float], weights: Sequence[Tensor]) -> ChainBound:
     """e_l <= E_l + ||What_l||_2 e_{l-1}, with e_0 = 0: every layer was pruned on the dense network's inputs.
 
-    errors   E_l >= || act(Y_{l-1} What_l^T + bhat_l) - act(Y_{l-1} W_l^T + b_l) ||_F; 0 where the layer is as it was
+    errors   E_l >= || act(Y_{l-1} What_l^T + bhat_l) - act(Y_{l-1} W_l^T + b_l) ||_F; 0 for a layer that was not pruned
     weights  What_l (out, in), the pruned weights as stored, without the bias
 
-    Proof. Put the pruned layer on the dense inputs between the two. What separates it from Y_l is E_l. What separates
-    it from Yhat_l is one and the same layer on two inputs: its bias cancels in the difference, the activation does not
-    enlarge it, and (Yhat_{l-1} - Y_{l-1}) What_l^T is at most ||What_l||_2 e_{l-1}. That is why the column of
-    biases has no place in the norm.
+    Proof. Let T be the output of the pruned layer on the dense inputs. T differs from Y_l by at most E_l. T and Yhat_l
+    are the outputs of the same layer on two inputs: the bias cancels in their difference, the activation does not
+    enlarge it, and (Yhat_{l-1} - Y_{l-1}) What_l^T is at most ||What_l||_2 e_{l-1}. So the norm is taken without the
+    column of biases.
     """
     _check(errors, weights)
     bounds: list[float] = []
@@ -60,13 +60,13 @@ def parallel_bound(errors: Sequence[float], weights: Sequence[Tensor]) -> ChainB
 def cascade_bound(errors: Sequence[float | None], weights: Sequence[Tensor]) -> ChainBound:
     """e_l <= E_l where E_l is known, else ||W_l||_2 e_{l-1}: every layer was judged on the pruned network's inputs.
 
-    errors   E_l >= || act(Yhat_{l-1} What_l^T + bhat_l) - Y_l ||_F; None where a layer was left as it was, unjudged
-    weights  (out, in), as stored, without the bias; only those of the unjudged layers are used
+    errors   E_l >= || act(Yhat_{l-1} What_l^T + bhat_l) - Y_l ||_F; None for a layer that was not pruned, nor judged
+    weights  (out, in), as stored, without the bias; only those of the layers that were not judged are used
 
-    Proof. In a cascade the layer's inputs are Yhat_{l-1} and its targets are the dense network's outputs on
-    the same samples, so act(Yhat_{l-1} What_l^T + bhat_l) *is* Yhat_l and E_l bounds e_l as it stands: the errors of
-    the layers before are already in it. An unjudged layer is the dense one, and the argument of `parallel_bound`
-    with E_l = 0 applies.
+    Proof. In a cascade the layer's inputs are Yhat_{l-1} and its targets are the dense network's outputs on the same
+    samples. So act(Yhat_{l-1} What_l^T + bhat_l) is Yhat_l, and E_l bounds e_l directly: it already contains the errors
+    of earlier layers. A layer that was not judged is the dense one, and the proof of `parallel_bound` with E_l = 0
+    applies.
     """
     _check(errors, weights)
     bounds: list[float] = []
@@ -76,16 +76,16 @@ def cascade_bound(errors: Sequence[float | None], weights: Sequence[Tensor]) -> 
 
 
 def slack_product_bound(first: float, gammas: Sequence[float], weights: Sequence[Tensor]) -> ChainBound:
-    """e_1 <= first, e_l <= sqrt(gamma_l) ||W_l||_2 e_{l-1}: Theorem 2, known before anything after layer 1 is solved.
+    """e_1 <= first, e_l <= sqrt(gamma_l) ||W_l||_2 e_{l-1}: Theorem 2, computed before the later layers are solved.
 
     first    the radius of the first layer's ball
-    gammas   gamma_l >= 1 of the layers after it, each feasible for the cascade problem of that factor, risk 1 (where a
-             layer's inputs have not changed `NetTrim.cascade` states the parallel problem instead: not that one)
-    weights  W_l (out, in) of those layers, the *dense* ones, without the bias
+    gammas   gamma_l >= 1 of the later layers; each is feasible for the cascade problem of its factor, with risk 1. (If
+             a layer's inputs have not changed, `NetTrim.cascade` states the parallel problem; that is not enough here)
+    weights  W_l (out, in) of the later layers, dense, without the bias
 
     Proof. Let D be the dense layer's pre-activations on the pruned inputs. Where Y_l is active, the ball keeps Yhat_l
-    within sqrt(gamma_l) || (D - Y_l)_active ||_F of it; elsewhere Y_l = 0 and the slack D gives 0 <= Yhat_l <= relu(D).
-    Both are parts of the dense layer's own change, which is at most ||W_l||_2 e_{l-1}.
+    within sqrt(gamma_l) || (D - Y_l)_active ||_F of Y_l; elsewhere Y_l = 0, and the slack D gives
+    0 <= Yhat_l <= relu(D). Both are parts of the dense layer's own change, which is at most ||W_l||_2 e_{l-1}.
     """
     _check(gammas, weights)
     for gamma in gammas:
@@ -98,7 +98,7 @@ def slack_product_bound(first: float, gammas: Sequence[float], weights: Sequence
 
 
 def _through(weight: Tensor, bounds: Sequence[float]) -> float:
-    """||W||_2 e_{l-1}; an error of 0 (the first layer's) asks for no norm."""
+    """||W||_2 e_{l-1}; without computing the norm if e_{l-1} is 0, as it is for the first layer."""
     if not bounds or bounds[-1] == 0:
         return 0.0
     return float(torch.linalg.matrix_norm(weight.detach().cpu().double(), 2)) * bounds[-1]

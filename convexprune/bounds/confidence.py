@@ -1,4 +1,4 @@
-"""What held-out samples say of data not seen, with a stated confidence. The samples must be independent of the pruning.
+"""Bounds for unseen data from held-out samples, at a given confidence; the pruning must not have used the samples.
 
 Source: Clopper, Pearson, Biometrika 1934; Maurer, Pontil, COLT 2009, Theorem 4 (empirical Bernstein).
 """
@@ -13,7 +13,7 @@ HALVINGS = 100
 
 
 def clopper_pearson(successes: int, trials: int, confidence: float) -> float:
-    """An upper bound of a probability p that holds with this confidence: the p for which P(Bin(n, p) <= k) = 1 - it."""
+    """Upper bound of a probability, from k successes in n trials: the p with P(Bin(n, p) <= k) = 1 - confidence."""
     _check(trials, confidence)
     if not 0 <= successes <= trials:
         raise ValueError(f"successes is {successes}; it must be between 0 and the {trials} trials")
@@ -30,9 +30,11 @@ def clopper_pearson(successes: int, trials: int, confidence: float) -> float:
 
 
 def empirical_bernstein(values: Tensor, largest: float, confidence: float) -> float:
-    """An upper bound of E min(Z, b), b = `largest`, from samples z of Z >= 0: clipped, so that no assumption is made.
+    """Upper bound of E min(Z, b), b = `largest`, from independent samples of Z >= 0; the clip needs no assumption on Z.
 
-    mean + sqrt(2 V log(2 / delta) / n) + 7 b log(2 / delta) / (3 (n - 1)),  delta = 1 - confidence, V their variance
+    mean + sqrt(2 V log(2 / delta) / n) + 7 b log(2 / delta) / (3 (n - 1)),    delta = 1 - confidence
+
+    with the mean and the variance V (divisor n - 1) of the clipped samples.
     """
     z = values.detach().cpu().double().flatten().clamp(max=largest)
     _check(len(z), confidence)
@@ -46,9 +48,9 @@ def empirical_bernstein(values: Tensor, largest: float, confidence: float) -> fl
 
 
 def cannot_flip(logits: Tensor, error: float | Tensor) -> Tensor:
-    """(n,) bool: samples whose largest logit leads by more than twice the error in the max norm, so it stays largest.
+    """Which samples (n,) keep their prediction: the largest logit leads the second by more than twice the error.
 
-    logits (n, classes) of the dense network, error >= max_k |zhat_k - z_k| of each sample, or of all
+    logits (n, classes) of the dense network; error >= max_k |zhat_k - z_k|, one for each sample or one for all
     """
     top = logits.detach().cpu().double().topk(2, dim=1).values
     stays: Tensor = top[:, 0] - top[:, 1] > 2 * (error.cpu().double() if isinstance(error, Tensor) else error)

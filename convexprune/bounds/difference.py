@@ -1,7 +1,7 @@
-"""How far a pruned ReLU network may be from the dense one over a whole set of inputs, not only at samples.
+"""Bound the difference between a pruned ReLU network and the dense one over a whole set of inputs, not only at samples.
 
-What is bounded is any linear function of the two networks' outputs, most of all their difference, by three methods:
-intervals, linear relaxation, and exactly by a mixed-integer program. `relaxation` has the mathematics of the first two.
+Three methods bound linear functions of the two networks' outputs, such as their difference: intervals, a linear
+relaxation, and a mixed-integer program, which is exact. `relaxation` has the mathematics of the first two.
 
 Source: Tjeng, Xiao, Tedrake, ICLR 2019, for the mixed-integer program.
 """
@@ -23,7 +23,7 @@ from convexprune.bounds.statement import ROUNDING
 if TYPE_CHECKING:
     import cvxpy as cp
 
-# HiGHS stops at a relative gap of 1e-4 unless told otherwise; the tolerances bound what big-M lets through
+# by default HiGHS stops at a relative gap of 1e-4; small tolerances limit how far the big-M constraints are violated
 TIGHT: Final = {
     "HIGHS": {"mip_rel_gap": 0.0, "mip_abs_gap": 1e-9, "mip_feasibility_tolerance": 1e-9,
               "primal_feasibility_tolerance": 1e-9, "dual_feasibility_tolerance": 1e-9},
@@ -72,12 +72,12 @@ class LinearRelaxation:
 
     together  y between its chord and a line through 0 (CROWN), gamma between the chord over delta of its largest value
               for each delta (fact 2, convex: the chord is above) and that of its least (fact 3, concave: below)
-    apart     y and yhat each between their own lines; exact where both are stable, and where one is it costs only
-              the other: dense inactive gamma = relu(zhat), dense active max(delta, -z), pruned inactive -relu(z),
+    apart     y and yhat each between their own lines; exact if both are stable. If one is stable, only the other is
+              relaxed: dense inactive gamma = relu(zhat), dense active max(delta, -z), pruned inactive -relu(z),
               pruned active min(zhat, delta)
 
-    Each neuron of each function takes the one whose band is thinner where it is thickest. The intervals of every layer
-    are found the same way, and intersected with those of `IntervalPropagation`, so this is never looser.
+    Each neuron of each function takes the way whose widest gap is smaller. The intervals of every layer are computed
+    the same way and intersected with those of `IntervalPropagation`, so this method is never looser.
     Source: Zhang et al., NeurIPS 2018; Paulsen, Wang, Wang, ICSE 2020, for a relaxation of the difference.
     """
 
@@ -88,14 +88,14 @@ class LinearRelaxation:
 
 @dataclass(frozen=True)
 class Exact:
-    """The maximum itself, to the solver's tolerances, as a mixed-integer program; for a few dozen unstable neurons.
+    """The exact maximum, up to the solver's tolerances, by a mixed-integer program; for a few dozen unstable neurons.
 
         max  d' z_L + c' (zhat_L - z_L)   over x in the box, and for each unstable neuron, with a in {0, 1},
              y >= z,  y >= 0,  y <= u a,  y <= z - l (1 - a)          l <= z <= u by `IntervalPropagation`
 
-    solver  CVXPY's name of one that takes mixed-integer linear programs
+    solver  CVXPY's name of a solver for mixed-integer linear programs
 
-    Raises ValueError for a `Ball`, RuntimeError where the solver does not report an optimum.
+    Raises ValueError for a `Ball`, RuntimeError if the solver does not report an optimum.
     Source: Tjeng, Xiao, Tedrake, ICLR 2019, equations (4) to (6).
     """
 
@@ -139,10 +139,10 @@ def difference_bounds(pair: ChainPair, around: Box | Ball, method: Method | None
 
 
 def cannot_change(pair: ChainPair, around: Box | Ball, method: Method | None = None) -> Tensor:
-    """(samples,) bool: where the largest output of both networks is provably one and the same for every x of the set.
+    """Which samples (samples,) provably have the same largest output in both networks for every x of the set.
 
-    For t, the dense network's at the center: z_t - z_k > 0 and zhat_t - zhat_k > 0 for every k != t. False proves
-    nothing: either network may change its mind within the set, or the bound may be too loose.
+    Let t be the largest output of the dense network at the center; z_t - z_k > 0 and zhat_t - zhat_k > 0 are shown for
+    every k != t. False proves nothing: a network may change its prediction within the set, or the bound is too loose.
     """
     _check_fit(pair, around)
     z, _ = pair.run(around.center)
@@ -176,13 +176,13 @@ def _negative(
 def sampled_difference(
     pair: ChainPair, around: Box | Ball, *, points: int = 256, starts: int = 4, steps: int = 30, seed: int = 0
 ) -> Tensor:
-    """The largest |zhat_k - z_k| that was found in each sample's set, (samples,): what no sound bound is below.
+    """The largest |zhat_k - z_k| found in each sample's set, (samples,); no sound bound is below it.
 
-    points random ones besides the center, then `steps` steps of projected gradient ascent from the best `starts`.
+    Tries the center and `points` random points, then `steps` steps of projected gradient ascent from the best `starts`.
     """
     _check_fit(pair, around)
     generator = torch.Generator().manual_seed(seed)
-    # the center comes first where the box holds it
+    # the center comes first, moved into the box if it lies outside
     x = around.ascend(around.center[:, None], torch.zeros_like(around.center[:, None]), 0.0)
     x = torch.cat([x, around.points(points, generator)], 1)
     found = _largest_change(pair, x)
@@ -210,7 +210,7 @@ def _slope(pair: ChainPair, x: Tensor) -> Tensor:
 def _program(
     pair: ChainPair, around: Box, seen: Sequence[Hidden], sample: int
 ) -> tuple[cp.Expression, cp.Expression, list[Any]]:
-    """z_L and zhat_L of one sample in CVXPY, and the constraints that make them so."""
+    """z_L and zhat_L of one sample as CVXPY expressions, and the constraints that define them."""
     import cvxpy as cp
 
     x = cp.Variable(pair.inputs)

@@ -1,7 +1,8 @@
-"""How much a layer can enlarge a difference of its inputs, as a whole and channel by channel: rigorous upper bounds.
+"""Rigorous upper bounds on how much a layer enlarges a difference of its inputs, as a whole and channel by channel.
 
-A convolution with zero padding is a part of the circular one on a torus as large as the padded input, and that one is
-block diagonal in frequencies: its norm is the largest singular value over all of them, computed, not iterated for.
+A convolution with zero padding is a part of the circular convolution on a torus as large as the padded input. The
+circular one is block diagonal in frequencies, so its norm is the largest singular value over all frequencies; that is
+computed directly, not by iterations.
 Source: Sedghi, Gupta, Long, ICLR 2019, Theorem 6, for the torus.
 """
 
@@ -16,34 +17,34 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-ROUNDING = 1e-10  # relative: what the transform and the decomposition may miss in float64
+ROUNDING = 1e-10  # a relative error that the transform and the decomposition stay below in float64
 
 
 class Operator(Protocol):
     """A layer without its bias: D -> op(D), from channels to channels."""
 
     def scaled(self, scale: Tensor) -> Operator:
-        """With each output channel times its scale (out,)."""
+        """The operator with each output channel multiplied by its scale (out,)."""
 
     @property
     def channels(self) -> int:
-        """How many it reads."""
+        """Number of input channels."""
 
     def frobenius(self) -> float:
-        """Of the published bounds: >= ||op(D)||_F / ||D||_F by the norm of all weights."""
+        """The gain of the published bounds, >= ||op(D)||_F / ||D||_F, from the Frobenius norm of the weights."""
 
     @property
     def spectral(self) -> float:
         """||op||_2."""
 
     def rows(self) -> Tensor:
-        """(out,) norms of the operators from all inputs to one output channel."""
+        """Norm (out,) of the operator from all inputs to each output channel."""
 
     def blocks(self, groups: int) -> Tensor:
-        """(out, groups) norms of the operators from one of `groups` runs of input channels to one output channel."""
+        """Norm (out, groups) of the operator from each of `groups` runs of input channels to each output channel."""
 
     def taps(self) -> Iterator[Tensor]:
-        """(out, in) matrices: op is the sum of these, each on shifted positions."""
+        """Matrices (out, in) whose sum, each applied to shifted positions, is the operator."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,12 +54,12 @@ class LinearOperator:
     weight: Tensor
 
     def scaled(self, scale: Tensor) -> Operator:
-        """Rows times their scale."""
+        """Multiply each row by its scale."""
         return LinearOperator(_scaled(self.weight, scale))
 
     @property
     def channels(self) -> int:
-        """The inputs."""
+        """Number of inputs."""
         return self.weight.shape[1]
 
     def frobenius(self) -> float:
@@ -75,7 +76,7 @@ class LinearOperator:
         return _norms(self._matrix(), dim=1) * (1 + ROUNDING)
 
     def blocks(self, groups: int) -> Tensor:
-        """The norms of runs of w_o: |W| where each input is a run of its own."""
+        """The norm of each run of inputs in each row; |W| if every input is a run of its own."""
         matrix = self._matrix()
         return _norms(matrix.reshape(len(matrix), groups, -1), dim=2) * (1 + ROUNDING)
 
@@ -89,9 +90,9 @@ class LinearOperator:
 
 @dataclass(frozen=True, eq=False)
 class ConvolutionOperator:
-    """A convolution (out, in / groups, *kernel) of inputs padded to `size`; a stride only lowers its norms.
+    """A convolution (out, in / groups, *kernel) of inputs padded to `size`; a stride can only lower its norms.
 
-    Raises ValueError where `size` does not hold the dilated kernel.
+    Raises ValueError if the dilated kernel is larger than `size`.
     """
 
     weight: Tensor
@@ -104,12 +105,12 @@ class ConvolutionOperator:
             raise ValueError(f"size is {tuple(self.size)}; it must hold the dilated kernel {tuple(self._reach())}")
 
     def scaled(self, scale: Tensor) -> Operator:
-        """Kernels times their scale."""
+        """Multiply each kernel by its scale."""
         return replace(self, weight=_scaled(self.weight, scale))
 
     @property
     def channels(self) -> int:
-        """The input channels."""
+        """Number of input channels."""
         return self.weight.shape[1] * self.groups
 
     def frobenius(self) -> float:
@@ -127,7 +128,7 @@ class ConvolutionOperator:
         return _norms(self._waves(), dim=2).amax(0) * (1 + ROUNDING)
 
     def blocks(self, groups: int) -> Tensor:
-        """The same, of parts of the rows."""
+        """The largest norm of each part of a row over all frequencies."""
         waves = self._apart(self._waves().abs())
         runs = waves.reshape(*waves.shape[:2], groups, -1)
         return _norms(runs, dim=3).amax(0) * (1 + ROUNDING)
@@ -138,7 +139,7 @@ class ConvolutionOperator:
             yield self._apart(tap)[0]
 
     def _apart(self, stack: Tensor) -> Tensor:
-        """(*, out, in / groups) as (*, out, in), with zeros between the groups."""
+        """Reshape (*, out, in / groups) to (*, out, in), with zeros between the groups."""
         if self.groups == 1:
             return stack
         whole = stack.new_zeros(len(stack), stack.shape[1], self.channels)
@@ -149,7 +150,7 @@ class ConvolutionOperator:
         return whole
 
     def _waves(self) -> Tensor:
-        """(frequencies, out, in / groups)."""
+        """The matrices of all frequencies (frequencies, out, in / groups)."""
         kernel, reach = self._kernel(), self._reach()
         spread = kernel.new_zeros(*kernel.shape[:2], *self.size)
         spread[(slice(None), slice(None), *(slice(0, r, d) for r, d in zip(reach, self.dilation, strict=True)))] = (
@@ -176,9 +177,9 @@ def _scaled(weight: Tensor, scale: Tensor) -> Tensor:
 
 
 def pooling_gain(kernel: Sequence[int], stride: Sequence[int], dilation: Sequence[int], average: bool) -> float:
-    """The root of the most windows that an input is in; for averages of whole windows over that of a window's size.
+    """sqrt(max windows covering one input), divided by sqrt(window size) for average pooling.
 
-    Along an axis those are ceil(k / (s / gcd(s, d))): the taps that lie a multiple of the stride apart.
+    Along an axis at most ceil(k / (s / gcd(s, d))) windows cover an input: its taps lie a multiple of the stride apart.
     """
     overlap = math.prod(math.ceil(k * math.gcd(s, d) / s) for k, s, d in zip(kernel, stride, dilation, strict=True))
     return math.sqrt(overlap / (math.prod(kernel) if average else 1))

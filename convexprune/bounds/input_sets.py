@@ -1,4 +1,4 @@
-"""Sets of inputs around samples: what a linear function is at most on them, points of them, steps within them."""
+"""Sets of inputs around samples: the maximum of a linear function on a set, points of it, and steps within it."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ class Interval(NamedTuple):
     upper: Tensor
 
     def within(self, lower: Tensor, upper: Tensor) -> Interval:
-        """The intersection; where there is none, rounding has done it, and this interval stays as it is."""
+        """The intersection; this interval where rounding has made the intersection empty."""
         low, high = torch.maximum(self.lower, lower), torch.minimum(self.upper, upper)
         fits = low <= high
         return Interval(torch.where(fits, low, self.lower), torch.where(fits, high, self.upper))
 
     def relu(self) -> Interval:
-        """Of relu(z)."""
+        """The interval of relu(z)."""
         return Interval(self.lower.clamp(min=0), self.upper.clamp(min=0))
 
     def maximum(self, rows: Tensor) -> Tensor:
@@ -37,7 +37,7 @@ class Box:
     """Every x within `radius` of the center in the max norm, and between `least` and `most` where those are given.
 
     center (samples, inputs); least, most: numbers, or tensors that broadcast with the center. Raises ValueError for a
-    radius or entries that make no set.
+    radius or limits that leave no point.
     """
 
     center: Tensor
@@ -58,13 +58,13 @@ class Box:
 
     @cached_property
     def lower(self) -> Tensor:
-        """The least of each coordinate, (samples, inputs)."""
+        """The smallest value of each coordinate, (samples, inputs)."""
         low = self.center - self.radius
         return low if self.least is None else torch.maximum(low, torch.as_tensor(self.least).detach().cpu().double())
 
     @cached_property
     def upper(self) -> Tensor:
-        """The most of each coordinate, (samples, inputs)."""
+        """The largest value of each coordinate, (samples, inputs)."""
         high = self.center + self.radius
         return high if self.most is None else torch.minimum(high, torch.as_tensor(self.most).detach().cpu().double())
 
@@ -73,7 +73,7 @@ class Box:
         return Interval(self.lower, self.upper).maximum(rows)
 
     def points(self, count: int, generator: torch.Generator) -> Tensor:
-        """(samples, count, inputs): half of them uniform in the box, half its corners."""
+        """Random points (samples, count, inputs): half of them uniform in the box, half at corners."""
         draws = torch.rand(len(self.center), count, self.center.shape[1], generator=generator, dtype=torch.float64)
         draws[:, ::2] = draws[:, ::2].round()  # a linear function is largest at a corner
         return torch.lerp(self.lower[:, None], self.upper[:, None], draws)
@@ -100,7 +100,7 @@ class Ball:
         return times(rows, self.center) + self.radius * sizes
 
     def points(self, count: int, generator: torch.Generator) -> Tensor:
-        """(samples, count, inputs): half of them on the sphere, half within it."""
+        """Random points (samples, count, inputs): half of them on the sphere, half inside it."""
         shape = (len(self.center), count, self.center.shape[1])
         away = _unit(torch.randn(shape, generator=generator, dtype=torch.float64))
         reach = torch.rand(*shape[:2], 1, generator=generator, dtype=torch.float64)
@@ -115,12 +115,12 @@ class Ball:
 
 
 def times(rows: Tensor, x: Tensor) -> Tensor:
-    """(samples, rows) of rows (samples or 1, rows, width) and x (samples, width)."""
+    """The products (samples, rows) of rows (samples or 1, rows, width) and x (samples, width)."""
     return x @ rows[0].T if len(rows) == 1 else (rows @ x[..., None])[..., 0]
 
 
 def float64(tensor: Tensor, name: str) -> Tensor:
-    """A copy to compute bounds with; raises ValueError, with the name, for numbers that are not finite."""
+    """A float64 copy on the CPU; raises ValueError, with the name, for numbers that are not finite."""
     kept = tensor.detach().cpu().double()
     if not bool(kept.isfinite().all()):
         raise ValueError(f"{name} hold numbers that are not finite")

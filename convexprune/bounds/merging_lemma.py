@@ -21,8 +21,8 @@ def lemma_1(
 ) -> Statement:
     """E (z_before - z_after)^2 <= E|x|^2 (sum_j sqrt(<a_j^2>) ||w_j - w_{i(j)}||)^2, the mean over the outputs z.
 
-    inputs (n, in) with a last column of ones where incoming (N, in) holds biases, outgoing (out, N), joined (N,): whom
-    each neuron joins. For one merge the right side is the published E|x|^2 <a_j^2> ||w_i - w_j||^2.
+    inputs (n, in), with a last column of ones if incoming (N, in) holds biases; outgoing (out, N); joined (N,): the
+    neuron that each neuron joins. For one merge the right side is the published E|x|^2 <a_j^2> ||w_i - w_j||^2.
     """
     x, w, a = (part.detach().cpu().double() for part in (inputs, incoming, outgoing))
     to = joined.flatten().round().long()
@@ -35,7 +35,7 @@ def lemma_1(
 
 
 def _gentle(activation: Callable[[Tensor], Tensor], seen: Tensor) -> Hypothesis:
-    """1-Lipschitz between neighbours on a grid over what the neurons have seen, which is all that is used."""
+    """Check the activation's slopes on a grid over the pre-activations that occurred; the lemma uses no others."""
     reach = max(float(seen.abs().max()), 1.0)
     grid = torch.linspace(-reach, reach, 4001, dtype=torch.float64)
     steps = activation(grid).diff() / grid.diff()

@@ -36,11 +36,11 @@ def proposition_1(inputs: Tensor, outputs: Tensor, weights: Tensor, radius: floa
 
 @dataclass(frozen=True, eq=False)
 class LinkNormalised:
-    """A ReLU chain in which every weight matrix has ||W_l||_1 = 1, and the factors that were taken out.
+    """A ReLU chain in which every weight matrix has ||W_l||_1 = 1, and the factors that it was divided by.
 
     W_l' = W_l / s_l,   b_l' = b_l / (s_1 ... s_l),   Y_l' = Y_l / (s_1 ... s_l),   s_l = ||W_l||_1
 
-    ReLU is positively homogeneous, so the network computes the same but for the factor; errors scale back by it.
+    ReLU is positively homogeneous, so outputs and errors of the two networks differ by the factor s_1 ... s_L alone.
     """
 
     weights: tuple[Tensor, ...]
@@ -56,7 +56,7 @@ class LinkNormalised:
         return cls((), (), scales).like(weights, biases)
 
     def like(self, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> LinkNormalised:
-        """Another network's weights, such as the pruned one's, divided by this one's factors."""
+        """Divide another network's weights, such as the pruned network's, by the factors of this one."""
         found, shifts, total = [], [], 1.0
         for weight, bias, size in zip(weights, biases, self.scales, strict=True):
             total *= size
@@ -66,11 +66,11 @@ class LinkNormalised:
 
     @property
     def factor(self) -> float:
-        """s_1 ... s_L: an error of the normalised network times this is one of the network that was given."""
+        """s_1 ... s_L: an error of the normalised network times this factor is an error of the original network."""
         return math.prod(self.scales)
 
     def outputs(self, x: Tensor, linear_last: bool = False) -> list[Tensor]:
-        """Y_1', ..., Y_L' on inputs (n, in), float64; the last layer without its ReLU where `linear_last`."""
+        """Y_1', ..., Y_L' on inputs (n, in), float64; with `linear_last` the last layer has no ReLU."""
         y, found = x.detach().cpu().double(), []
         for index, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
             y = y @ weight.T if bias is None else y @ weight.T + bias
@@ -86,8 +86,8 @@ def theorem_1(
 ) -> Statement:  # fmt: skip
     """Parallel: || Yhat_L - Y_L ||_F <= sum_l eps_l in a link-normalised network; with a linear last layer, Prop. S.1.
 
-    pruned   the layers' pruned weights in the normalised network, ||What_l||_1 <= 1 (an optimum of Net-Trim
-             without biases is; with them it usually is)
+    pruned   the layers' pruned weights in the normalised network, ||What_l||_1 <= 1. An optimum of Net-Trim without
+             biases satisfies this; with biases it usually does
     errors   eps_l: each layer's error on the dense network's inputs, in the normalised network
     """
     thin = _chain(pruned, biases)
@@ -137,7 +137,7 @@ def theorem_2(
 
 
 def sample_count(sparsity: int, inputs: int, mu: float = 2.0) -> int:
-    """Theorem 3: with so many N(0, 1) samples a `sparsity`-sparse w* is the unique optimum at eps = 0.
+    """Theorem 3: number of N(0, 1) samples that make a `sparsity`-sparse w* the unique optimum at eps = 0.
 
     n = (11 s + 7) mu log N, with probability at least 1 - N^(1 - mu). Raises ValueError unless mu > 1 and s <= N.
     """
@@ -152,8 +152,10 @@ def sample_count(sparsity: int, inputs: int, mu: float = 2.0) -> int:
 class Uniqueness:
     """Proposition 2 for one neuron: the margin of the best dual certificate, and whether it proves uniqueness.
 
-    margin   how far Lambda stays inside its limits off the supports: > 0 proves it
+    margin   distance of Lambda from its limits off the supports
     full     whether the matrix restricted to both supports has full column rank
+
+    A positive margin and full rank prove uniqueness.
     """
 
     margin: float
@@ -161,7 +163,7 @@ class Uniqueness:
 
     @property
     def unique(self) -> bool:
-        """Whether w is proven to be the only optimum."""
+        """True if w is proven to be the only optimum."""
         return self.margin > 1e-9 and self.full
 
 

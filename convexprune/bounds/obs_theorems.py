@@ -47,10 +47,10 @@ def theorem_3_2(
 
 
 def removal(theta: Tensor, inverse: Tensor, q: int, increase: float, published: bool = False) -> Statement:
-    """Removing weight q of one neuron raises E by theta_q^2 / [Psi^-1]_qq at least, exactly that at the best update.
+    """Removing weight q of one neuron raises E by at least theta_q^2 / [Psi^-1]_qq, with equality at the best update.
 
-    theta (N,), inverse Psi^-1 (N, N) with Psi = X^T X / n; `increase` is what E rose by with the best update. The
-    paper's L_q = theta_q^2 / (2 [H^-1]_qq) takes H = Psi, while E's Hessian is 2 Psi: with `published` the statement
+    theta (N,), inverse Psi^-1 (N, N) with Psi = X^T X / n; `increase` is the increase of E at the best update. The
+    paper's L_q = theta_q^2 / (2 [H^-1]_qq) uses H = Psi, but the Hessian of E is 2 Psi: with `published` the statement
     is false.
     """
     exact = float(theta[q]) ** 2 / float(inverse[q, q])

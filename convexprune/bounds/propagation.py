@@ -1,12 +1,12 @@
-"""How an error goes through a network: three rules, from the published one to the tightest that is proven here.
+"""Carry an error through a network by one of three rules, from the published one to the tightest.
 
 A tensor of the network has C channels (a linear layer's outputs, a convolution's maps). D is its change over the
 calibration samples, one row for each sample and position: `Spread` bounds ||D||_F, the norm of each column, and D^T D.
-A layer reads a tensor that has changed by D and changes by at most
+If a layer's input changes by D, its output changes by at most
 
     R + op(D)        R: its own error on the dense network's inputs (parallel), op: the pruned layer without its bias
 
-entry by entry, before and after a 1-Lipschitz activation; proofs in docs/theory. A rule bounds the norms of op(D).
+entry by entry, before and after a 1-Lipschitz activation; docs/theory has the proofs. A rule bounds the norms of op(D).
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ from convexprune.bounds.gains import Operator
 
 @dataclass(frozen=True, eq=False)
 class Repair:
-    """A layer that was judged by the residual sum ahead of it, other branch included.
+    """A layer whose error was measured at the following residual sum, with the error of the other branch.
 
-    scale  (C,) of the norms that its output has passed since, or None
+    scale  (C,): product of the scales of the norms behind the layer; None if there is no norm
     """
 
     layer: str
     scale: Tensor | None = None
 
     def faint(self, share: float) -> Tensor | None:
-        """(C,) bool: channels whose scale is below this share of the largest, which repair nothing; None if all do."""
+        """Channels (C,) that repair nothing, as their scale is below this fraction of the largest; None if all do."""
         if self.scale is None:
             return None
         size = self.scale.abs()
@@ -45,12 +45,13 @@ class Repair:
 class Spread:
     """Upper bounds of a tensor's change D.
 
-    total      of ||D||_F
-    channels   (C,) of the norms of D's columns, or None
-    gram       (C, C), at least D^T D in the order of semidefinite matrices, or None
-    rectified  whether D is the change after the ReLU that comes next
-    repair     where D is not this tensor's change but that of the residual sum that it goes into
-    folded     of a layer's output: scale (C,) -> the bounds of D with its channels scaled, sharper than from D's own
+    total      bound of ||D||_F
+    channels   (C,): bounds of the norms of D's columns, or None
+    gram       (C, C): at least D^T D in the order of semidefinite matrices, or None
+    rectified  True if D is the change behind the ReLU that follows
+    repair     set if D is the change of the following residual sum, not of this tensor
+    folded     for a layer's output: a function from a scale (C,) to bounds of D with scaled channels, sharper than
+               scaling these bounds
     """
 
     total: float
@@ -62,24 +63,24 @@ class Spread:
 
     @classmethod
     def of(cls, gram: Tensor, rectified: bool = False) -> Spread:
-        """All there is to know from D^T D."""
+        """The bounds that D^T D gives."""
         squares = gram.diagonal().clamp(min=0)
         return cls(math.sqrt(float(squares.sum())), squares.sqrt(), gram, rectified)
 
     def times(self, factor: float) -> Spread:
-        """A map that enlarges each channel, and the whole, at most by `factor`, and may mix positions: no Gram left."""
+        """Scale the bounds by `factor`; drops the Gram bound, since positions may mix."""
         return Spread(self.total * factor, None if self.channels is None else self.channels * factor)
 
     def plain(self) -> Spread:
-        """Only the norm of the whole."""
+        """Keep only the bound of ||D||_F."""
         return Spread(self.total)
 
     def activated(self) -> Spread:
-        """Behind a 1-Lipschitz function of each entry: columns do not grow, D^T D may."""
+        """The bounds behind a 1-Lipschitz function of each entry: no column grows, but D^T D may."""
         return Spread(self.total, self.channels, self.gram if self.rectified else None)
 
     def padded(self, left: int, right: int) -> Spread:
-        """Beside channels of zeros."""
+        """Add channels of zeros on both sides."""
         if self.channels is None:
             return self
         ends = (left, right)
@@ -87,14 +88,14 @@ class Spread:
         return Spread(self.total, torch.nn.functional.pad(self.channels, ends), gram)
 
     def within(self, channels: Tensor) -> Spread:
-        """With only these channels (C,) bool changed."""
+        """The bounds if only these channels (C,) bool change."""
         if self.channels is None or len(self.channels) != len(channels):
             return self.plain()
         left = self.channels * channels
         return Spread(min(self.total, float(left.norm())), left)
 
     def plus(self, other: Spread) -> Spread:
-        """Of a sum of two tensors: (a D_1 + b D_2)^T (...) is at most (1 + t) D_1^T D_1 + (1 + 1/t) D_2^T D_2."""
+        """The bounds of a sum: (D_1 + D_2)^T (D_1 + D_2) is at most (1 + t) D_1^T D_1 + (1 + 1/t) D_2^T D_2."""
         if not other.total:
             return self
         if not self.total:
@@ -109,13 +110,13 @@ class Spread:
 
 
 class Rule(Protocol):
-    """How far an error gets through an operator."""
+    """A rule that bounds the change behind an operator."""
 
     def through(self, operator: Operator, before: Spread) -> Spread:
         """Bounds of op(D)."""
 
     def scaled(self, scale: Tensor, before: Spread) -> Spread:
-        """Bounds of D with each channel times its scale (C,): a batch norm in evaluation mode."""
+        """Bounds of D with each channel multiplied by its scale (C,), as by a batch norm in evaluation mode."""
 
 
 @dataclass(frozen=True)
@@ -127,7 +128,7 @@ class Frobenius:
         return Spread(operator.frobenius() * before.total)
 
     def scaled(self, scale: Tensor, before: Spread) -> Spread:
-        """Max |s|: a norm's scale belongs to no layer in the paper."""
+        """Multiply by max |s|; in the paper a norm's scale belongs to no layer."""
         return Spread(_largest(scale) * before.total)
 
 
@@ -140,13 +141,13 @@ class Spectral:
         return Spread(operator.spectral * before.total)
 
     def scaled(self, scale: Tensor, before: Spread) -> Spread:
-        """Max |s|."""
+        """Multiply by max |s|."""
         return Spread(_largest(scale) * before.total)
 
 
 @dataclass(frozen=True)
 class ByChannel:
-    """Channel by channel, the least of three for each output o, and the spectral norm of the whole:
+    """The smallest of three bounds for each output o, and the spectral norm for the whole:
 
     sum_c ||op_oc|| d_c                     the pruned weights' zeros count: for a linear layer this is |W| d
     ||op_o|| ||D||_F
@@ -173,7 +174,7 @@ class ByChannel:
         return _tight(whole, channels, gram)
 
     def scaled(self, scale: Tensor, before: Spread) -> Spread:
-        """Each channel by its own."""
+        """Multiply each channel by its own scale."""
         s = scale.detach().cpu().double()
         whole = _largest(s) * before.total
         if before.channels is None or len(before.channels) != len(s):
@@ -182,7 +183,7 @@ class ByChannel:
 
 
 def _tight(total: float, channels: Tensor | None, gram: Tensor | None) -> Spread:
-    """The three bounds, each no larger than what the others say; rounding upwards is left to the gains."""
+    """Tighten each of the three bounds by the others; the gains have been rounded upwards already."""
     if gram is not None:
         roots = gram.diagonal().clamp(min=0).sqrt()
         channels = roots if channels is None else torch.minimum(channels, roots)

@@ -1,12 +1,12 @@
-"""Two ReLU networks followed together over a set of inputs: intervals, and planes substituted back to x.
+"""Bound two ReLU networks together over a set of inputs, by intervals and by planes substituted back to x.
 
-Two chains of the same shapes, z_1 = W_1 x + b_1, y_l = relu(z_l), z_{l+1} = W_{l+1} y_l + b_{l+1}, and with hats the
-pruned one on the same x. What is bounded is z_L's change, by following both networks together: with
+Two chains have the same shapes: z_1 = W_1 x + b_1, y_l = relu(z_l), z_{l+1} = W_{l+1} y_l + b_{l+1}, and with hats the
+pruned one on the same x. The change of z_L is bounded by following both networks together. With
 delta_l = zhat_l - z_l and gamma_l = yhat_l - y_l,
 
     delta_{l+1} = What_{l+1} gamma_l + (What_{l+1} - W_{l+1}) y_l + (bhat_{l+1} - b_{l+1}),    gamma_0 = 0.
 
-Only gamma = g(z, delta) = relu(z + delta) - relu(z) has to be relaxed. Three facts of it are used below.
+Only gamma = g(z, delta) = relu(z + delta) - relu(z) has to be relaxed. Three facts about g are used below.
 
 1. g does not decrease in delta; for delta >= 0 it does not decrease in z, for delta < 0 it does not increase.
    Proof: g is the integral over t from z to z + delta of [t > 0], which is monotone in t.
@@ -15,7 +15,7 @@ Only gamma = g(z, delta) = relu(z + delta) - relu(z) has to be relaxed. Three fa
    and 0; where u < 0, relu(u + delta) and 0; where l > 0, delta and max(delta, -l). Each pair is the formula.
 3. g(z, delta) = -g(zhat, -delta), so over zhat in [l, u], min g = min(delta - min(u, 0), max(l, 0)), concave.
 
-The figures are for exact arithmetic: float64 adds about 1e-12 of the terms, a network that computes in float32 about
+The bounds hold in exact arithmetic: float64 adds about 1e-12 of the terms, a network that computes in float32 about
 1e-7 of its outputs.
 
 Source: Paulsen, Wang, Wang, ICSE 2020 (ReluDiff), for propagating the difference; Zhang, Weng, Chen, Hsieh, Daniel,
@@ -39,7 +39,7 @@ from convexprune.bounds.input_sets import Ball, Box, Interval, float64
 class ChainPair:
     """A dense chain and its pruned one: W_l (out, in), b_l (out,), and What_l, bhat_l of the same shapes.
 
-    Kept in float64 on the CPU. Raises ValueError naming shapes that do not fit, and for entries that are not finite.
+    All are kept in float64 on the CPU. Raises ValueError for shapes that do not fit and entries that are not finite.
     """
 
     weights: Sequence[Tensor]
@@ -91,7 +91,7 @@ class ChainPair:
 class Rows(NamedTuple):
     """Linear functions dense @ z + change @ (zhat - z) of a layer, each (samples or 1, rows, width).
 
-    dense = 0 is the difference alone, change = 0 the dense network alone, dense = change the pruned one.
+    dense = 0 gives the difference, change = 0 the dense network, dense = change the pruned one.
     """
 
     dense: Tensor
@@ -120,7 +120,7 @@ class Lines(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Hidden:
-    """What is known of one hidden layer over each sample's set: intervals of z, zhat and delta."""
+    """Intervals of z, zhat and delta of one hidden layer over each sample's set."""
 
     z: Interval
     zhat: Interval
@@ -128,7 +128,7 @@ class Hidden:
 
     @cached_property
     def gamma(self) -> Interval:
-        """Of relu(zhat) - relu(z): by fact 1 the ends of two of z, zhat, delta give it; the three pairs intersected."""
+        """The interval of relu(zhat) - relu(z): by fact 1 any two of z, zhat, delta give one; the three intersected."""
         (zl, zu), (hl, hu), (dl, du) = self.z, self.zhat, self.delta
         y, yhat = self.z.relu(), self.zhat.relu()
         by_z = Interval(_change(torch.where(dl >= 0, zl, zu), dl), _change(torch.where(du >= 0, zu, zl), du))
@@ -137,19 +137,19 @@ class Hidden:
 
     @cached_property
     def y_lines(self) -> Lines:
-        """Of relu(z) in z."""
+        """Lines around relu(z), in z."""
         return _relu_lines(self.z)
 
     @cached_property
     def yhat_lines(self) -> Lines:
-        """Of relu(zhat) in zhat."""
+        """Lines around relu(zhat), in zhat."""
         return _relu_lines(self.zhat)
 
     @cached_property
     def gamma_lines(self) -> Lines:
-        """Of gamma in delta: the chords of facts 2 and 3."""
+        """Lines around gamma, in delta: the chords of facts 2 and 3."""
         low, high = self.delta
-        # fact 3 is fact 2 with delta and the sign turned round
+        # fact 3 is fact 2 with the signs of delta and of the result reversed
         below = self.zhat.lower.clamp(min=0), -self.zhat.upper.clamp(max=0)
         above = -self.z.lower.clamp(min=0), self.z.upper.clamp(max=0)
         top = [torch.maximum(end + above[1], above[0]) for end in self.delta]
@@ -165,7 +165,7 @@ def _change(z: Tensor, delta: Tensor) -> Tensor:
 
 
 def _relu_lines(z: Interval) -> Lines:
-    """The chord above, and below the line through 0 with slope 0 or 1 that is nearer to it."""
+    """Upper line: the chord. Lower line: slope 0 or 1 through the origin, whichever is closer."""
     low, high = z
     unstable = (low < 0) & (high > 0)
     above = torch.where(unstable, _over(high, high - low), (low >= 0).double())
@@ -178,7 +178,7 @@ Bound = Callable[[ChainPair, "Box | Ball", Sequence[Hidden], Rows], Tensor]
 
 
 def hidden_layers(pair: ChainPair, around: Box | Ball, bound: Bound) -> list[Hidden]:
-    """Every hidden layer's intervals, in forward order, each by `bound` from those before it."""
+    """Compute the intervals of every hidden layer in forward order, by `bound` from those of earlier layers."""
     seen: list[Hidden] = []
     for weight in pair.weights[:-1]:
         each = torch.eye(len(weight), dtype=torch.float64)[None]
@@ -198,7 +198,7 @@ def hidden_layers(pair: ChainPair, around: Box | Ball, bound: Bound) -> list[Hid
 
 
 def by_intervals(pair: ChainPair, around: Box | Ball, seen: Sequence[Hidden], rows: Rows) -> Tensor:
-    """The layer after those seen, from the intervals of the last of them."""
+    """Bound `rows` of the layer after those in `seen`, by the intervals of the last layer seen."""
     at, constant = _through(pair, len(seen), rows)
     if not seen:
         return constant + around.maximum(at.dense)
@@ -210,7 +210,7 @@ def by_intervals(pair: ChainPair, around: Box | Ball, seen: Sequence[Hidden], ro
 
 
 def by_planes(pair: ChainPair, around: Box | Ball, seen: Sequence[Hidden], rows: Rows) -> Tensor:
-    """The layer after those seen, by substitution back to x; never above what the intervals give."""
+    """Bound `rows` of the layer after those in `seen`, by substitution back to x; never above `by_intervals`."""
     at, constant = _through(pair, len(seen), rows)
     for level in reversed(range(len(seen))):
         back, relaxed = _relax(at, seen[level])
@@ -220,7 +220,7 @@ def by_planes(pair: ChainPair, around: Box | Ball, seen: Sequence[Hidden], rows:
 
 
 def _through(pair: ChainPair, level: int, rows: Rows) -> tuple[Rows, Tensor]:
-    """Functions of (z, delta) of a layer as ones of (y, gamma) before it, and what the biases add; x has no gamma."""
+    """Rewrite functions of a layer's (z, delta) in the (y, gamma) that it reads, and a constant; x has no gamma."""
     weight_change, bias_change = pair.changes[level]
     constant = rows.dense @ pair.biases[level] + rows.change @ bias_change
     dense = rows.dense @ pair.weights[level] + rows.change @ weight_change
@@ -228,7 +228,7 @@ def _through(pair: ChainPair, level: int, rows: Rows) -> tuple[Rows, Tensor]:
 
 
 def _relax(at: Rows, layer: Hidden) -> tuple[Rows, Tensor]:
-    """Functions of (z, delta) above those of (y, gamma), by the thinner of `LinearRelaxation`'s two bands."""
+    """Bound functions of (y, gamma) above by functions of (z, delta), the thinner way of `LinearRelaxation`'s two."""
     a, c = at
     y, yhat, gamma = layer.y_lines, layer.yhat_lines, layer.gamma_lines
     with_y, y_at = y.largest(a)
@@ -245,12 +245,12 @@ def _relax(at: Rows, layer: Hidden) -> tuple[Rows, Tensor]:
 
 
 def _over(above: Tensor, below: Tensor) -> Tensor:
-    """above / below, and 0 where an interval has no width."""
+    """above / below, or 0 for an interval without width."""
     return torch.where(below > 0, above / torch.where(below > 0, below, 1.0), 0.0)
 
 
 def ordered(lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:
-    """Of a point's two bounds rounding may put the wrong one first."""
+    """Sort a lower and an upper bound that rounding may have exchanged."""
     return torch.minimum(lower, upper), torch.maximum(lower, upper)
 
 

@@ -1,15 +1,15 @@
-"""A theorem on an instance: its hypotheses, checked; the side it guarantees, and the side that was measured."""
+"""A theorem applied to an instance: the hypotheses checked, the guaranteed side and the measured side."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-ROUNDING = 1e-9  # relative: what float64 may add to either side
+ROUNDING = 1e-9  # relative rounding error that float64 may add to either side
 
 
 @dataclass(frozen=True)
 class Hypothesis:
-    """Something that the theorem asks for, in words, and whether it is so here."""
+    """A hypothesis of the theorem in words, and whether it holds for the instance."""
 
     text: str
     holds: bool
@@ -19,7 +19,7 @@ class Hypothesis:
 class Statement:
     """`measured` <= `guaranteed`, if the hypotheses hold.
 
-    source  paper and number
+    source  the paper
     """
 
     name: str
@@ -30,12 +30,12 @@ class Statement:
 
     @property
     def applies(self) -> bool:
-        """Whether every hypothesis holds: only then is anything guaranteed."""
+        """True if every hypothesis holds; otherwise nothing is guaranteed."""
         return all(hypothesis.holds for hypothesis in self.hypotheses)
 
     @property
     def true(self) -> bool:
-        """Whether the inequality is as the theorem says, up to rounding; also where it does not apply."""
+        """True if the inequality holds up to rounding, whether or not the theorem applies."""
         return self.measured <= self.guaranteed * (1 + ROUNDING) + 1e-300
 
     @property

@@ -1,4 +1,4 @@
-"""The activation behind a layer, from what a forward pass did with its output."""
+"""Find the activation behind a layer from the recorded operations of a forward pass."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from convexprune.network.recording import Record
 
 
 def activation(record: Record, layer: str) -> str | None:
-    """ "relu" if a ReLU is all that ever reads the layer's output, else None.
+    """ "relu" if only ReLUs read the layer's output, else None.
 
-    Between the two may stand what commutes with a ReLU: reshaping, dropout, max pooling. A layer whose output is also
-    added to something, normalised, or returned, is not rectified.
+    Operations that commute with a ReLU may stand between the layer and the ReLU: reshaping, dropout, max pooling. A
+    layer is not rectified if its output is also added to another tensor, normalised, or returned.
     """
     made = [number for step in record.steps if step.layer == layer for number in step.makes]
     return "relu" if made and all(_rectified(record, number) for number in made) else None

@@ -1,4 +1,4 @@
-"""Batch-norm statistics measured anew, for whoever asks: pruning itself never touches them."""
+"""Re-estimate batch-norm statistics. `prune` never calls this."""
 
 from __future__ import annotations
 
@@ -14,11 +14,24 @@ STATISTICS = ("running_mean", "running_var")
 
 
 def reestimate_batch_norm(model: nn.Module, batches: Iterable[Any]) -> None:
-    """Replace the running mean and variance of every batch-norm layer by their averages over the batches, in place.
+    """Replace the running mean and variance of every batch norm by their averages over the batches, in place.
 
-    Everything else, training mode included, stays as it was; so do the statistics when a batch fails. A pruned network
-    is not always the better for it: measure.
-    Raises ValueError where there is no batch norm with running statistics, or no batch.
+    Everything else stays as it was, the training mode included. If a batch fails, the statistics stay as they were
+    too. Re-estimation does not improve every pruned network: measure.
+
+    Args:
+        model: The network.
+        batches: Calibration data; every batch has the same weight in the average.
+
+    Raises:
+        ValueError: If the model has no batch norm with running statistics, or there is no batch.
+
+    Example:
+        >>> import torch, convexprune as cp
+        >>> model = torch.nn.Sequential(torch.nn.BatchNorm1d(1)).eval()
+        >>> cp.reestimate_batch_norm(model, [torch.tensor([[1.0], [3.0]]), torch.tensor([[5.0], [7.0]])])
+        >>> model[0].running_mean, model[0].running_var
+        (tensor([4.]), tensor([2.]))
     """
     norms = [
         module for module in model.modules() if isinstance(module, BATCH_NORMS) and module.running_mean is not None

@@ -1,8 +1,8 @@
-"""Which modules of a network share a channel, found by tracing its graph with torch.fx.
+"""Find the modules of a network that share a channel, by tracing its graph with torch.fx.
 
 Every tensor has its channels in the second axis (the last one behind a Flatten or in a plain matrix). A Linear or a
-convolution makes new channels; activations, norms, pooling, dropout and depthwise convolutions pass them on one by one;
-a sum makes two sets of channels one. What reads channels in any other way freezes them.
+convolution makes new channels; activations, norms, pooling, dropout and depthwise convolutions pass each channel on; a
+sum joins two sets of channels into one. Any other operation that reads channels freezes them.
 """
 
 from __future__ import annotations
@@ -35,18 +35,18 @@ from convexprune.network.matrices import stack_of
 
 @dataclass(eq=False)
 class Channels:
-    """A set of channels that several tensors share, and who makes, passes on and reads them."""
+    """A set of channels that several tensors share, and the modules that make, pass on and read them."""
 
     count: int
-    frozen: str = ""  # why nothing may be removed; empty where it may
-    makers: list[str] = field(default_factory=list)  # modules whose outputs they are
+    frozen: str = ""  # why no channel may be removed; empty if channels may be removed
+    makers: list[str] = field(default_factory=list)  # modules whose outputs are these channels
     passers: list[str] = field(default_factory=list)  # norms and depthwise convolutions
     readers: list[Reader] = field(default_factory=list)
 
 
 @dataclass(frozen=True, eq=False)
 class Reader:
-    """A Linear or convolution that reads channels: each of them in `repeat` consecutive inputs."""
+    """A Linear or convolution that reads channels, each channel by `repeat` consecutive inputs."""
 
     module: str
     node: fx.Node
@@ -55,9 +55,9 @@ class Reader:
 
 @dataclass(frozen=True, eq=False)
 class Value:
-    """What a node of the graph holds: its channels, how often each is repeated, and what is constant.
+    """The tensor at a node of the graph: its channels, how often each is repeated, and which are constant.
 
-    constant  (C,) float64: the value of a channel that is the same everywhere whatever the input, else NaN
+    constant  (C,) float64: the value of each channel that is the same at every position and for every input, else NaN
     """
 
     channels: Channels
@@ -106,11 +106,11 @@ class ChannelGraph:
 
     @property
     def groups(self) -> list[Channels]:
-        """All sets of channels, each once."""
+        """All sets of channels."""
         return [group for group in self._groups if id(group) not in self._merged]
 
     def find(self, channels: Channels) -> Channels:
-        """The set that this one has become part of."""
+        """The set that contains these channels after all joins."""
         while id(channels) in self._merged:
             channels = self._merged[id(channels)]
         return channels
@@ -291,7 +291,7 @@ class ChannelGraph:
 
 
 def _only_shape(node: fx.Node) -> bool:
-    """x.size(0), x.shape, x.dim(): nothing of the channels goes on."""
+    """True for x.size(0), x.shape, x.dim(): they read no channel."""
     if node.op == "call_method":
         return node.target in ("size", "dim")
     return (
@@ -300,7 +300,7 @@ def _only_shape(node: fx.Node) -> bool:
 
 
 def unpadded(module: Any) -> bool:
-    """Whether a convolution meets no zeros that its input does not hold."""
+    """True if a convolution does not pad its input with zeros."""
     padding = module.padding
     none = padding == "valid" or (not isinstance(padding, str) and not any(padding))
     return bool(none or module.padding_mode != "zeros")

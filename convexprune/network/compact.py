@@ -1,8 +1,8 @@
-"""Networks that really get smaller: channels that carry nothing are taken out of their modules and of their readers.
+"""Make a network smaller: remove channels that carry nothing from the modules that make them and those that read them.
 
-A channel goes where every reader either ignores it (zero weights) or gets the same number from it whatever the input;
-that number folds into the reader's bias. It stays where a sum, a border of zeros or an unknown reader makes that
-inexact.
+A channel can be removed if every reader either ignores it (zero weights) or gets the same number from it for every
+input; that number is added to the reader's bias. The channel stays where a sum, a border of zeros or an unknown reader
+would make the removal inexact.
 """
 
 from __future__ import annotations
@@ -21,15 +21,17 @@ from convexprune.network.kinds import CONVOLUTIONS, FX_ENTRYWISE, LINEARS
 
 @dataclass(frozen=True)
 class Compaction:
-    """What `compact` did.
+    """The channels that `compact` removed, and those that it had to leave.
 
-    removed  module name -> channels taken out of its output
-    left     what carries nothing and had to stay, and why
+    Attributes:
+        removed: Number of channels removed from the output of each module, by its name.
+        left: Channels that carry nothing but had to stay, with the reason.
+        parameters: Number of parameters before and after.
     """
 
     removed: dict[str, int]
     left: tuple[str, ...]
-    parameters: tuple[int, int]  # before and after
+    parameters: tuple[int, int]
 
     def __str__(self) -> str:
         """A few lines."""
@@ -43,13 +45,31 @@ class Compaction:
 def compact(
     model: nn.Module, *, batches: Iterable[Any] | None = None, round_to: int = 1
 ) -> tuple[nn.Module, Compaction]:
-    """A smaller copy of the model that computes the same function (in eval mode), and what was removed.
+    """Remove the channels that carry nothing, and return a smaller copy that computes the same function.
 
-    batches   calibration data: channels that a ReLU never lets through on it count as constant too, which is exact on
-              these data only; None: only what is constant whatever the input
-    round_to  leave a multiple of so many channels
+    The function is the same in evaluation mode. The model itself is not changed.
 
-    The model itself is not changed. Raises ValueError where it cannot be traced by torch.fx, or round_to < 1.
+    Args:
+        model: The network; torch.fx must be able to trace it.
+        batches: Calibration data, optional. With them a channel whose ReLU is 0 on all batches also counts as
+            constant: the copy is then exact on these batches only.
+        round_to: Leave a multiple of this number of channels in each module.
+
+    Returns:
+        The smaller model, and a `convexprune.network.compact.Compaction` that lists the removed channels.
+
+    Raises:
+        ValueError: If the model cannot be traced, or `round_to` is below 1.
+
+    Example:
+        >>> import torch, convexprune as cp
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 6), torch.nn.ReLU(), torch.nn.Linear(6, 2))
+        >>> with torch.no_grad():
+        ...     _ = model[2].weight[:, :2].zero_()  # nothing reads neurons 0 and 1
+        >>> small, compaction = cp.compact(model)
+        >>> print(compaction)
+        parameters: 44 -> 30 (68.2%)
+          0: 2 channels removed
     """
     if round_to < 1:
         raise ValueError(f"round_to is {round_to}; it must be at least 1")
@@ -57,7 +77,7 @@ def compact(
     small = copied(model)
     data = None if batches is None else list(batches)
     removed: dict[str, int] = {}
-    while True:  # a neuron that loses its last input is a constant itself
+    while True:  # a neuron that loses its last input becomes a constant
         graph = ChannelGraph(small, None if data is None else _silent(small, data))
         progress, left = False, list(graph.unfollowed.values())
         for channels in graph.groups:
@@ -69,7 +89,7 @@ def compact(
                     removed[name] = removed.get(name, 0) + len(gone)
                 _take_out(graph, channels, gone)
                 progress = True
-                break  # the constants of everything behind have changed
+                break  # all later constants have changed
         if not progress:
             break
     counts = tuple(sum(p.numel() for p in each.parameters()) for each in (model, small))
@@ -77,7 +97,7 @@ def compact(
 
 
 def _removable(graph: ChannelGraph, channels: Channels, round_to: int) -> tuple[Tensor, str]:
-    """The channels that can go, and what carries nothing but must stay."""
+    """The channels that can be removed, and a sentence about those that carry nothing but must stay."""
     none = torch.zeros(0, dtype=torch.long)
     can = torch.ones(channels.count, dtype=torch.bool)
     dead = torch.ones(channels.count, dtype=torch.bool)
@@ -132,7 +152,7 @@ def _take_out(graph: ChannelGraph, channels: Channels, gone: Tensor) -> None:
 
 
 def _narrow(module: Any, stays: Tensor) -> None:
-    """Keep some of a module's outputs."""
+    """Keep the outputs of a module where `stays` is True."""
     count = int(stays.sum())
     for key in ("weight", "bias", "running_mean", "running_var"):
         value = getattr(module, key, None)

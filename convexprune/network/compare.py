@@ -1,4 +1,4 @@
-"""How much the layers change: each alone on the dense network's inputs, and all of them together."""
+"""Measure how much the layers change: each alone on the dense network's inputs, and all of them together."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from convexprune.layer import Layer
 from convexprune.network.forward import run, undisturbed
 
-Rectified = Mapping[str, bool]  # module -> whether a ReLU is all that reads it: it is then judged behind the ReLU
+Rectified = Mapping[str, bool]  # module -> True if only a ReLU reads it: it is then judged behind the ReLU
 
 
 def rectified_modules(layers: Iterable[Layer]) -> dict[str, bool]:
@@ -108,7 +108,7 @@ class _Comparison:
 
 
 def norms(model: nn.Module, batches: Iterable[Any], layers: Rectified) -> tuple[dict[str, float], float | None]:
-    """||Y_l||_F of each layer, and of the outputs, in float64; None for these where they are not one tensor."""
+    """||Y_l||_F of each layer, and ||Y||_F of the outputs, or None if they are not one tensor; in float64."""
     squares = dict.fromkeys(layers, 0.0)
     whole: float | None = 0.0
 
@@ -124,7 +124,7 @@ def norms(model: nn.Module, batches: Iterable[Any], layers: Rectified) -> tuple[
 
 @contextmanager
 def hooked(model: nn.Module, names: Iterable[str], function: Callable[..., None]) -> Iterator[None]:
-    """`function(name, module, args, kwargs, output)` behind each of the modules."""
+    """Call `function(name, module, args, kwargs, output)` after the forward pass of each of these modules."""
     modules = dict(model.named_modules())
     with ExitStack() as hooks:
         for name in names:
@@ -134,12 +134,12 @@ def hooked(model: nn.Module, names: Iterable[str], function: Callable[..., None]
 
 
 def behind(output: Tensor, rectified: bool) -> Tensor:
-    """Where a layer is judged: behind its ReLU, if that is all that reads it."""
+    """The output as the layer is judged: behind the ReLU if only a ReLU reads it."""
     return output.relu() if rectified else output
 
 
 def _columns(change: Tensor) -> Tensor:
-    """(samples and positions, channels), float64."""
+    """The change as a matrix (samples and positions, channels), float64."""
     channels = change if change.ndim < 3 else change.movedim(1, -1)
     return channels.reshape(-1, channels.shape[-1]).double()
 
@@ -149,7 +149,7 @@ def _square(change: Tensor) -> float:
 
 
 def turns(sizes: Mapping[str, int], memory: float) -> Sequence[list[str]]:
-    """The names in as many groups as it takes for each to stay below `memory`; one that is larger stands alone."""
+    """Split the names into groups whose total size is at most `memory`; a larger one is a group of its own."""
     groups: list[list[str]] = []
     used = memory
     for name, size in sizes.items():

@@ -1,4 +1,4 @@
-"""Weights of a layer out of a model and back into it; whole models to and from one safetensors file."""
+"""Read and write the weights of one layer of a model, and whole models as one safetensors file."""
 
 from __future__ import annotations
 
@@ -33,9 +33,27 @@ def write(model: nn.Module, name: str, x: Tensor) -> None:
 def save(model: nn.Module, path: str | os.PathLike[str], metadata: Mapping[str, Any] | None = None) -> None:
     """Write the model's state to one safetensors file, whole or not at all.
 
-    metadata  anything JSON can hold, each value stored as a JSON string. Tensors with several names (tied weights)
-              are stored once, the other names in the metadata's "aliases".
-    Raises OSError (a full disk, say); no partial file is left then, and an old file stays as it was.
+    A tensor with several names (tied weights) is stored once; its other names are in the metadata as "aliases".
+
+    Args:
+        model: The network.
+        path: The file. A symbolic link is kept, and an existing file keeps its mode.
+        metadata: Values that JSON can hold; each is stored as a JSON string.
+
+    Raises:
+        OSError: If the file cannot be written, for example on a full disk. No partial file is left, and an existing
+            file stays as it was.
+        ValueError: If the metadata has the key "aliases".
+        TypeError: If the state holds something other than tensors.
+
+    Example:
+        >>> import tempfile, torch, convexprune as cp
+        >>> model, other = torch.nn.Linear(3, 2), torch.nn.Linear(3, 2)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     cp.save(model, f"{folder}/model.safetensors", {"kept": 0.5})
+        ...     metadata = cp.load(other, f"{folder}/model.safetensors")
+        >>> metadata, torch.equal(model.weight, other.weight)
+        ({'kept': 0.5}, True)
     """
     from safetensors.torch import save as serialised
 
@@ -47,9 +65,27 @@ def save(model: nn.Module, path: str | os.PathLike[str], metadata: Mapping[str, 
 
 
 def load(model: nn.Module, path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Put the state of a file written by `save` into a model of the same structure; returns the metadata.
+    """Load the state that `save` wrote into a model of the same structure.
 
-    Raises ValueError, before anything is touched, where names, shapes or dtypes differ.
+    Args:
+        model: The network; its parameters and buffers are overwritten.
+        path: The file.
+
+    Returns:
+        The metadata that was given to `save`.
+
+    Raises:
+        OSError: If the file cannot be read.
+        ValueError: If names, shapes or dtypes differ; the model is then as it was.
+
+    Example:
+        >>> import tempfile, torch, convexprune as cp
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     cp.save(torch.nn.Linear(3, 2), f"{folder}/model.safetensors")
+        ...     cp.load(torch.nn.Linear(4, 2), f"{folder}/model.safetensors")
+        Traceback (most recent call last):
+            ...
+        ValueError: 'weight' is (2, 3) torch.float32 in the file and (2, 4) torch.float32 in the model
     """
     from safetensors import safe_open
 

@@ -1,4 +1,4 @@
-"""Running a model without leaving a trace in it."""
+"""Run a model, and leave it exactly as it was."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _LOCK: Final = threading.RLock()  # two threads that put one model back would le
 
 
 class Enough(BaseException):  # no Exception: a model that catches those must not catch this
-    """A hook has seen what the pass was made for; the rest of it is not needed."""
+    """Raised by a hook to end a forward pass whose remaining part is not needed."""
 
 
 def check_batches(batches: Any) -> None:
@@ -29,16 +29,17 @@ def check_batches(batches: Any) -> None:
 
 
 def check_model(model: Any) -> None:
-    """Raise TypeError for what is no network: its class, its state_dict."""
+    """Raise TypeError for an object that is not a network, such as its class or its state_dict."""
     if not isinstance(model, nn.Module):
         what = f"the class {model.__name__}" if isinstance(model, type) else f"a {type(model).__name__}"
         raise TypeError(f"the model is {what}; give an nn.Module that has its weights")
 
 
 def run(model: nn.Module, batch: Any, gradients: bool = False) -> Any:
-    """The model's output on a copy of a batch, as a model may change its input in place; no gradients unless asked for.
+    """The model's output on a copy of a batch, since a model may change its input in place.
 
     A batch is a tensor, a tuple or list whose first element is the input, or a mapping of keyword arguments.
+    Gradients are recorded only if `gradients` is True.
     """
     first = batch
     if isinstance(batch, (tuple, list)):
@@ -136,7 +137,7 @@ def _as_it_was(*models: nn.Module) -> Iterator[None]:
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:
-    """The tensors of a nest of tuples, lists and mappings."""
+    """The tensors in nested tuples, lists and mappings."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, Mapping):
@@ -148,5 +149,5 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
 
 
 def edits(tensor: Tensor) -> int | None:
-    """How often it was changed in place; None of an inference tensor, which does not say."""
+    """How often the tensor was changed in place; None for an inference tensor, which does not count changes."""
     return None if tensor.is_inference() else tensor._version

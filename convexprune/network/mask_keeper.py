@@ -1,4 +1,4 @@
-"""Retraining with masks kept: after every step of the optimizer, what was pruned is zero again."""
+"""Retraining with masks: pruned weights are set to zero again after every step of the optimizer."""
 
 from __future__ import annotations
 
@@ -13,18 +13,31 @@ from convexprune.network.names import stacks
 
 
 class MaskKeeper:
-    """Keeps zeros zero while `optimizer` trains `model`; parameters keep their names, and nothing stays behind.
+    """Keep pruned weights at zero while an optimizer trains the model.
 
-        with MaskKeeper(model, optimizer):
-            ...  # the usual loop
+    Momentum and weight decay may move a pruned weight during a step; the keeper sets it back to zero when the step
+    ends. This works with every optimizer that calls its step hooks, as all of torch's do. Parameters keep their names,
+    and nothing stays in the model after `close`.
 
-    masks  parameter name -> boolean tensor, True where a weight may live; by default what is nonzero now in the weights
-           of all prunable layers
+    Args:
+        model: The network.
+        optimizer: The optimizer that trains it.
+        masks: Boolean tensor for each parameter name, True where a weight may be nonzero. None takes the current
+            nonzeros of all prunable layers.
 
-    Works with any optimizer that calls its step hooks (torch's all do): momentum and weight decay may move a pruned
-    weight, and it is put back before anyone reads it.
+    Raises:
+        ValueError: For an unknown name, a mask of another shape, or if the optimizer trains no masked parameter.
 
-    Raises ValueError for an unknown name, a mask of another shape, or a parameter that the optimizer does not train.
+    Example:
+        >>> import torch, convexprune as cp
+        >>> model = torch.nn.Linear(2, 1)
+        >>> model.weight.data = torch.tensor([[1.0, 0.0]])
+        >>> optimizer = torch.optim.Adam(model.parameters())
+        >>> with cp.MaskKeeper(model, optimizer):
+        ...     model(torch.ones(1, 2)).sum().backward()
+        ...     optimizer.step()
+        >>> model.weight[0, 1].item()
+        0.0
     """
 
     def __init__(self, model: nn.Module, optimizer: Optimizer, masks: Mapping[str, Tensor] | None = None) -> None:
@@ -51,7 +64,7 @@ class MaskKeeper:
         self._hook: Any = optimizer.register_step_post_hook(lambda *_: self._apply())
 
     def close(self) -> None:
-        """Let go: later steps are no longer watched."""
+        """Stop watching the optimizer's steps."""
         if self._hook is not None:
             self._hook.remove()
             self._hook = None

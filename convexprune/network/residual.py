@@ -1,10 +1,11 @@
-"""What a layer's output is added to: the other branch of a residual sum, and how to make good what it has lost.
+"""Find the other branch of the residual sum behind a layer, and the targets that compensate that branch's error.
 
-With s the scale of a batch norm between the layer and the sum (1 without one) and b the other branch,
+Let s be the scale and t the shift of a batch norm between the layer and the sum (1 and 0 without one), b the other
+branch of the dense network, and b' the same branch after pruning. Then
 
     s y + t + b = s y' + t + b'    for    y' = y + (b - b') / s
 
-so a layer that aims at y' in place of y repairs the branch b' that is already pruned.
+so a layer with the targets y' in place of y compensates the error of the other branch.
 """
 
 from __future__ import annotations
@@ -22,11 +23,11 @@ from convexprune.network.forward import Enough, run
 from convexprune.network.kinds import ADDITIONS, BATCH_NORMS, DROPOUT, DROPOUT_MODULES, batch_norm_scale
 from convexprune.network.recording import Record
 
-FAINT: Final = 1e-3  # of the largest scale: a channel the norm has all but switched off can repair nothing
+FAINT: Final = 1e-3  # a channel whose scale is below this fraction of the largest can repair nothing
 
 
 def summed(record: Record, layer: str) -> bool:
-    """Whether the layer's output, behind at most a batch norm and dropout, goes into a sum of two of one shape only."""
+    """True if the output goes only into a sum of two tensors of one shape, through at most batch norm and dropout."""
     made = [number for step in record.steps if step.layer == layer for number in step.makes]
     return bool(made) and all(_into_sum(record, number) for number in made)
 
@@ -45,7 +46,7 @@ def _into_sum(record: Record, number: int) -> bool:
 def repaired(
     dense: nn.Module, model: nn.Module, batch: Any, targets: Mapping[str, list[Tensor]]
 ) -> dict[str, list[Tensor]]:
-    """The targets y' of layers that are `summed`, given the dense network's own outputs y, call by call."""
+    """The targets y' of layers that are `summed`, from the dense network's outputs y, call by call."""
     calls = {name: len(outputs) for name, outputs in targets.items()}
     theirs, ours = _branches(dense, batch, calls), _branches(model, batch, calls)
     return {
@@ -82,7 +83,7 @@ def _branches(model: nn.Module, batch: Any, calls: Mapping[str, int]) -> dict[st
 
 
 class _Watch(TorchFunctionMode):
-    """Follows the outputs of some layers to the sums that they go into."""
+    """Follows the outputs of layers to the sums that they go into."""
 
     def __init__(self, model: nn.Module, calls: Mapping[str, int]) -> None:
         super().__init__()
@@ -125,7 +126,7 @@ class _Watch(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Run the operation; of a sum with a followed tensor, keep the other operand."""
+        """Run the operation; if it adds a followed tensor, keep the other operand."""
         kwargs = kwargs or {}
         enough = False
         if getattr(func, "__name__", "").strip("_") in ADDITIONS and kwargs.get("alpha", 1) == 1:

@@ -1,11 +1,11 @@
-"""How much the network's output moves with a layer: with each of its outputs, or with any change of its weights.
+"""How much the network's output changes when a layer's outputs, or its weights, change.
 
     a_m = E_sample sum_p sum_k (d f_k / d y_mp)^2,    E|f(y + e) - f(y)|^2 ~ sum_m a_m E e_m^2
 
 over output positions p and network outputs k, if the errors e of different outputs and positions are uncorrelated.
-With random probes v ~ N(0, I) the sum over k is E_v (d <v, f> / d y_mp)^2, one backward pass each.
+With random probes v ~ N(0, I) the sum over k is E_v (d <v, f> / d y_mp)^2: one backward pass for each probe.
 
-A change D of the weights moves the outputs by E|f(W + D) - f(W)|^2 ~ E_v <D, grad_W <v, f>>^2, with all correlations.
+A change D of the weights changes the outputs by E|f(W + D) - f(W)|^2 ~ E_v <D, grad_W <v, f>>^2, correlations included.
 Source: the Gauss-Newton form of Optimal Brain Damage, LeCun, Denker, Solla 1990; Hutchinson 1990.
 """
 
@@ -32,12 +32,33 @@ def sensitivities(
     probes: int = 4,
     seed: int = 0,
 ) -> dict[str, Tensor]:
-    """For each layer a (out,), float64, all >= 0: what a unit of error in each of its outputs does to the network's.
+    r"""Estimate how much the network's output changes with each output of each layer.
 
-    As the `importance` of a Reconstruction, it makes the layer's problem speak of the network's output.
+    $$ a_m = E \sum_p |\partial f / \partial y_{mp}|^2, \qquad E|f(y + e) - f(y)|^2 \approx \sum_m a_m E e_m^2 $$
 
-    names   as in `capture`; probes, seed   random directions of the output for each batch
-    Raises ValueError where the model's output is not one floating tensor whose first axis are the samples.
+    for uncorrelated errors $e$; $m$ runs over the outputs of the layer and $p$ over its output positions. Pass $a$ as
+    the `importance` of a `Reconstruction`: the problem then weighs each output by its effect on the network's output.
+
+    Args:
+        model: The network; its output must be one floating-point tensor with the samples along the first axis.
+        batches: Calibration data.
+        names: Layers, as in `capture`; None takes all.
+        probes: Number of random directions of the output for each batch, one backward pass each.
+        seed: Seed of the directions.
+
+    Returns:
+        A tensor (out,), float64 and >= 0, for each layer name.
+
+    Raises:
+        ValueError: If there is no batch, `probes` is below 1, or the output is not one floating-point tensor.
+
+    Example:
+        >>> import torch, convexprune as cp
+        >>> model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.Linear(2, 1, bias=False))
+        >>> model[1].weight.data = torch.tensor([[3.0, 0.0]])
+        >>> a = cp.sensitivities(model, [torch.ones(5, 3)], names="0", probes=200)["0"]
+        >>> bool(abs(a[0] / 9 - 1) < 0.2), float(a[1])  # the squared column of the weights that follow
+        (True, 0.0)
     """
     if probes < 1:
         raise ValueError(f"probes is {probes}; it must be at least 1")
@@ -73,10 +94,10 @@ def sensitivities(
 def directions(
     model: nn.Module, batches: Sequence[Any], names: Iterable[str] | str | None = None, count: int = 64, seed: int = 0
 ) -> dict[str, Tensor]:
-    """For each layer g (count or so, out, P), float32: E|f(W + D) - f(W)|^2 ~ sum_r <D, g_r>^2, to first order in f.
+    """For each layer g (about `count`, out, P), float32: E|f(W + D) - f(W)|^2 ~ sum_r <D, g_r>^2, to first order in f.
 
-    Each g_r is the gradient of the outputs of some of the samples along a random direction: one backward pass over the
-    data in all. The estimate's standard deviation is sqrt(2 / count) of it. P counts the bias.
+    Each g_r is the gradient along a random direction of the outputs of one part of the samples. Together they cost one
+    backward pass over the data. The relative standard deviation of the estimate is sqrt(2 / count). P counts the bias.
     """
     chosen = choose(model, names)
     pairs, stacks = chosen.pairs, chosen.stacks
@@ -118,7 +139,7 @@ def _gradient(stack: Stack, known: Mapping[int, Tensor | None], group: int) -> T
 
 
 def _parts(batches: Iterable[Any], size: int) -> Iterator[Any]:
-    """The batches in parts of at most `size` samples."""
+    """Split the batches into parts of at most `size` samples."""
     for batch in batches:
         first = batch[0] if isinstance(batch, (tuple, list)) else batch
         if isinstance(first, Tensor):
@@ -140,7 +161,7 @@ def _graph(model: nn.Module, batch: Any, layers: Iterable[str]) -> tuple[Tensor,
         if not output.requires_grad:
             output = output.detach().requires_grad_()
         calls.append((name, output))
-        return output.clone()  # what follows may overwrite it in place
+        return output.clone()  # later modules may overwrite it in place
 
     with ExitStack() as hooks, torch.inference_mode(False), torch.enable_grad():
         for name in layers:

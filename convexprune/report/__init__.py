@@ -1,4 +1,4 @@
-"""What was done, for people and programs: text, JSON, one HTML page."""
+"""Reports of a run for people and programs, as text, JSON or one HTML page."""
 
 from convexprune.report.merges import MergeReport
 from convexprune.report.report import Link, NetworkError, Report, Settings, described

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 INK, ACCENT, SECOND, PALE = "#222222", "#1f5f8b", "#b5651d", "#d9d9d9"
 WIDTH = 8.6  # inches, the width of the text column
-FLOOR = 1e-12  # where a logarithmic axis ends; smaller figures, zero too, are drawn there
+FLOOR = 1e-12  # a logarithmic axis ends here; smaller numbers, also zero, are drawn here
 STYLE = """
 body { font: 16px/1.5 Georgia, 'Times New Roman', serif; color: #222; background: #fff; margin: 3em auto;
        max-width: 62em; padding: 0 1.5em; }
@@ -44,7 +44,7 @@ figure { margin: 0; } figcaption { font-size: .85em; color: #555; margin-top: .3
 
 
 def page(report: Report) -> str:
-    """The whole page; it refers to nothing outside itself."""
+    """The whole page; it needs no other file."""
     sections = [
         _section("Layers", _table(report.rows) + _list(LEGEND)),
         _section("The network", _network(report)),
@@ -137,7 +137,7 @@ def _links(report: Report) -> str:
 
 
 def _moments(rows: Sequence[Row]) -> str:
-    """Wanted and kept weights, damping, rank and condition of the layers whose problems are stated in moments."""
+    """The numbers of wanted and kept weights, and the damping, rank and condition of each layer with moments."""
     entries = []
     for row in rows:
         if row.moments is not None:

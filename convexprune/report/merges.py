@@ -1,4 +1,4 @@
-"""What a merging did: layer by layer the survivors, the saliency they cost, and what the outputs did."""
+"""Report of a merging: the survivors and the saliency of each layer, and the change of the network's outputs."""
 
 from __future__ import annotations
 
@@ -17,12 +17,13 @@ from convexprune.whole_file import write_whole
 
 @dataclass(frozen=True)
 class MergedLayer:
-    """One layer.
+    """The merges of one layer.
 
-    saliency  sum over the merges; times E|x|^2 each is a limit of its change (Lemma 1), 1 in its place with data
-    change    (sum of the roots)^2: the same for all merges together
+    saliency  total saliency; each merge's share times E|x|^2 (times 1 if data was given) bounds its change (Lemma 1)
+    change    (sum of the square roots of the saliencies)^2: the same bound for all merges together
     curve     saliency of each merge of the greedy, down to one neuron
-    cutoff    how many the published rule removes
+    cutoff    number of neurons that the published rule removes
+    with_data True if the saliencies use the Gram matrix of the inputs
     """
 
     name: str
@@ -49,7 +50,8 @@ class MergedLayer:
 class MergeReport:
     """The layers in forward order, the modules that got smaller, and the change of the network's output.
 
-    measured, scale   mean square change and size of the outputs on the batches; None without any
+    measured  mean square change of the outputs on the batches; None without batches
+    scale     mean square of the outputs on the batches; None without batches
     """
 
     layers: tuple[MergedLayer, ...]

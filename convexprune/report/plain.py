@@ -1,7 +1,7 @@
-"""Dataclasses as plain values that JSON can hold, and back; what is missing or of another kind is named.
+"""Convert dataclasses to plain values that JSON can hold, and back by their declared types.
 
-A field that takes no part in comparison is not written. A number that JSON has no word for is a string ("inf"), a
-member of an enum is its name. A field that has a default may be missing; entries that are no field are not read.
+A field that takes no part in comparison is not written. A number that JSON cannot hold becomes a string ("inf"), and
+a member of an enum its name. A field with a default may be missing; an entry that is no field is not read.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ def to_plain(value: Any) -> Any:
 def from_plain(kind: Any, value: Any, where: str = "") -> Any:
     """The value of type `kind` that `to_plain` wrote.
 
-    where  the place of the value in the whole, for the error: "rows[0].kept"
+    where  the place of the value, for errors, such as "rows[0].kept"
 
-    Raises ValueError naming the place of what is missing, or of another type.
+    Raises ValueError naming the place of a missing entry, or of a value of another type.
     """
     parts = get_args(kind)
     if type(None) in parts:  # X | None

@@ -1,4 +1,4 @@
-"""What a long run tells those who watch: events, never prints."""
+"""Progress of a long run, as events for the caller; the library never prints."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a run has come: `done` of `total` steps of this stage.
+    """Progress of a run: `done` of `total` steps of this stage.
 
     stage "capture" and "measure": the steps are calibration batches; "solve": they are layers, `layer` being next.
     "plan" comes once, before anything is solved: `note` says which of the model's weights the layers have.

@@ -1,4 +1,4 @@
-"""What a pruning run did: a row for each layer, the network's error, and the settings that reproduce it."""
+"""Report of a pruning run: a row for each layer, the network's error, and the settings that reproduce the run."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SCHEMA: Final = 1  # of a report's JSON; a text without one was written before 0
 
 @dataclass(frozen=True)
 class Link:
-    """|| Yhat_l - Y_l ||_F of one layer of the network: what is guaranteed, and what was measured."""
+    """|| Yhat_l - Y_l ||_F of one layer in the pruned network: guaranteed and measured."""
 
     name: str
     guaranteed: float
@@ -34,12 +34,12 @@ class Link:
 class NetworkError:
     """|| Yhat - Y ||_F between the outputs of the pruned and the dense network, over the calibration samples.
 
-    measured    by running both; None where the model's output is not one tensor
-    guaranteed  proven from the layers' errors (see `bounds`); None with a `reason`
+    measured    from running both networks; None if the model's output is not one tensor
+    guaranteed  proven from the layers' errors (see `bounds`); None if there is no guarantee, with the `reason`
     scale       ||Y||_F of the dense network
-    rules       what each rule of propagation guarantees, by its name
-    layers      the same along the way, where there is a guarantee
-    wanted      what the guaranteed error had to be within, where it was asked for
+    rules       the guaranteed error by each rule of propagation, by name
+    layers      the errors at each layer, if there is a guarantee
+    wanted      the goal for the guaranteed error, if there was one
     """
 
     measured: float | None
@@ -51,7 +51,7 @@ class NetworkError:
     wanted: float | None = None
 
     def lines(self) -> tuple[str, ...]:
-        """Guaranteed and measured, a sentence each."""
+        """Sentences on the guaranteed and the measured error."""
         guaranteed = self._line(self.guaranteed) if self.guaranteed is not None else f"no guarantee: {self.reason}"
         measured = self._line(self.measured) if self.measured is not None else "not measured"
         lines: tuple[str, ...] = (f"network error, guaranteed: {guaranteed}", f"network error, measured:   {measured}")
@@ -63,7 +63,7 @@ class NetworkError:
         return (*lines, f"guaranteed / measured, by rule: {ratios}")
 
     def relative(self, error: float | None) -> float | None:
-        """An error over ||Y||_F."""
+        """An error divided by ||Y||_F; None if that is 0 or unknown."""
         return None if error is None or not self.scale else error / self.scale
 
     def _line(self, error: float) -> str:
@@ -73,7 +73,7 @@ class NetworkError:
 
 @dataclass(frozen=True)
 class Settings:
-    """What it takes to run it again."""
+    """The settings that reproduce a run."""
 
     mode: str
     solver: str
@@ -88,7 +88,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Report:
-    """The rows of a run, the network's error, its settings, and what an allocation gave each layer if there was one.
+    """The rows of a run, the network's error, the settings, and the shares of the allocation if there was one.
 
     `print(report)` is the table.
     """
@@ -101,12 +101,12 @@ class Report:
 
     @property
     def kept(self) -> int:
-        """Weights that are not zero, over all layers of the report."""
+        """Number of nonzero weights in all layers of the report."""
         return sum(row.kept for row in self.rows)
 
     @property
     def total(self) -> int:
-        """Weights of all layers of the report."""
+        """Number of weights in all layers of the report."""
         return sum(row.total for row in self.rows)
 
     @property
@@ -122,7 +122,7 @@ class Report:
         return 1 - (self.total - self.kept) / self.coverage.total
 
     def table(self) -> str:
-        """The rows as aligned text, a line each, the names to the left and the figures to the right."""
+        """The rows as aligned text, one line each, names on the left and numbers on the right."""
         lines = [HEADINGS, *(row.cells() for row in self.rows)]
         widths = [max(len(line[column]) for line in lines) for column in range(len(HEADINGS))]
         return "\n".join(
@@ -134,7 +134,7 @@ class Report:
         )
 
     def summary(self) -> tuple[str, ...]:
-        """What was kept in all, and the network's guaranteed error beside its measured one."""
+        """Sentences on the weights kept, and on the network's guaranteed and measured error."""
         kept = f"kept {self.kept} of {self.total} weights ({self.kept_fraction:.1%})"
         of_model = self.model_kept_fraction
         if of_model is not None and self.coverage is not None and self.coverage.covered < self.coverage.total:
@@ -156,7 +156,7 @@ class Report:
         return "\n".join([self.table(), "", *self.summary()])
 
     def _repr_html_(self) -> str:
-        """What a notebook shows."""
+        """The table and the summary, for a notebook."""
         from convexprune.report.html import excerpt
 
         return excerpt(self)
@@ -171,7 +171,7 @@ class Report:
     def from_json(cls, text: str) -> Report:
         """The report that `to_json` wrote, without the weight patterns.
 
-        Raises ValueError naming what is missing or of another type, and for the schema of another version.
+        Raises ValueError for a text that is no report, naming the missing or wrong entry, and for another schema.
         """
         content = _parsed(text)
         rows, settings = content.get("rows"), content.get("settings")
@@ -197,7 +197,7 @@ class Report:
 
 
 def described(problem: Any) -> str:
-    """A problem or a solver in a few words: its class and its fields, arrays by their shape, the layer left out."""
+    """A problem or a solver in a few words: its class and its fields, arrays by their shape, without the layer."""
     if not is_dataclass(problem):
         return type(problem).__name__
     words = []
@@ -211,7 +211,7 @@ def described(problem: Any) -> str:
 
 
 def _row_to_plain(row: Row) -> dict[str, Any]:
-    """A row, with what readers look for beside its fields; a point of the trace holds its certificate's numbers."""
+    """A row, with numbers derived from its fields; each point of the trace holds the numbers of its certificate."""
     content = to_plain(row) | {"total": row.total, "kept_fraction": row.kept_fraction}
     if row.certificate is not None:
         content["certificate"]["relative_gap"] = to_plain(row.certificate.relative_gap)
@@ -220,7 +220,7 @@ def _row_to_plain(row: Row) -> dict[str, Any]:
 
 
 def _row_with_certificates(row: Any) -> Any:
-    """A row as its fields are: the numbers of a point of the trace are its certificate."""
+    """A row in the shape of `Row`: the numbers of each point of the trace become its certificate."""
     if not isinstance(row, dict) or not isinstance(row.get("trace"), list):
         return row
     trace = [{**point, "certificate": point} if isinstance(point, dict) else point for point in row["trace"]]

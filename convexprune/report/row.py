@@ -13,7 +13,7 @@ HEADINGS: Final = (
     "layer", "shape", "kept", "gap", "constraints", "objective", "bound", "error", "stopped", "steps", "time",
 )  # fmt: skip
 WORDS: Final = ("layer", "constraints", "stopped")  # columns set to the left; figures go to the right
-TOLERANCE: Final = 1e-6  # a relative violation that rounding to float32 leaves behind anyway
+TOLERANCE: Final = 1e-6  # a relative violation that rounding to float32 causes in any case
 LEGEND: Final = (
     ("kept", "weights that are not zero, as stored (biases not counted)"),
     ("gap", "how far the objective can be above the optimum, proven, relative to it"),
@@ -37,9 +37,9 @@ _STOPPED: Final = {
 
 @dataclass(frozen=True)
 class Moments:
-    """What a layer's problem was stated on: the damping, and how well the Gram matrix is conditioned with it."""
+    """The damping of a layer's moments, and the rank and condition of the Gram matrix with that damping."""
 
-    damping: float  # a fraction of the mean diagonal
+    damping: float  # as a fraction of the mean diagonal
     rank: int
     inputs: int
     condition: float  # inf where it is singular
@@ -51,16 +51,16 @@ class Moments:
 
 @dataclass(frozen=True)
 class Row:
-    """One layer: what is in the pruned model now, and the problem's verdict on exactly that.
+    """One layer: its weights in the pruned model, and the problem's verdict on exactly these weights.
 
-    certificate, error  of the weights as stored, so the rounding of the model's dtype is in them; None where `build`
+    certificate, error  for the weights as stored, so they include the rounding to the model's dtype; None if `build`
                         stated no problem
     """
 
     name: str
     shape: tuple[int, int]  # (out, in): the weights as a matrix
     kept: int  # weights that are not zero; biases are not counted
-    status: Status | None = None  # why the solver stopped; None where nothing was asked for
+    status: Status | None = None  # why the solver stopped; None if no problem was stated
     certificate: Certificate | None = None
     error: float | None = None  # limit of || act(X What^T) - Y ||_F over the calibration samples
     problem: str | None = None
@@ -68,7 +68,7 @@ class Row:
     seconds: float = 0.0
     trace: tuple[TracePoint, ...] = field(default=(), repr=False)
     pattern: Tensor | None = field(default=None, repr=False, compare=False)  # kept fraction, cell by cell of a grid
-    wanted: int | None = None  # how many weights the problem's pattern allows; None where it has none
+    wanted: int | None = None  # number of weights that the problem's pattern allows; None without a pattern
     moments: Moments | None = None
     errors: Tensor | None = field(default=None, repr=False, compare=False)  # (out,): `error`, each output's
     repairs: bool = False  # whether `error` is that of the residual sum behind the layer, in the layer's units
@@ -80,7 +80,7 @@ class Row:
 
     @property
     def total(self) -> int:
-        """How many weights the layer has."""
+        """Number of weights of the layer."""
         return self.shape[0] * self.shape[1]
 
     @property
@@ -90,7 +90,7 @@ class Row:
 
     @property
     def left_dense(self) -> bool:
-        """Whether the layer is as it was: no problem was stated for it, or the solver found no point."""
+        """True if the layer was not changed: no problem was stated for it, or the solver found no point."""
         return self.status in (None, Status.INFEASIBLE, Status.NUMERICAL)
 
     def cells(self) -> tuple[str, ...]:
@@ -98,7 +98,7 @@ class Row:
         proof = ("-",) * 4
         if self.certificate is not None:
             missed = self.certificate.violation
-            proven = not self.left_dense and missed <= TOLERANCE  # a gap is one of feasible points
+            proven = not self.left_dense and missed <= TOLERANCE  # only a feasible point has a gap
             gap = small(self.certificate.relative_gap) if proven else "-"
             word = "feasible to" if missed <= TOLERANCE else "off by"
             feasible = f"{word} {small(missed)}" if missed else "feasible"

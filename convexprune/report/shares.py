@@ -1,4 +1,4 @@
-"""What an allocation gave each layer, what it predicted, and how that compares with what came of it."""
+"""The share that an allocation gave each layer, and the predicted distortion beside the measured one."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from convexprune.solution import Certificate
 
 @dataclass(frozen=True)
 class Share:
-    """One layer: what it may keep, what that was predicted to lose, and its whole curve."""
+    """The share of one layer: weights to keep, the distortion predicted for them, and the layer's curve."""
 
     name: str
     kept: int
@@ -25,7 +25,7 @@ class Share:
 class Shares:
     """The layers' shares of the budget, with the certificate of the knapsack.
 
-    dominated  levels that were dropped, because another one of the same curve costs less and loses less
+    dominated  number of levels dropped because another level of the same curve costs less and loses less
     """
 
     layers: tuple[Share, ...]
@@ -41,7 +41,7 @@ class Shares:
         return {share.name: share.kept for share in self.layers}
 
     def lines(self, measured: float | None = None) -> tuple[str, ...]:
-        """The allocation in a few sentences; `measured` is the network's distortion afterwards, in the curves' unit."""
+        """The allocation in sentences; `measured` is the pruned network's distortion, in the unit of the curves."""
         proof = self.certificate
         found = [
             f"allocation: {self.cost:,.10g} of a budget of {self.budget:,.10g}, within {proof.relative_gap:.0e} of the "

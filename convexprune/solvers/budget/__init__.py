@@ -1,1 +1,1 @@
-"""Solvers that divide a budget among layers: of weights, or of errors."""
+"""Solvers that divide a budget of weights, or of errors, among layers."""

@@ -1,10 +1,10 @@
-"""Dynamic programming over the layers, with the budget in buckets.
+"""Dynamic programming over the layers, with the budget divided into buckets.
 
     f_l[b] = min_k  f_{l-1}[b - ceil(c_lk / w)] + d_lk,        w = budget / buckets
 
-Costs are rounded up to whole buckets, so what it returns fits the budget, and no choice that costs at most
-budget - L w is better: at most one bucket a layer is wasted. With integer costs and a bucket for each unit it is exact.
-Layers x buckets x levels operations, layers x buckets numbers of memory.
+Costs are rounded up to whole buckets. The result therefore fits the budget, and it is at least as good as every choice
+that costs at most budget - L w: each layer wastes at most one bucket. With integer costs and one bucket for each unit
+the result is exact. The time is layers x buckets x levels operations, the memory layers x buckets numbers.
 Source: Xu et al., ICCV 2023, Algorithm 1; Dudzinski, Walukiewicz, EJOR 1987.
 """
 
@@ -24,9 +24,9 @@ from convexprune.solvers.budget.lagrangian_price import LagrangianPrice, infeasi
 
 @dataclass(frozen=True)
 class DynamicProgramming:
-    """Exact up to the rounding of the costs.
+    """The optimum up to the rounding of the costs.
 
-    buckets  how finely the budget is divided; None: one for each unit, where all costs are integers
+    buckets  number of buckets of the budget; None: one for each unit, if all costs are integers
     """
 
     takes: ClassVar[type] = KnapsackProblem
@@ -38,10 +38,10 @@ class DynamicProgramming:
             raise ValueError(f"buckets is {self.buckets}; it must be at least 1, or None for one for each unit")
 
     def solve(self, problem: KnapsackProblem, start: Tensor | None = None) -> Attempt:
-        """The start is not used; the witness is the price, from the same curves.
+        """The start is not used; the witness is the price of `LagrangianPrice`.
 
-        Status INFEASIBLE where the budget is below the cheapest choice; MAX_ITER, with the price's choice, where it is
-        so close above it that no choice fits the rounded costs.
+        Status INFEASIBLE if the budget is below the cheapest choice. Status MAX_ITER, with the choice of
+        `LagrangianPrice`, if the budget is so close to the cheapest choice that no choice fits after rounding.
         """
         cost, loss = problem.table
         if problem.cheapest > problem.room:
@@ -52,7 +52,7 @@ class DynamicProgramming:
         if choice is None:
             note = f"no choice fits {buckets} buckets after rounding; use more of them"
             return Attempt(first.x, first.witness, Status.MAX_ITER, 0, note=note)
-        # what the rounding left of the budget is spent
+        # spend the part of the budget that rounding has left over
         choice = knapsack.filled(cost, loss, problem.room, choice)
         return Attempt(problem.point(choice), first.witness, Status.CONVERGED, len(cost))
 
@@ -63,7 +63,7 @@ class DynamicProgramming:
                 raise ValueError("buckets is None, but some costs are no integers; give a number of buckets")
             return np.where(np.isfinite(cost), cost, -1).astype(np.int64), int(min(budget, real.max(1).sum()))
         spare = budget if budget > 0 else 1.0
-        # a quotient a few roundings above a whole number is that number
+        # a quotient above a whole number by a few rounding errors is that number
         exact = real / spare * self.buckets
         whole = np.ceil(exact * (1 - 8 * knapsack.UNIT))
         return np.where(np.isfinite(cost), whole, -1).astype(np.int64), self.buckets

@@ -1,7 +1,7 @@
-"""A price on the budget: every layer takes the level that is best at that price.
+"""Put a price on the budget: every layer takes the level that is best at this price.
 
-The price at which the choices' cost crosses the budget solves the linear relaxation; the choice on the near side of it
-is optimal but for one layer, and what is left of the budget is spent on single upgrades.
+The price at which the total cost crosses the budget solves the linear relaxation. The choice just below the budget is
+optimal except for one layer; single upgrades spend the rest of the budget.
 Source: Everett, Operations Research 1963; Sinha, Zoltners, Oper. Res. 1979.
 """
 
@@ -24,7 +24,7 @@ class LagrangianPrice:
     takes: ClassVar[type] = KnapsackProblem
 
     def solve(self, problem: KnapsackProblem, start: Tensor | None = None) -> Attempt:
-        """The start is not used. Status INFEASIBLE where the budget is below the cheapest choice."""
+        """The start is not used. Status INFEASIBLE if the budget is below the cheapest choice."""
         cost, loss = problem.table
         priced = knapsack.divide(cost, loss, problem.room)
         if priced is None:
@@ -34,7 +34,7 @@ class LagrangianPrice:
 
 
 def infeasible(problem: KnapsackProblem) -> Attempt:
-    """What every solver answers where nothing fits the budget: the cheapest levels, and what they cost."""
+    """The answer of every solver if no choice fits the budget: the cheapest levels, and their cost."""
     cost, _ = problem.table
     note = f"the budget is {problem.budget:,.15g}; the cheapest choice costs {problem.cheapest:,.15g}"
     return Attempt(problem.point(cost.argmin(1)), None, Status.INFEASIBLE, 0, note=note)

@@ -1,8 +1,8 @@
-"""The exact optimum of a multiple-choice knapsack: a price, and a search among the choices that it leaves open.
+"""The exact optimum of a multiple-choice knapsack: find a price, then search the choices that the price leaves open.
 
-At the optimal price p the bound L(p) is close below the optimum, and a choice better than L(p) + room can only be made
-of levels whose reduced cost is at most the room: a few a layer. The room grows until the search finds a choice, which
-is then the best of all.
+At the optimal price p the bound L(p) is close below the optimum. A choice with a value below L(p) + room can contain
+only levels whose reduced cost is at most `room`: a few for each layer. The room grows until the search finds a choice;
+that choice is the best of all.
 Source: Pisinger, European Journal of Operational Research 1995.
 """
 
@@ -20,17 +20,28 @@ from convexprune.forms import KnapsackProblem
 from convexprune.solution import Attempt, Status
 from convexprune.solvers.budget.lagrangian_price import infeasible
 
-FIRST = 2.0**-6  # of the distance between the bound and the choice known first
+FIRST = 2.0**-6  # the first room, as a fraction of the distance between the bound and the first choice
 
 
 @dataclass(frozen=True)
 class MinimalCore:
-    """Proven optimal at full integer budgets, and at costs that are no integers.
+    """Divide a budget among layers at proven optimality, whether or not the costs are integers.
 
-    The witness is the price and the value that nothing is below. Status MAX_ITER where the open choices are too many
-    to be searched (the best one found is returned, with the price's bound), TIME_LIMIT between two searches.
+    The witness is the price and the optimal value. The status is MAX_ITER if too many choices are left open to search
+    them (the point is then the best choice found, with the price's bound), and TIME_LIMIT if the time runs out between
+    two searches.
 
-    time_limit  seconds, or None
+    Args:
+        time_limit: Seconds, or None for no limit.
+
+    Example:
+        >>> import convexprune as cp
+        >>> from torch import tensor
+        >>> first = cp.Curve("first", kept=tensor([1, 2, 4]), distortion=tensor([9.0, 4.0, 0.0]))
+        >>> second = cp.Curve("second", kept=tensor([1, 2, 4]), distortion=tensor([5.0, 3.0, 0.0]))
+        >>> solution = cp.solve(cp.SparsityAllocation([first, second], budget=5), cp.MinimalCore())
+        >>> solution.x.flatten().tolist(), solution.certificate.value  # the levels 2 and 0
+        ([2.0, 0.0], 5.0)
     """
 
     takes: ClassVar[type] = KnapsackProblem
@@ -38,7 +49,7 @@ class MinimalCore:
     time_limit: float | None = None
 
     def solve(self, problem: KnapsackProblem, start: Tensor | None = None) -> Attempt:
-        """The start is not used. Status INFEASIBLE where the budget is below the cheapest choice."""
+        """The start is not used. Status INFEASIBLE if the budget is below the cheapest choice."""
         deadline = math.inf if self.time_limit is None else time.perf_counter() + self.time_limit
         cost, loss = problem.table
         priced = knapsack.divide(cost, loss, problem.room)

@@ -1,7 +1,7 @@
-"""The field's rules for dividing a budget among layers, none of which looks at the distortions.
+"""The field's rules for dividing a budget among layers; none of them looks at the distortions.
 
-Each rule says, for a strength t, how many weights every layer should keep; the layers take the largest level that keeps
-no more, and t is the largest for which the budget holds.
+For a strength t, each rule gives the number of weights that every layer should keep. Each layer takes its largest level
+that keeps no more than this number, and t is the largest strength within the budget.
 """
 
 from __future__ import annotations
@@ -21,21 +21,21 @@ from convexprune.solution import Attempt, Status
 from convexprune.solvers.budget.lagrangian_price import infeasible
 
 HALVINGS = 60
-LAST = 0.2  # of the last layer is kept at least by Uniform+
+LAST = 0.2  # the smallest fraction of the last layer that Uniform+ keeps
 
 
 @dataclass(frozen=True)
 class Rule:
-    """A rule as a solver; no witness but the price 0."""
+    """A rule as a solver; it gives no witness."""
 
     takes: ClassVar[type] = KnapsackProblem
 
     @abstractmethod
     def targets(self, curves: Sequence[Curve]) -> Callable[[float], Tensor]:
-        """For a strength t in [0, 1], rising from nothing to everything: the weights (L,) to keep."""
+        """A function from a strength t in [0, 1] to the number of weights (L,) to keep, rising with t."""
 
     def solve(self, problem: KnapsackProblem, start: Tensor | None = None) -> Attempt:
-        """The start is not used. INFEASIBLE where the budget is below the cheapest choice, or the rule's own least."""
+        """The start is not used. Status INFEASIBLE if the cheapest choice, or the rule's smallest, is too expensive."""
         if problem.cheapest > problem.room:
             return infeasible(problem)
         wanted = self.targets(problem.curves)
@@ -57,7 +57,7 @@ class Rule:
 
     @staticmethod
     def _levels(problem: KnapsackProblem, wanted: Tensor) -> Tensor:
-        """(L, 1): the largest level that keeps no more than is wanted; of tied curves that of the first."""
+        """The largest level (L, 1) that keeps at most the wanted number; tied curves take the level of their first."""
         x = torch.zeros(len(problem.curves), 1, dtype=torch.float64)
         for group in problem.groups:
             curve, target = problem.curves[group[0]], float(wanted[group[0]])
@@ -72,7 +72,7 @@ class Uniform(Rule):
     """Every layer keeps the same share."""
 
     def targets(self, curves: Sequence[Curve]) -> Callable[[float], Tensor]:
-        """t of every layer."""
+        """The fraction t of every layer."""
         sizes = _sizes(curves)
         return lambda t: t * sizes
 
@@ -82,7 +82,7 @@ class UniformPlus(Rule):
     """`Uniform` with the first layer dense and at least 20% of the last one kept (Gale, Elsen, Hooker 2019)."""
 
     def targets(self, curves: Sequence[Curve]) -> Callable[[float], Tensor]:
-        """t of every layer but these two."""
+        """The fraction t of every layer except these two."""
         sizes = _sizes(curves)
 
         def at(t: float) -> Tensor:
@@ -99,7 +99,7 @@ class ErdosRenyiKernel(Rule):
     """ERK: the kept share grows with (in + out + kernel sides) / (in out kernel), at most 1 (Evci et al. 2020)."""
 
     def targets(self, curves: Sequence[Curve]) -> Callable[[float], Tensor]:
-        """One factor for all shares. Raises ValueError for curves without `weight`."""
+        """All shares grow by one factor. Raises ValueError for curves without `weight`."""
         sizes = _sizes(curves)
         raw = []
         for curve in curves:
@@ -133,7 +133,7 @@ class LAMP(Rule):
 
 
 def _thresholded(scores: Sequence[Tensor]) -> Callable[[float], Tensor]:
-    """How many scores of each layer are among the t largest of all."""
+    """A function from t to the number of scores of each layer among the largest fraction t of all scores."""
     ordered = [score.double().sort().values for score in scores]
     everything = torch.cat(ordered).sort().values
 

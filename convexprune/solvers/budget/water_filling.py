@@ -1,10 +1,10 @@
-"""Water-filling: the error budget in closed form, from the order in which its caps stop to bind.
+"""Water-filling: the error budget in closed form, from the order in which the layers reach their caps.
 
-At the price p of the goal a layer spends  g_l e_l = min(g_l cap_l, n_l / p), so that the goal is met where
+At a price p of the goal a layer spends g_l e_l = min(g_l cap_l, n_l / p). The goal is met at the u = 1 / p with
 
-    sum_l min(g_l cap_l, n_l u) = goal,   u = 1 / p
+    sum_l min(g_l cap_l, n_l u) = goal
 
-whose left side is concave and piecewise linear in u: sorted breakpoints u_l = g_l cap_l / n_l find the piece.
+The left side is concave and piecewise linear in u; sorting the breakpoints u_l = g_l cap_l / n_l finds the piece.
 Source: Boyd, Vandenberghe, Convex Optimization, 2004, example 5.2.
 """
 
@@ -22,17 +22,17 @@ from convexprune.solution import Attempt, Status
 
 @dataclass(frozen=True)
 class WaterFilling:
-    """The optimum of an `ErrorBudget`, exact, in the time of a sort; its price is the witness."""
+    """The exact optimum of an `ErrorBudget`, in the time of a sort; the price is the witness."""
 
     takes: ClassVar[type] = BudgetProblem
 
     def solve(self, problem: BudgetProblem, start: Tensor | None = None) -> Attempt:
         """The start is not used."""
         full = problem.gains * problem.caps
-        if float(full.sum()) <= problem.goal:  # the whole network may go
+        if float(full.sum()) <= problem.goal:  # every layer may be removed
             return Attempt(problem.caps[:, None].clone(), 0.0, Status.CONVERGED, 1)
         breaks, order = (full / problem.sizes).sort()
-        # k layers at their caps leave the others the rest of the goal, in proportion to their sizes
+        # with k layers at their caps, the other layers share the rest of the goal in proportion to their sizes
         rest = problem.goal - (full[order].cumsum(0) - full[order])
         levels = rest / problem.sizes[order].flip(0).cumsum(0).flip(0)
         breaks[-1] = float("inf")

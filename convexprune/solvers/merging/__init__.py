@@ -1,1 +1,1 @@
-"""Solvers that choose which neurons survive, and whom each other one joins."""
+"""Solvers that choose the surviving neurons, and the survivor that each other neuron joins."""

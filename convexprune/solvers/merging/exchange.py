@@ -1,7 +1,7 @@
-"""Vertex substitution for the p-median problem of neuron merging, and multipliers that bound what it can reach.
+"""Vertex substitution for the p-median problem of neuron merging, and multipliers that bound the optimum.
 
-A survivor r changes places with another neuron i while that lowers the sum. With d1, d2 what each neuron's nearest and
-second nearest survivor cost it,
+A survivor r changes places with another neuron i while that lowers the sum. Let d1_j and d2_j be the costs of joining
+neuron j to its nearest and its second nearest survivor. Then
 
     change(r, i) = sum_j min(c_ji - d1_j, 0) + sum_{j joined r} clamp(c_ji - d1_j, 0, d2_j - d1_j)
 
@@ -23,17 +23,17 @@ from convexprune.forms import MergingProblem
 from convexprune.solution import Attempt, Status
 from convexprune.solvers.merging.greedy import GreedyMerging
 
-LEAST = 1e-9  # of the sum: a swap that gains less is rounding
+LEAST = 1e-9  # a swap must gain more than this fraction of the sum, which rounding could fake
 
 
 @dataclass(frozen=True)
 class Exchange:
-    """Local search on who survives, from `start` or from the greedy's answer.
+    """Local search on the set of survivors, from `start` or from the answer of `GreedyMerging`.
 
-    max_iter     swaps
-    bound_steps  subgradient steps for the witness; 0: none
+    max_iter     largest number of swaps
+    bound_steps  number of subgradient steps for the witness; 0: no witness
     time_limit   seconds, or None
-    memory       bytes: n^2 costs must fit
+    memory       bytes available; n^2 costs must fit
     """
 
     takes: ClassVar[type] = MergingProblem
@@ -44,7 +44,7 @@ class Exchange:
     memory: float = 4e9
 
     def solve(self, problem: MergingProblem, start: Tensor | None = None) -> Attempt:
-        """Never worse than its start. Raises MemoryError where the costs do not fit: use GreedyMerging there."""
+        """The result is never worse than the start. Raises MemoryError if the costs do not fit: use GreedyMerging."""
         n = problem.shape[0]
         if 3 * 8 * n * n > self.memory:
             raise MemoryError(
@@ -67,7 +67,7 @@ class Exchange:
         return Attempt(better, witness, status, swaps)
 
     def _improved(self, costs: Tensor, survivors: Tensor, deadline: float) -> tuple[Tensor, int, Status]:
-        """Survivors after the swaps that pay."""
+        """The survivors after all swaps that lower the sum, the number of swaps, and the status."""
         n = len(costs)
         if len(survivors) == n:
             return survivors, 0, Status.CONVERGED
@@ -85,7 +85,7 @@ class Exchange:
         return survivors, self.max_iter, Status.MAX_ITER
 
     def _fewer(self, limit: float, costs: Tensor, survivors: Tensor, deadline: float, swaps: int) -> tuple[Tensor, int]:
-        """Fewer survivors, one at a time, while the sum keeps to the limit."""
+        """Remove survivors one at a time while the sum stays within the limit."""
         while len(survivors) > 1 and time.perf_counter() < deadline:
             losses = torch.stack([costs[:, torch.cat([survivors[:r], survivors[r + 1 :]])].min(1).values.sum()
                                   for r in range(len(survivors))])  # fmt: skip
@@ -98,7 +98,7 @@ class Exchange:
         return survivors, swaps
 
     def _multipliers(self, costs: Tensor, survivors: Tensor) -> Tensor:
-        """(n,): the best multipliers of some subgradient steps."""
+        """The multipliers (n,) with the highest bound among all subgradient steps."""
         count, n = len(survivors), len(costs)
         upper = float(costs[:, survivors].min(1).values.sum())
         v = costs[:, survivors].topk(min(2, count), dim=1, largest=False).values[:, -1].clone()
@@ -124,7 +124,7 @@ class Exchange:
 
 
 def _costs(problem: MergingProblem) -> Tensor:
-    """(n, n), float64: c(j, i)."""
+    """The costs c(j, i), (n, n), float64."""
     rows = problem.features - problem.features.mean(0)
     squares = rows.square().sum(1)
     apart = torch.addmm(squares[:, None] + squares, rows, rows.T, alpha=-2).clamp_(min=0)
@@ -133,14 +133,14 @@ def _costs(problem: MergingProblem) -> Tensor:
 
 
 def _nearest(costs: Tensor, survivors: Tensor) -> Tensor:
-    """(n,): the survivor that costs each neuron least, itself if it survives."""
+    """The cheapest survivor for each neuron (n,); a survivor's is itself."""
     joined = survivors[costs[:, survivors].argmin(1)]
     joined[survivors] = survivors
     return joined
 
 
 def _changes(costs: Tensor, survivors: Tensor) -> Tensor:
-    """(p, n): what the sum changes by where survivor r gives way to neuron i."""
+    """The change of the sum (p, n) if neuron i takes the place of survivor r."""
     own = costs[:, survivors]
     if len(survivors) == 1:
         first, second = own[:, 0], torch.full_like(own[:, 0], math.inf)

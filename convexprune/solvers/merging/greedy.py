@@ -1,10 +1,11 @@
 """Merge the pair with the smallest saliency, again and again.
 
-    s_ij = <a_j^2> ||w_i - w_j||^2;    the smallest: a_i <- a_i + a_j, neuron j leaves
+    s_ij = <a_j^2> ||w_i - w_j||^2;    at the smallest: a_i <- a_i + a_j, and neuron j leaves
 
-A merge changes one column of saliencies (a_i) and takes a row and a column away (j), so each neuron keeps a short list
-of its nearest neighbours and a heap the best of each. An entry whose neighbour has left is a lower bound of what it
-will be, and is looked at again when its turn comes; a list that runs out is made anew. Distances come block by block.
+A merge changes one column of saliencies (a_i) and removes one row and one column (j). So each neuron keeps a short list
+of its nearest neighbours, and a heap holds the best pair of each neuron. If the neighbour in an entry has left, the
+entry is a lower bound of the true value and is updated when it reaches the top; an empty list is computed again.
+Distances are computed block by block.
 Source: Srinivas, Babu, BMVC 2015, Algorithm 1.
 """
 
@@ -35,20 +36,20 @@ class Merges:
     saliency: Tensor
 
     def assignment(self, survivors: int) -> Tensor:
-        """(n,): whom each neuron has joined, once so many are left."""
+        """Survivor index (n,) of each neuron when `survivors` remain."""
         count = self.neurons - survivors
         if not 0 <= count <= len(self.left):
             raise ValueError(
                 f"survivors is {survivors}; this run went from {self.neurons} to {self.neurons - len(self.left)}"
             )
         joined = torch.arange(self.neurons)
-        # later merges first: a survivor of then may have left since
+        # go through later merges first: a neuron that survived an early merge may have left in a later one
         for left, into in zip(self.left[:count].flip(0).tolist(), self.into[:count].flip(0).tolist(), strict=True):
             joined[left] = joined[into]
         return joined
 
     def published_cutoff(self) -> int:
-        """How many to remove by the published rule: up to the mode of the saliencies' histogram."""
+        """Number of neurons that the published rule removes: merges up to the mode of the saliencies' histogram."""
         values = self.saliency.numpy()
         if len(values) < 2 or values.min() == values.max():
             return len(values)
@@ -60,10 +61,10 @@ class Merges:
 
 @dataclass(frozen=True)
 class GreedyMerging:
-    """The published greedy, exact in its bookkeeping.
+    """The published greedy algorithm: it finds the same merges as a search over all pairs, up to rounding.
 
-    neighbours  how long a neuron's list is
-    device, dtype  where and in what distances are screened; those in a list are float64
+    neighbours     length of each neuron's list of neighbours
+    device, dtype  for finding the candidates; the distances in the lists are float64
     """
 
     takes: ClassVar[type] = MergingProblem
@@ -77,13 +78,13 @@ class GreedyMerging:
             raise ValueError(f"neighbours is {self.neighbours}; it must be at least 1")
 
     def solve(self, problem: MergingProblem, start: Tensor | None = None) -> Attempt:
-        """The start is not used. With `max_saliency` it stops at the last merge that keeps to it."""
+        """The start is not used. With `max_saliency` the merges stop at the last one whose total is within it."""
         if problem.keep is not None:
             merges = self.merges(problem, problem.keep)
             joined = merges.assignment(problem.keep)
         else:
             merges = self.merges(problem, 1)
-            low, high = 1, problem.shape[0]  # the sum need not grow with every merge, but nearly does
+            low, high = 1, problem.shape[0]  # the sum grows with nearly every merge, which bisection relies on
             while low < high:
                 middle = (low + high) // 2
                 if problem.violation(merges.assignment(middle)[:, None].double()) == 0:
@@ -94,7 +95,7 @@ class GreedyMerging:
         return Attempt(joined[:, None].double(), None, Status.CONVERGED, len(merges.left))
 
     def merges(self, problem: MergingProblem, survivors: int = 1) -> Merges:
-        """The run down to `survivors`."""
+        """All merges until `survivors` remain."""
         screen = _Neighbours(problem.features, self.neighbours, self.device, self.dtype)
         outgoing = problem.outgoing.T.clone(memory_format=torch.contiguous_format)  # (n, out), to be added to
         importance = outgoing.square().mean(1).tolist()
@@ -134,17 +135,17 @@ class GreedyMerging:
 
 
 class _Neighbours:
-    """The nearest living neighbours of neurons with features (n, d)."""
+    """The nearest remaining neighbours of neurons with features (n, d)."""
 
     def __init__(self, features: Tensor, count: int, device: str, dtype: torch.dtype) -> None:
         self.features, self.count = features, count
-        centred = features - features.mean(0)  # distances stay, and cancel less
+        centred = features - features.mean(0)  # keeps the distances and reduces cancellation
         self.rows = centred.to(device, dtype)
         self.squares = self.rows.square().sum(1)
         self.alive = np.ones(len(features), dtype=bool)
 
     def lists(self, which: Tensor) -> tuple[list[list[int]], list[list[float]]]:
-        """For each of the neurons `which` its nearest, and the squared distances, rising."""
+        """The nearest neighbours of each of the neurons `which`, and their squared distances in rising order."""
         living = torch.from_numpy(np.flatnonzero(self.alive))
         others = living.to(self.rows.device)
         everyone = len(living) == len(self.rows)
@@ -155,7 +156,7 @@ class _Neighbours:
         for part in torch.split(which, size):
             mine = self.rows[part.to(self.rows.device)]
             apart = torch.addmm(squares, mine, rows.T, alpha=-2)
-            most = min(self.count + 1, len(living))  # a neuron is its own nearest, or nearly
+            most = min(self.count + 1, len(living))  # the neuron itself is nearly always among them
             found = living[apart.topk(most, dim=1, largest=False).indices.cpu()]
             for j, candidates in zip(part.tolist(), found, strict=True):
                 candidates = candidates[candidates != j][: self.count]
