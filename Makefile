@@ -1,5 +1,5 @@
 # Each target makes the .venv that it needs, from the exact versions of constraints.txt. ARGS goes to the command:
-#   make demo ARGS="--data mnist.npz --weights lenet300.npz"      make test ARGS="-k cvxpy"
+#   make demo ARGS="--data mnist.npz --weights lenet300.npz"      make test ARGS="-k cvxpy"      make test ARGS="--cov=convexprune"
 PYTHON ?= python3
 BIN := .venv/bin
 
@@ -8,13 +8,19 @@ EXTRAS_dev := cvxpy,report,dev
 EXTRAS_docs := cvxpy,report,docs
 EXTRAS_bench := cvxpy,report,bench
 
-.PHONY: demo test lint docs bench clean
+# the test files that take three quarters of the time; `make test` runs them too
+SLOW := allocation bounds_theorems cli distill goal guarantee perspective reconstruction report solvers sparsity_allocation
+
+.PHONY: demo test test-quick lint docs bench clean
 
 demo: .venv/demo.stamp
 	$(BIN)/convexprune demo $(ARGS)
 
 test: .venv/dev.stamp
 	$(BIN)/pytest $(ARGS)
+
+test-quick: .venv/dev.stamp
+	$(BIN)/pytest $(SLOW:%=--ignore=tests/test_%.py) $(ARGS)
 
 lint: .venv/dev.stamp
 	$(BIN)/ruff check .

@@ -79,7 +79,7 @@ def resnets(folder, options):
         for name in options.rules:
             begun = time.perf_counter()
             network, report = cp.prune(
-                model, list(x.split(128)), None, cp.Balanced(), mode="residual", names="*conv*", keep_inputs=False,
+                model, list(x.split(128)), None, cp.Balanced(), mode="residual", names="*conv*",
                 allocation=cp.Allocation(keep, solver=RULES[name], curves=curves),
             )  # fmt: skip
             seconds = time.perf_counter() - begun
@@ -108,9 +108,7 @@ def lenet(folder, options):
         for name in options.rules:
             begun = time.perf_counter()
             allocation = cp.Allocation(keep, solver=RULES[name], curves=curves)
-            network, report = cp.prune(
-                model, batches, build, cp.ADMM(), mode="cascade", keep_inputs=False, allocation=allocation
-            )
+            network, report = cp.prune(model, batches, build, cp.ADMM(), mode="cascade", allocation=allocation)
             seconds = time.perf_counter() - begun
             after = distilled(model, network, small, None, options.epochs, options, error)
             rows.append(row(name, keep, error(network), after, report, seconds))
@@ -129,7 +127,7 @@ def additivity(folder, options):
         for name in ("exact", "uniform", "erk"):
             build = lambda layer, kept: cp.Reconstruction(layer.damped(1e-4), cp.Unstructured(kept))  # noqa: E731
             _, report = cp.prune(
-                model, batches, build, cp.Balanced(), names="*conv*", keep_inputs=False,
+                model, batches, build, cp.Balanced(), names="*conv*",
                 allocation=cp.Allocation(keep, solver=RULES[name], curves=curves),
             )  # fmt: skip
             predicted, measured = report.allocation.certificate.value, report.distortion

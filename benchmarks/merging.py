@@ -119,15 +119,13 @@ def latency(folder, options):
     cases = []
     trim, _ = cp.prune(dense, list(x.split(5000)), lambda layer: cp.NetTrim(layer, 0.1))
     cases.append(("LeNet, Net-Trim epsilon 0.1", dense, trim, x, data))
-    to_budget, _ = cp.prune(
-        dense, list(x.split(5000)), mode="cascade", keep_inputs=False, allocation=cp.Allocation(0.03, damping=1e-3)
-    )
+    to_budget, _ = cp.prune(dense, list(x.split(5000)), mode="cascade", allocation=cp.Allocation(0.03, damping=1e-3))
     cases.append(("LeNet, allocation at 3%", dense, to_budget, x, data))
     cases.append(("LeNet, half of the neurons merged", dense, cp.merge(dense, 0.5)[0], x, data))
     resnet = resnet20(folder)
     images_, _ = cifar10(folder, "train", 256)
     sparse, _ = cp.prune(
-        resnet, list(images_.split(128)), mode="residual", names="*conv*", keep_inputs=False,
+        resnet, list(images_.split(128)), mode="residual", names="*conv*",
         allocation=cp.Allocation(0.05, damping=1e-3),
     )  # fmt: skip
     cases.append(("ResNet-20, allocation at 5%", resnet, sparse, images_, None))

@@ -23,7 +23,7 @@ def unseen(folder, options):
     used = list(images(folder, 10_000).split(5000))
     network, _ = cp.prune(
         model, used, lambda layer: cp.Reconstruction(layer.damped(1e-3), cp.Unstructured(0.1)), cp.Best(),
-        mode="cascade", keep_inputs=False,
+        mode="cascade",
     )  # fmt: skip
     x = data.x_test
     with torch.no_grad():
@@ -62,7 +62,7 @@ def main():
         for mode in ("parallel", "cascade") if names is None else ("parallel", "cascade", "residual"):
             _, report = cp.prune(
                 model, batches, lambda layer, k=keep: cp.Reconstruction(layer.damped(1e-3), cp.Unstructured(k)),
-                mode=mode, names=names, keep_inputs=False,
+                mode=mode, names=names,
             )  # fmt: skip
             found = report.network
             rows.append([

@@ -41,7 +41,7 @@ def pruned(model, batches, pattern_of, solver, damping, importance=None, **optio
         return cp.Reconstruction(layer.damped(damping), pattern_of(layer), importance=counts)
 
     begun = time.perf_counter()
-    network, report = cp.prune(model, batches, build, solver, keep_inputs=False, **options)
+    network, report = cp.prune(model, batches, build, solver, **options)
     return network, report, time.perf_counter() - begun
 
 
@@ -142,8 +142,8 @@ def transformer(folder, options):
     for name in options.solvers:
         for label, pattern in (("50%", cp.Unstructured(0.5)), ("2:4", cp.NM(2, 4))):
             network, report, seconds = pruned(
-                encoder.model, batches, lambda _, p=pattern: p, SOLVERS[name], options.damping,
-                names=names, mask=minilm.token_mask, mode=options.mode,
+                encoder.model, cp.Calibration(batches, names, minilm.token_mask), lambda _, p=pattern: p,
+                SOLVERS[name], options.damping, mode=options.mode,
             )  # fmt: skip
             cosine = torch.nn.functional.cosine_similarity(encoder.embeddings(network, held_out), dense).mean()
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6

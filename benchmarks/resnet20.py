@@ -54,7 +54,7 @@ def main():
         def build(layer, strength=strength):
             return cp.L1Reconstruction(layer, strength * float(layer.affine_cross.abs().max()))
 
-        pruned, report = cp.prune(model, batches, build, names=[options.layer], keep_inputs=False)
+        pruned, report = cp.prune(model, batches, build, names=[options.layer])
         (row,) = report.rows
         certificate, accuracy = row.certificate, 100 * (1 - error_rate(pruned, x_test, y_test))
         figures = [f"{100 * row.kept_fraction:.1f}%", f"{certificate.value:.6f}", f"{certificate.bound:.6f}"]

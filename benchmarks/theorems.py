@@ -81,7 +81,7 @@ def net_trim(model, x, options):
 def layerwise_obs(model, x):
     """Lemma 3.1 and Theorem 3.2 at 90% sparsity, and the constant of a single removal."""
     build = lambda layer: cp.Reconstruction(layer.damped(1e-3), cp.Unstructured(0.1))  # noqa: E731
-    thin, report = cp.prune(model, [x], build, keep_inputs=False)
+    thin, report = cp.prune(model, [x], build)
     found, read = [], x.double()
     for weight, bias, other, shift in zip(*parts(model), *parts(thin), strict=True):
         z, zhat = read @ weight.T + bias, read @ other.T + shift
@@ -131,7 +131,7 @@ def resnet(folder):
     """Lemma 3.1 at every convolution, in one worst line, and the network's bound."""
     model, batches = resnet20(folder), list(cifar10(folder, "train", 256)[0].split(128))
     build = lambda layer: cp.Reconstruction(layer.damped(1e-3), cp.Unstructured(0.5))  # noqa: E731
-    thin, report = cp.prune(model, batches, build, names="*conv*", mode="cascade", keep_inputs=False)
+    thin, report = cp.prune(model, batches, build, names="*conv*", mode="cascade")
     found = []
     known = dict(thin.named_modules())
 
@@ -158,7 +158,7 @@ def additivity(folder):
     rows = []
     for keep in (0.9, 0.7, 0.5, 0.3, 0.2, 0.1):
         build = lambda layer, k=keep: cp.Reconstruction(layer.damped(1e-4), cp.Unstructured(k))  # noqa: E731
-        thin, _ = cp.prune(model, batches, build, cp.Fast(), names="*conv*", keep_inputs=False)
+        thin, _ = cp.prune(model, batches, build, cp.Fast(), names="*conv*")
         found = cp.additivity(model, thin, batches)
         statement = found.statement()
         rows.append([

@@ -27,7 +27,7 @@ def lenet(options):
     for keep in (0.5, 0.2, 0.1):
         network, _ = cp.prune(
             model, used, lambda layer, k=keep: cp.Reconstruction(layer.damped(1e-3), cp.Unstructured(k)),
-            cp.Balanced(), mode="cascade", keep_inputs=False,
+            cp.Balanced(), mode="cascade",
         )  # fmt: skip
         for radius in (0.0, 0.005, 0.01, 0.02):
             loose = cp.worst_case(model, network, x, radius, within=(0, 1), method=IntervalPropagation())
@@ -81,7 +81,7 @@ def small(seed):
     model = train(lenet300(6, (8, 8), 3), x, labels, epochs=20, seed=seed)
     network, _ = cp.prune(
         copy.deepcopy(model), [x], lambda layer: cp.Reconstruction(layer, cp.Unstructured(0.5)), cp.Balanced(),
-        mode="cascade", keep_inputs=False,
+        mode="cascade",
     )  # fmt: skip
     return model, network, x[:4]
 

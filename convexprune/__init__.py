@@ -10,15 +10,25 @@ from convexprune.allocate.rate_distortion import (
     random_inputs,
     rate_distortion,
 )
-from convexprune.certify.held_out import certify_unseen
+from convexprune.certify.held_out import Unseen, certify_unseen
 from convexprune.certify.input_region import WorstCase, worst_case
 from convexprune.curve import Curve
 from convexprune.distill import Distilled, distill
 from convexprune.layer import Layer
 from convexprune.merge import merge
-from convexprune.network import MaskKeeper, capture, compact, load, reestimate_batch_norm, save, sensitivities
-from convexprune.patterns import NM, Blocks, PerRow, Support, Unstructured
-from convexprune.problem import judge
+from convexprune.network import (
+    Calibration,
+    Compaction,
+    MaskKeeper,
+    capture,
+    compact,
+    load,
+    reestimate_batch_norm,
+    save,
+    sensitivities,
+)
+from convexprune.patterns import NM, Blocks, Pattern, PerRow, Support, Unstructured
+from convexprune.problem import Formulation, LayerProblem, Problem, Solver, judge
 from convexprune.problems import (
     ErrorBudget,
     L1Reconstruction,
@@ -30,7 +40,9 @@ from convexprune.problems import (
 )
 from convexprune.prune import prune
 from convexprune.prune_within import Goal, prune_within
-from convexprune.solution import Certificate, Solution, Status
+from convexprune.report import MergeReport, Report
+from convexprune.report.progress import Progress
+from convexprune.solution import Attempt, Certificate, Solution, Status
 from convexprune.solve import solve
 from convexprune.solvers import (
     ADMM,
@@ -65,6 +77,7 @@ from convexprune.solvers import (
     WaterFilling,
     WorkingSet,
 )
+from convexprune.version import __version__
 
 __all__ = [
     "ADMM",
@@ -74,15 +87,18 @@ __all__ = [
     "NM",
     "ActivationMagnitude",
     "Allocation",
+    "Attempt",
     "Balanced",
     "Best",
     "BestOf",
     "Blocks",
     "Bounded",
     "BranchAndBound",
+    "Calibration",
     "Certificate",
     "ClosedForm",
     "ColumnSweep",
+    "Compaction",
     "Curve",
     "Distilled",
     "DynamicProgramming",
@@ -91,6 +107,7 @@ __all__ = [
     "ExactOBS",
     "Exchange",
     "Fast",
+    "Formulation",
     "GlobalMagnitude",
     "Goal",
     "GreedyMerging",
@@ -98,20 +115,27 @@ __all__ = [
     "LagrangianPrice",
     "Layer",
     "LayerError",
+    "LayerProblem",
     "LayerwiseOBS",
     "Magnitude",
     "MaskKeeper",
+    "MergeReport",
     "MinimalCore",
     "NetTrim",
     "NeuronMerging",
     "OptimalBrainSurgeon",
     "OutputChange",
+    "Pattern",
     "PerRow",
+    "Problem",
+    "Progress",
     "Reconstruction",
     "Refit",
+    "Report",
     "RisingPenalty",
     "SecondOrder",
     "Solution",
+    "Solver",
     "SparsityAllocation",
     "Status",
     "Support",
@@ -119,10 +143,12 @@ __all__ = [
     "Then",
     "Uniform",
     "UniformPlus",
+    "Unseen",
     "Unstructured",
     "WaterFilling",
     "WorkingSet",
     "WorstCase",
+    "__version__",
     "additivity",
     "capture",
     "certify_unseen",

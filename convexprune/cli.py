@@ -11,6 +11,8 @@ try:
 except ImportError as error:
     raise SystemExit("the command line needs more packages: pip install 'convexprune[report]'") from error
 
+from convexprune.version import __version__
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
@@ -26,7 +28,7 @@ FILE = click.Path(dir_okay=False, path_type=Path)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(package_name="convexprune")
+@click.version_option(__version__, prog_name="convexprune")
 def main() -> None:
     """Prune trained networks by convex optimisation, with certificates."""
 
@@ -82,6 +84,7 @@ def demo(
 ) -> None:
     """Train (or load) a 300-100 ReLU network, prune it by Net-Trim, and report what is proven about it."""
     from convexprune import datasets
+    from convexprune.network import Calibration
     from convexprune.problems import NetTrim
     from convexprune.prune import prune
     from convexprune.solvers import ADMM
@@ -99,7 +102,7 @@ def demo(
         chosen = images.x_train[:samples]
         calibration = [chosen[start : start + 1000] for start in range(0, len(chosen), 1000)]
         with _drawn() as progress:
-            pruned, report = prune(model, calibration, build, ADMM(), mode, seed=seed, progress=progress)
+            pruned, report = prune(model, Calibration(calibration, seed=seed), build, ADMM(), mode, progress=progress)
         _show(report)
         for name, network in (("dense", model), ("pruned", pruned)):
             rate = datasets.error_rate(network, images.x_test, images.y_test)

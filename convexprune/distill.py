@@ -11,7 +11,6 @@ Source: Romero et al., FitNets, ICLR 2015; Hinton, Vinyals, Dean, 2015.
 from __future__ import annotations
 
 import copy
-import itertools
 import math
 import time
 from collections.abc import Iterable, Mapping
@@ -22,9 +21,9 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
-from convexprune.network import MaskKeeper, capture
+from convexprune.network import Calibration, MaskKeeper, capture
 from convexprune.network.compare import behind, hooked, norms, rectified_modules
-from convexprune.network.forward import check_batches, check_model, run, undisturbed
+from convexprune.network.forward import check_model, copied, run, undisturbed
 
 WHOLE: Final = ""  # the network's output among the layers' names: the root module's
 
@@ -56,7 +55,7 @@ class Distilled:
 def distill(
     model: nn.Module,
     pruned: nn.Module,
-    batches: Iterable[Any],
+    batches: Calibration | Iterable[Any],
     names: Iterable[str] | str | None = None,
     *,
     epochs: int = 30,
@@ -77,7 +76,6 @@ def distill(
     """
     check_model(model)
     check_model(pruned)
-    check_batches(batches)
     if isinstance(epochs, bool) or not isinstance(epochs, int) or epochs < 1:
         raise ValueError(f"epochs is {epochs!r}; it must be a whole number, at least 1")
     if not isinstance(rate, Real) or not 0 < rate < 1:
@@ -85,11 +83,11 @@ def distill(
     if not isinstance(hints, Real) or not 0 <= hints < math.inf:
         raise ValueError(f"hints is {hints!r}; it must be a finite number >= 0")
     begun = time.perf_counter()
-    batches = list(batches)
-    layers = capture(model, itertools.islice(batches, 1), names)
+    calibration = Calibration.of(batches, names)
+    batches = list(calibration)
+    layers = capture(model, batches[:1], calibration.names)
     rectified = rectified_modules(layers)
-    with torch.inference_mode(False):  # what is copied under inference mode can never be trained
-        student = copy.deepcopy(pruned)
+    student = copied(pruned)
     _check_shared(model, student, rectified)
     pair = _Pair(model, student, batches, rectified, float(hints))
     if not pair.sizes or (hints == 0 and WHOLE not in pair.sizes):

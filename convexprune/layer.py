@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Final
 
 import torch
@@ -38,9 +38,11 @@ class Layer:
     targets: Tensor | None = field(default=None, repr=False)  # (samples, out)  y; None where y = W x + b
     kernel: int = 1  # kernel positions: inputs i, i + kernel, ... are one position of consecutive channels
     repairs: bool = False  # whether the targets also make good what the other branch of the sum behind it has lost
+    module: str = ""  # the module that it is, or a group of; its name where nothing else is said
     damping: float = 0.0  # the ridge that is in the moments, as a fraction of the mean diagonal of the Gram matrix
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "module", self.module or self.name)
         _check_weight(self.name, self.weight, self.bias)
         out, width = self.weight.shape
         expected = {
@@ -59,6 +61,15 @@ class Layer:
             raise ValueError(f"layer {self.name!r} has a bias: its moments need `mean` and `target_mean` too")
         if self.activation not in ACTIVATIONS:
             raise ValueError(f"layer {self.name!r}: activation {self.activation!r} is not one of {ACTIVATIONS}")
+
+    def __repr__(self) -> str:
+        """The fields that differ from their defaults, tensors by their shape."""
+        shown = []
+        for entry in fields(self):
+            value = getattr(self, entry.name)
+            if value is not entry.default:
+                shown.append(f"{entry.name}={tuple(value.shape) if isinstance(value, Tensor) else repr(value)}")
+        return f"Layer({', '.join(shown)})"
 
     @classmethod
     def from_samples(
@@ -168,6 +179,28 @@ class Layer:
         energies = torch.as_tensor(energy, dtype=torch.float64).cpu().reshape(-1)
         target_mean = None if target_mean is None else _double(target_mean)
         return cls(name, weight, bias, gram, _double(cross), energies, samples, activation, mean, target_mean)
+
+    @classmethod
+    def outline(
+        cls,
+        name: str,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        activation: str | None = None,
+        kernel: int = 1,
+    ) -> Layer:
+        """The layer before anything is known of what it reads: one sample of zeros, in next to no memory.
+
+        It tells which problem a recipe states, before the work begins.
+        """
+        _check_weight(name, weight, bias)
+        (out, width), zero = weight.shape, torch.zeros(1, 1, dtype=torch.float64)
+        line, double = zero[0], _double(weight)
+        return cls(
+            name, double, None if bias is None else _double(bias), zero.expand(width, width), zero.expand(out, width),
+            line.expand(out), 1, activation, line.expand(width), line.expand(out), zero.float().expand(1, width),
+            kernel=kernel,
+        )  # fmt: skip
 
     @property
     def energy(self) -> float:

@@ -5,7 +5,6 @@ Source: Srinivas, Babu, BMVC 2015.
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from torch import Tensor, fx, nn
 
 from convexprune.network import capture, compact, write
 from convexprune.network.channels import ChannelGraph, Channels
-from convexprune.network.forward import check_model, run, tensors_in, undisturbed
+from convexprune.network.forward import check_model, copied, run, tensors_in, undisturbed
 from convexprune.network.kinds import FX_MONOTONE_NAMES, MONOTONE_NONEXPANSIVE
 from convexprune.problem import Solver
 from convexprune.problems import NeuronMerging, OptimalBrainSurgeon
@@ -65,7 +64,7 @@ def merge(
         raise ValueError("give keep or max_saliency, not both")
     data = None if batches is None else list(batches)
     check_model(model)
-    small = copy.deepcopy(model)
+    small = copied(model)
     junctions = _junctions(small)
     wanted = _wanted(junctions, names, keep)
     rows: list[MergedLayer] = []

@@ -1,30 +1,26 @@
 """The walk: capture the layers, build a problem for each, solve, write the weights into a copy, report.
 
-Parallel: all layers are captured on the dense model. Cascade: each layer sees the inputs of the network pruned so far,
-and the dense network's outputs as its targets. Residual: a cascade in which a layer whose output goes into a residual
-sum aims at the dense sum, so that it repairs what the other branch has lost. `_layers` is the whole difference.
+The recipe is first asked which problems it states, with outlines of the layers: what cannot be solved is refused, and
+what need not be kept is not, before the work begins. `network.traversal` then gives the layers as the mode wants them.
 """
 
 from __future__ import annotations
 
-import copy
-import hashlib
-import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
 
-from convexprune.allocate.allocation import Allocation
+from convexprune.allocate import Allocation
 from convexprune.certify.network_error import network_error
 from convexprune.forms import EqualityQuadratic, LassoProblem, SparseLeastSquares
 from convexprune.layer import Layer
-from convexprune.network import capture, count_calls, read, write
-from convexprune.network.forward import check_model, tensors_in, undisturbed
-from convexprune.network.recording import record
-from convexprune.network.residual import summed
+from convexprune.network import Calibration, read, write
+from convexprune.network.coverage import Coverage, check_counted, coverage
+from convexprune.network.forward import check_model
+from convexprune.network.traversal import Traversal
 from convexprune.patterns import Unstructured
 from convexprune.problem import LayerProblem, Solver
 from convexprune.problems import Reconstruction
@@ -35,50 +31,133 @@ from convexprune.report.shares import Shares
 from convexprune.solution import Solution, Status
 from convexprune.solve import check_solver, rejudged, solve
 
-MODES: Final = ("parallel", "cascade", "residual")
 UNSOLVED: Final = (Status.INFEASIBLE, Status.NUMERICAL)  # no point worth writing: the layer stays as it was
 Build = Callable[..., LayerProblem | None]  # of a layer, and of its count where there is an allocation
+State = Callable[[Layer], LayerProblem | None]
 GRID: Final = (300, 800)  # a weight pattern is drawn on at most this many cells
 
 
 def prune(
     model: nn.Module,
-    batches: Iterable[Any],
+    batches: Calibration | Iterable[Any],
     build: Build | None = None,
     solver: Solver | None = None,
     mode: str = "parallel",
     *,
+    names: Sequence[str] | str | None = None,
     allocation: Allocation | None = None,
-    names: Sequence[str] | None = None,
-    keep_inputs: bool = True,
-    mask: Any = None,
-    positions: int | None = None,
-    seed: int = 0,
-    activations: Mapping[str, str | None] | None = None,
     progress: Callable[[Progress], None] | None = None,
 ) -> tuple[nn.Module, Report]:
-    """Prune a model layer by layer; returns a pruned copy and the report on it. The model itself is never changed.
-
-    batches   the calibration data, gone through several times: a list or a DataLoader that gives the same samples
-              each time (an iterator is read into a list first)
-    build     states a layer's problem; returning None leaves the layer dense. With an `allocation` it is called with
-              the layer and the number of weights it may keep, and is Reconstruction of that many unless given
-    solver    None: each problem's default
-    mode      "parallel": every layer is judged on the dense network's inputs; "cascade": on those of the network
-              pruned so far, against the dense network's outputs; "residual": a cascade that repairs residual sums
-    allocation   divides a budget among the layers first
-    names, mask, positions, seed, activations, keep_inputs   as in `capture`
-    progress  is called with a `Progress` at each step
+    """Prune a model layer by layer: solve a problem for each, write its weights into a copy, judge what was written.
 
     The weights are cast to the model's dtype first and judged then: the certificates speak of what is in the model.
     A layer whose solver ends INFEASIBLE or NUMERICAL is left as it was, and its row says so.
 
-    Raises ValueError for an unknown mode, a budget that cannot be met, two layers that are tied and when `build` stated
-    no problem at all; else what `capture`, `build` and the solver raise.
+    Args:
+        model: the dense network; never changed.
+        batches: the calibration data, as a `Calibration` or its batches alone: a list or a DataLoader that gives the
+            same samples each time. They are gone through several times (`Traversal.passes`).
+        build: states a layer's problem; returning None leaves the layer dense. With an `allocation` it is called with
+            the layer and the number of weights it may keep, and is Reconstruction of that many unless given. It is
+            asked twice: first with an outline of the layer (its name, weights and activation; one sample of zeros).
+        solver: None: each problem's default.
+        mode: "parallel": every layer is judged on the dense network's inputs; "cascade": on those of the network
+            pruned so far, against the dense network's outputs; "residual": a cascade that repairs residual sums.
+        names: which layers, as in `Calibration`, where that does not say.
+        allocation: divides a budget among the layers first.
+        progress: called with a `Progress` at each step.
+
+    Returns:
+        The pruned copy, and the report on it.
+
+    Raises:
+        ValueError: for an unknown mode, a budget that cannot be met, two layers that are tied and when `build` stated
+            no problem at all; else what `capture`, `build` and the solver raise.
+        TypeError: for what is no model, recipe, solver or allocation.
+
+    Example:
+        >>> import torch, convexprune as cp
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 4), torch.nn.ReLU())
+        >>> recipe = lambda layer: cp.Reconstruction(layer, cp.Unstructured(0.5))
+        >>> pruned, report = cp.prune(model, [torch.randn(20, 8)], recipe)
+        >>> report.kept, report.total
+        (16, 32)
     """
-    if mode not in MODES:
-        raise ValueError(f"mode is {mode!r}; it must be one of {MODES}")
     check_model(model)
+    _check_options(build, solver, allocation)
+    calibration = Calibration.of(batches, names)
+    tell = Teller(progress, calibration)
+    walk = Traversal(model, calibration, mode, tell.captured)
+    shares = None if allocation is None else allocation.shares(model, calibration, progress=progress)
+    report = walked(walk, _stated(build, shares), solver, tell, shares)
+    return walk.pruned, report
+
+
+def walked(walk: Traversal, state: State, solver: Solver | None, tell: Teller, shares: Shares | None = None) -> Report:
+    """Prune the walk's copy layer by layer, by what `state` says of each layer; returns the report.
+
+    shares  that a budget gave the layers, if there was one: each of them has to be pruned
+
+    Raises what `prune` raises.
+    """
+    plan = _Plan.of(walk, state)
+    if shares is not None:
+        asked = {name for names in walk.names.values() for name in names}
+        check_counted(shares.counts, asked - set(plan.left))
+    tell.planned(plan.coverage, sum(map(len, walk.names.values())))
+    rows: list[Row] = []
+    used, written = "", list(plan.pruned)
+    total = sum(map(len, walk.names.values()))
+    for module, layers in walk.layers(plan.keep):
+        for layer in layers:
+            tell.solving(layer, len(rows), total)
+            problem = state(layer)
+            if problem is not None and module not in written:
+                written.append(module)
+                _check_untied(walk.pruned, written)
+            solution = None if problem is None else _written(walk.pruned, layer.name, problem, solver)
+            used = used or (solution.solver if solution else "")
+            rows.append(_row(layer, read(walk.pruned, layer.name), problem, solution))
+    if not used:
+        raise ValueError("nothing was pruned: build(layer) returned None for every layer; return a problem for one")
+    network = network_error(walk, rows, tell.measured)
+    fingerprint, dtype = walk.calibration.fingerprint, next(walk.model.parameters()).dtype
+    settings = Settings(
+        walk.mode, used, fingerprint.samples, fingerprint.text, str(dtype).removeprefix("torch."),
+        walk.calibration.seed, torch.get_num_threads(), torch.__version__,
+    )  # fmt: skip
+    return Report(tuple(rows), network, settings, shares, plan.coverage)
+
+
+@dataclass(frozen=True)
+class Teller:
+    """Tells whoever watches how far the run has come."""
+
+    progress: Callable[[Progress], None] | None
+    calibration: Calibration
+
+    def planned(self, coverage: Coverage, layers: int) -> None:
+        """This is what will be walked."""
+        self._tell(Progress("plan", None, 0, layers, "\n".join(coverage.lines())))
+
+    def captured(self, module: str | None, batch: int) -> None:
+        """A batch has gone through, as far as this module."""
+        self._tell(Progress("capture", module, batch + 1, self.calibration.length))
+
+    def solving(self, layer: Layer, done: int, total: int) -> None:
+        """This layer is next."""
+        self._tell(Progress("solve", layer.name, done, total))
+
+    def measured(self, batch: int) -> None:
+        """A batch was measured."""
+        self._tell(Progress("measure", None, batch + 1, self.calibration.length))
+
+    def _tell(self, event: Progress) -> None:
+        if self.progress is not None:
+            self.progress(event)
+
+
+def _check_options(build: Any, solver: Any, allocation: Any) -> None:
     if solver is not None:
         check_solver(solver)
     if build is not None and not callable(build):
@@ -88,46 +167,14 @@ def prune(
         )
     if allocation is not None and not isinstance(allocation, Allocation):
         raise TypeError(f"allocation is {allocation!r}; give an Allocation, such as Allocation(0.2)")
-    batches = list(batches) if isinstance(batches, Iterator) else batches
-    tell = progress or (lambda event: None)
-    pruned = copy.deepcopy(model)
-    options = {
-        "keep_inputs": keep_inputs, "mask": mask, "positions": positions, "seed": seed, "activations": activations,
-    }  # fmt: skip
-    shares = None
-    if allocation is not None:
-        shares = allocation.shares(model, batches, names, mask=mask, positions=positions, seed=seed, progress=progress)
-    state = _stated(build, shares)
-    rows: list[Row] = []
-    rectified: dict[str, bool] = {}
-    used = ""
-    owners: dict[int, str] = {}
-    for total, layer in _layers(mode, model, pruned, batches, names, options, tell):
-        tell(Progress("solve", layer.name, len(rows), total))
-        problem = state(layer)
-        rectified[layer.name.partition("[")[0]] = layer.activation == "relu"
-        if problem is not None:
-            _check_untied(pruned, layer.name, owners)
-        solution = None if problem is None else _written(pruned, layer.name, problem, solver)
-        used = used or (solution.solver if solution else "")
-        rows.append(_row(layer, read(pruned, layer.name), problem, solution))
-    if not used:
-        raise ValueError("nothing was pruned: build(layer) returned None for every layer; return a problem for one")
-    seen = lambda index: tell(Progress("measure", None, index + 1, _length(batches)))  # noqa: E731
-    network = network_error(
-        model, pruned, batches, rows, rectified=rectified, mode=mode, refusal=_refusal(options), tell=seen
-    )
-    data, samples = _fingerprint(batches)
-    dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
-    settings = Settings(mode, used, samples, data, dtype, seed, torch.get_num_threads(), torch.__version__)
-    return pruned, Report(tuple(rows), network, settings, shares)
+    if build is None and allocation is None:
+        raise TypeError("give a `build`, which states each layer's problem, or an `allocation`")
 
 
-def _stated(build: Build | None, shares: Shares | None) -> Callable[[Layer], LayerProblem | None]:
+def _stated(build: Build | None, shares: Shares | None) -> State:
     """The recipe as a function of the layer alone."""
     if shares is None:
-        if build is None:
-            raise TypeError("give a `build`, which states each layer's problem, or an `allocation`")
+        assert build is not None  # by _check_options
         return build
     counts = shares.counts
 
@@ -140,51 +187,59 @@ def _stated(build: Build | None, shares: Shares | None) -> Callable[[Layer], Lay
     return state
 
 
-def _layers(
-    mode: str,
-    model: nn.Module,
-    pruned: nn.Module,
-    batches: Iterable[Any],
-    names: Sequence[str] | None,
-    options: Mapping[str, Any],
-    tell: Callable[[Progress], None],
-) -> Iterator[tuple[int, Layer]]:
-    """The layers in forward order, each after the one before it was written, with how many there are."""
+@dataclass(frozen=True)
+class _Plan:
+    """What the recipe states of the layers' outlines.
 
-    def taken(name: str | None) -> Callable[[int], None]:
-        return lambda index: tell(Progress("capture", name, index + 1, _length(batches)))
+    pruned  the modules that get a problem, as far as that is known
+    keep    the modules whose rows have to be kept: a problem of theirs needs samples, or that is not known
+    coverage  which of the model's weights they have
+    left    the layers for which the recipe states no problem
+    """
 
-    if mode == "parallel":
-        layers = capture(model, batches, names, progress=taken(None), **options)
-        yield from ((len(layers), layer) for layer in layers)
-        return
-    # one batch tells the order, what is behind each layer, and which layers read the same tensor: those go together
-    first = capture(model, itertools.islice(batches, 1), names, **{**options, "keep_inputs": False})
-    # a grouped convolution "conv" is the layers "conv[0]", "conv[1]", ...
-    modules = {layer.name: layer.name.partition("[")[0] for layer in first}
-    tensor = {modules[layer.name]: id(layer.gram) for layer in reversed(first)}  # by a module's first layer
-    counts = count_calls(model, batches, tensor)
-    with undisturbed(model):
-        steps = record(model, next(iter(batches)))
-    known = {**options, "activations": {layer.name: layer.activation for layer in first}, "calls": counts}
-    for _, group in itertools.groupby(first, lambda layer: tensor[modules[layer.name]]):
-        together = [layer.name for layer in group]
-        module = modules[together[0]]
-        known["residual"] = mode == "residual" and len({*map(modules.get, together)}) == 1 and summed(steps, module)
-        for layer in capture(pruned, batches, together, dense=model, progress=taken(module), **known):
-            yield len(first), layer
+    pruned: tuple[str, ...]
+    keep: frozenset[str]
+    coverage: Coverage
+    left: tuple[str, ...]
+
+    @classmethod
+    def of(cls, walk: Traversal, state: State) -> _Plan:
+        """Ask the recipe; raises ValueError where two of the modules that get a problem are tied."""
+        pruned: list[str] = []
+        keep: set[str] = set()
+        left: list[str] = []
+        for module, outlines in walk.outlines():
+            for outline in outlines:
+                try:
+                    problem = state(outline)
+                except Exception:  # a recipe that minds the moments: it is asked again when they are there
+                    keep.add(module)
+                    continue
+                if problem is None:
+                    left.append(outline.name)
+                else:
+                    pruned.append(module)
+                    if getattr(problem, "needs_samples", True):
+                        keep.add(module)
+        pruned = list(dict.fromkeys(pruned))
+        _check_untied(walk.pruned, pruned)
+        if walk.calibration.keep_inputs is not None:
+            keep = set(walk.modules) if walk.calibration.keep_inputs else set()
+        covered = coverage(walk.model, walk.modules, walk.chosen.stacks)
+        return cls(tuple(pruned), frozenset(keep), covered, tuple(left))
 
 
-def _check_untied(pruned: nn.Module, name: str, owners: dict[int, str]) -> None:
+def _check_untied(model: nn.Module, modules: Iterable[str]) -> None:
     """Of two layers with one parameter, writing the second would overwrite what the first was judged by."""
-    module = name.partition("[")[0]
-    for parameter in pruned.get_submodule(module).parameters():
-        owner = owners.setdefault(id(parameter), module)
-        if owner != module:
-            raise ValueError(
-                f"layers {owner!r} and {module!r} are tied: they share a parameter, which only one of them can be "
-                "pruned by; leave the other out of `names`"
-            )
+    owners: dict[int, str] = {}
+    for module in modules:
+        for parameter in model.get_submodule(module).parameters():
+            owner = owners.setdefault(id(parameter), module)
+            if owner != module:
+                raise ValueError(
+                    f"layers {owner!r} and {module!r} are tied: they share a parameter, which only one of them can be "
+                    "pruned by; leave the other out of `names`"
+                )
 
 
 def _written(pruned: nn.Module, name: str, problem: LayerProblem, solver: Solver | None) -> Solution:
@@ -230,30 +285,3 @@ def _grid(kept: Tensor) -> Tensor:
     """The kept fraction in each cell of a grid no finer than the weights."""
     cells = min(kept.shape[0], GRID[0]), min(kept.shape[1], GRID[1])
     return nn.functional.adaptive_avg_pool2d(kept.float()[None], cells)[0]
-
-
-def _refusal(options: Mapping[str, Any]) -> str:
-    """Which option keeps the layers' errors from saying anything of the network's, or nothing."""
-    if options["mask"] is not None:
-        return "a mask was given, and the samples it leaves out are in the network's output"
-    if options["positions"] is not None:
-        return "`positions` was given, and the positions it leaves out are in the network's output"
-    if "relu" in (options["activations"] or {}).values():
-        return "a ReLU was told by `activations`, not found in the network"
-    return ""
-
-
-def _fingerprint(batches: Iterable[Any]) -> tuple[str, int]:
-    """SHA-256 of the batches' tensors, their shapes and dtypes included, and how many examples they hold."""
-    digest, samples = hashlib.sha256(), 0
-    for batch in batches:
-        tensors = [tensor.detach().cpu().contiguous() for tensor in tensors_in(batch)]
-        samples += len(tensors[0]) if tensors[0].ndim else 1
-        for tensor in tensors:
-            digest.update(f"{tensor.dtype} {tuple(tensor.shape)};".encode())
-            digest.update(tensor.flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest(), samples
-
-
-def _length(batches: Iterable[Any]) -> int | None:
-    return len(batches) if isinstance(batches, Sized) else None

@@ -7,8 +7,7 @@ network scales the budget of the next, until the bound is just within the goal.
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from numbers import Real
 from typing import Any
@@ -19,14 +18,14 @@ from torch import nn
 from convexprune.bounds.propagation import Spectral, Spread
 from convexprune.certify.graph import Propagation
 from convexprune.layer import Layer
-from convexprune.network import capture
-from convexprune.network.compare import norms, rectified_modules
-from convexprune.network.forward import undisturbed
-from convexprune.network.recording import record
+from convexprune.network import Calibration
+from convexprune.network.compare import norms
+from convexprune.network.traversal import Traversal
 from convexprune.problem import LayerProblem, Solver
 from convexprune.problems import ErrorBudget, NetTrim
-from convexprune.prune import prune
+from convexprune.prune import Teller, walked
 from convexprune.report import Report
+from convexprune.report.progress import Progress
 from convexprune.solve import solve
 
 STRIDE = 30.0  # the most that one network's bound may change the budget by
@@ -57,51 +56,56 @@ class Goal:
 
 def prune_within(
     model: nn.Module,
-    batches: Iterable[Any],
+    batches: Calibration | Iterable[Any],
     goal: Goal | float,
     build: Callable[[Layer, float], LayerProblem | None] = NetTrim,
     solver: Solver | None = None,
-    **options: Any,
+    *,
+    names: Sequence[str] | str | None = None,
+    progress: Callable[[Progress], None] | None = None,
 ) -> tuple[nn.Module, Report]:
-    """The sparsest network found whose guaranteed error is within the goal; parallel mode.
+    """Search for the sparsest network whose guaranteed error is within the goal; parallel mode.
 
-    goal     a `Goal`, or its `error`
-    build    states a layer's problem from the layer and the relative error that it may have, ||.||_F over that of its
-             outputs behind the activation: NetTrim's epsilon
-    options  as of `prune`
+    Args:
+        model: the dense network; never changed.
+        batches: as of `prune`. The layers are captured once for all the networks on the way.
+        goal: a `Goal`, or its `error`.
+        build: states a layer's problem from the layer and the relative error that it may have, ||.||_F over that of its
+            outputs behind the activation: NetTrim's epsilon.
+        solver, names, progress: as of `prune`.
 
-    Raises ValueError where the network has no bound, naming what is not covered, and where no network of the rounds was
-    within the goal; else what `prune` raises.
+    Returns:
+        The pruned copy that keeps least of those within the goal, and its report.
+
+    Raises:
+        ValueError: where the network has no bound, naming what is not covered, and where no network of the rounds was
+            within the goal; else what `prune` raises.
     """
-    unfit = {"mode", "allocation"} & set(options)
-    if unfit:
-        raise TypeError(f"{min(unfit)} is no option here: the goal says what each layer may lose, in parallel mode")
     goal = goal if isinstance(goal, Goal) else Goal(goal)
-    batches = list(batches) if isinstance(batches, Iterator) else batches
-    names = options.pop("names", None)
-    first = capture(model, itertools.islice(batches, 1), names, **{**_captured(options), "keep_inputs": False})
-    rectified = rectified_modules(first)
-    sizes, whole = norms(model, batches, rectified)
+    calibration = Calibration.of(batches, names)
+    tell = Teller(progress, calibration)
+    walk = Traversal(model, calibration, "parallel", tell.captured)
+    sizes, whole = norms(model, calibration, walk.rectified)
     if whole is None or whole == 0:
         raise ValueError("the network's output is not one tensor, or is zero: a relative error of it means nothing")
-    budget = _budget(model, next(iter(batches)), rectified, sizes, goal.error * whole)
+    budget = _budget(walk, sizes, goal.error * whole)
     best: tuple[nn.Module, Report] | None = None
     allowed, bound = budget.goal, float("inf")
     for _ in range(goal.rounds):
         solution = solve(replace(budget, goal=allowed))
-        shares = dict(zip(rectified, (solution.x[:, 0] / budget.caps).clamp(0, 1).tolist(), strict=True))
-        state = lambda layer: build(layer, shares[layer.name.partition("[")[0]])  # noqa: B023, E731
-        network, report = prune(model, batches, state, solver, names=names, **options)
+        shares = dict(zip(walk.modules, (solution.x[:, 0] / budget.caps).clamp(0, 1).tolist(), strict=True))
+        report = walked(walk, lambda layer: build(layer, shares[layer.module]), solver, tell)  # noqa: B023
         if report.network.guaranteed is None:
             raise ValueError(f"the pruned network has no bound: {report.network.reason}")
         bound = report.network.guaranteed
         if bound <= budget.goal and (best is None or report.kept < best[1].kept):
-            best = network, replace(report, network=replace(report.network, wanted=budget.goal))
+            best = walk.pruned, replace(report, network=replace(report.network, wanted=budget.goal))
         if goal.near * budget.goal <= bound <= budget.goal or (bound <= budget.goal and min(shares.values()) == 1):
             break
         # aim between `near` and 1; the bound grows about as the errors do
         aim = budget.goal * (1 + goal.near) / 2
         allowed *= min(max(aim / max(bound, 1e-300), 1 / STRIDE), STRIDE)
+        walk = walk.renewed()
     if best is None:
         raise ValueError(
             f"none of {goal.rounds} networks was within an error of {goal.error:g}: the last bound was "
@@ -110,23 +114,15 @@ def prune_within(
     return best
 
 
-def _budget(
-    model: nn.Module, batch: Any, rectified: Mapping[str, bool], sizes: Mapping[str, float], goal: float
-) -> ErrorBudget:
+def _budget(walk: Traversal, sizes: Mapping[str, float], goal: float) -> ErrorBudget:
     """Each layer's gain to the output, one at a time: the bound by spectral norms is linear in the errors."""
-    with undisturbed(model):
-        walk = Propagation(model, record(model, batch), "parallel")
+    network = Propagation(walk.model, walk.survey.record, "parallel")
     gains = []
-    for name in rectified:
-        found = walk.bound({name: Spread(1.0)}, Spectral())
+    for name in walk.modules:
+        found = network.bound({name: Spread(1.0)}, Spectral())
         if found.total is None:
             raise ValueError(f"the network has no bound: {found.obstacle}")
         gains.append(found.total)
-    modules = dict(model.named_modules())
-    weights = [float(modules[name].weight.numel()) for name in rectified]
-    caps = [max(sizes[name], 1e-30) for name in rectified]
+    weights = [float(walk.chosen.stacks[name].module.weight.numel()) for name in walk.modules]
+    caps = [max(sizes[name], 1e-30) for name in walk.modules]
     return ErrorBudget(torch.tensor(gains), torch.tensor(weights), torch.tensor(caps, dtype=torch.float64), goal)
-
-
-def _captured(options: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: options[key] for key in ("mask", "positions", "seed", "activations") if key in options}

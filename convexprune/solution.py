@@ -78,3 +78,19 @@ class Solution:
     solver: str
     trace: tuple[TracePoint, ...] = field(default=(), repr=False)
     note: str = ""
+
+    def __repr__(self) -> str:
+        size = " x ".join(map(str, self.x.shape))
+        return f"Solution({size}, {self.status.name}, {self.certificate}, solver={self.solver})"
+
+    def __str__(self) -> str:
+        """A few lines: what was found, why the solver stopped, and what the problem says of it."""
+        proof, size = self.certificate, " x ".join(map(str, self.x.shape))
+        kept = int((self.x != 0).sum())
+        feasible = "feasible" if proof.violation == 0 else f"violation {proof.violation:.1e}"
+        return "\n".join([
+            f"{size} point, {kept:,} of {self.x.numel():,} entries not zero, by {self.solver}",
+            f"{self.status.name}: {self.status.value}" + (f"; {self.note}" if self.note else ""),
+            f"value {proof.value:.6g}, bound {proof.bound:.6g}, relative gap {proof.relative_gap:.1e}, {feasible}",
+            f"{self.iterations:,} iterations, {self.seconds:.2f} s",
+        ])  # fmt: skip

@@ -46,7 +46,8 @@ def solve(problem: Problem, solver: Solver | None = None, *, start: Tensor | Non
         raise TypeError(f"{type(solver).__name__} takes {takes.__name__} problems; {type(problem).__name__} is none")
     begun = time.perf_counter()
     try:
-        attempt = solver.solve(problem, start)
+        with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):  # of the caller's
+            attempt = solver.solve(problem, start)
     except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
         # a matrix that should have been positive definite was not: the dense layer, and the status says why
         attempt = Attempt(problem.dense, None, Status.NUMERICAL, 0)

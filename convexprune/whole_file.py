@@ -19,10 +19,10 @@ def write_whole(path: str | os.PathLike[str], content: bytes | str) -> None:
     """
     target = Path(os.path.realpath(path))
     mode = target.stat().st_mode if target.exists() else None
-    if mode is not None and not stat.S_ISREG(mode):
+    if target.is_symlink() or (mode is not None and not stat.S_ISREG(mode)):  # a link still: they go round in a ring
         raise OSError(f"{target} is not a regular file; nothing was written")
     data = content.encode("utf-8") if isinstance(content, str) else content
-    beside = target.with_name(f".{target.name}.{secrets.token_hex(8)}.part")
+    beside = target.with_name(f".convexprune-{secrets.token_hex(8)}.part")  # not longer for a longer name
     try:
         try:
             with open(os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666), "wb") as file:

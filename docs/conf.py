@@ -1,13 +1,20 @@
 import importlib
 import os
+import re
 
 from sphinx.errors import ConfigError
+from sphinx.ext.napoleon import Config, GoogleDocstring
 
 # the examples are small: on a busy machine their threads would mostly wait for one another
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 project = "convexprune"
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.mathjax", "sphinx_gallery.gen_gallery"]
+extensions = [
+    "myst_parser",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.mathjax",
+    "sphinx_gallery.gen_gallery",
+]
 html_theme = "furo"
 html_title = "convexprune"
 html_show_sourcelink = False
@@ -37,16 +44,35 @@ autodoc_typehints = "signature"
 autodoc_default_options = {"members": True, "exclude-members": "__init__, __new__"}
 add_module_names = False
 
+GOOGLE = Config(napoleon_use_ivar=True, napoleon_use_rtype=False, napoleon_custom_sections=["Source"])
+SECTION = re.compile(r"(Args|Attributes|Returns|Yields|Raises|Examples?|Notes?|Source):")
+PUBLIC = importlib.import_module("convexprune").__all__
 
-def plain(app, what, name, obj, options, lines):
-    """Docstrings here are plain text with formulas: the first line is prose, what follows is shown as it is written."""
-    if not lines:
-        return
-    first, rest = lines[0], lines[1:]
-    pieces = first.split("`")
-    for mark in "\\*_|":
-        pieces[::2] = [piece.replace(mark, "\\" + mark) for piece in pieces[::2]]
-    first = "".join(f"``{piece}``" if index % 2 else piece for index, piece in enumerate(pieces))
+
+def process(app, what, name, obj, options, lines):
+    """A docstring with Google's sections is prose with $formulas$; one without is shown as it is written."""
+    if any(SECTION.fullmatch(line.rstrip()) for line in lines):
+        escape(lines)
+        lines[:] = GoogleDocstring(lines, GOOGLE, app, what, name, obj, options).lines()
+    elif lines:
+        plain(lines)
+
+
+def escape(lines):
+    """Escape what reStructuredText would take for markup, everywhere but in examples, and mark the formulas."""
+    example = False
+    for number, line in enumerate(lines):
+        text = line.strip()
+        example = bool(text) and (example or text.startswith(">>>"))
+        if text.startswith("$$"):
+            lines[number] = line.replace("$$", ".. math:: ", 1).replace("$$", "")
+        elif not example:
+            lines[number] = prose(line)
+
+
+def plain(lines):
+    """The first line is prose, what follows is a block of text."""
+    first, rest = prose(lines[0]), lines[1:]
     while rest and not rest[-1].strip():
         rest.pop()
     while rest and not rest[0].strip():
@@ -56,15 +82,29 @@ def plain(app, what, name, obj, options, lines):
         lines += [".. code-block:: text", "", *("   " + line for line in rest), ""]
 
 
+def prose(line):
+    """A line of text: `code`, linked where it is a public name, $formulas$, and no other markup."""
+    pieces = re.split(r"(`[^`]+`|\$[^$]+\$)", line)
+    for index, piece in enumerate(pieces):
+        if index % 2 == 0:
+            pieces[index] = re.sub(r"([\\*|`]|_(?!\w))", r"\\\1", piece)
+        elif piece.startswith("$"):
+            pieces[index] = f":math:`{piece[1:-1]}`"
+        else:
+            name = piece[1:-1].removesuffix("()")
+            pieces[index] = f":py:obj:`~convexprune.{name}`" if name in PUBLIC else f"`{piece}`"
+    return "".join(pieces)
+
+
 def complete(app, env):
     """Every public name has its place in the reference."""
     known = {name.removeprefix("convexprune.") for name in env.get_domain("py").objects}
     package = importlib.import_module("convexprune")
-    missing = sorted(set(package.__all__) - known)
+    missing = sorted({name for name in package.__all__ if not name.startswith("_")} - known)
     if missing:
         raise ConfigError(f"docs/reference.md lacks {', '.join(missing)}, which convexprune exports")
 
 
 def setup(app):
-    app.connect("autodoc-process-docstring", plain)
+    app.connect("autodoc-process-docstring", process)
     app.connect("env-check-consistency", complete)

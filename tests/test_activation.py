@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from convexprune.network import capture
+from convexprune.network import Calibration, capture
 from convexprune.network.recording import record
 
 
@@ -92,14 +92,14 @@ def test_sequential_and_what_the_user_says():
     model = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Dropout(), nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3))
     x = [torch.randn(3, 6)]
     assert [layer.activation for layer in capture(model, x)] == ["relu", None, None]
-    told = capture(model, x, activations={"0": None, "5": "relu"})
+    told = capture(model, Calibration(x, activations={"0": None, "5": "relu"}))
     assert [layer.activation for layer in told] == [None, None, "relu"]
     with pytest.raises(ValueError, match=r"activations: '7' is no layer; did you mean '0', '3', '5'"):
-        capture(model, x, activations={"7": "relu"})
+        capture(model, Calibration(x, activations={"7": "relu"}))
     with pytest.raises(ValueError, match="'gelu', not one of"):
-        capture(model, x, activations={"0": "gelu"})
+        capture(model, Calibration(x, activations={"0": "gelu"}))
     grouped = nn.Sequential(nn.Conv1d(4, 4, 1, groups=2), nn.ReLU())
-    told = capture(grouped, [torch.randn(2, 4, 3)], activations={"0": "relu", "0[1]": None})
+    told = capture(grouped, Calibration([torch.randn(2, 4, 3)], activations={"0": "relu", "0[1]": None}))
     assert [layer.activation for layer in told] == ["relu", None]
 
 

@@ -11,8 +11,11 @@ from torch.nn import functional as F
 
 import convexprune.network.moment_accumulator as accumulate
 from convexprune.layer import Layer
-from convexprune.network import capture, count_calls, read, write
+from convexprune.network import Calibration, capture, read, write
+from convexprune.network.capture import Gathering, layers_of
 from convexprune.network.matrices import stack_of
+from convexprune.network.names import choose
+from convexprune.network.survey import survey
 
 
 def relative(a, b):
@@ -120,8 +123,8 @@ def test_moments_are_those_of_the_kept_rows(monkeypatch, chunk):
 
 def test_moments_do_not_depend_on_the_batch_size():
     model, x = convolutional()
-    whole = capture(model.double(), [x.double()], positions=5)
-    split = capture(model, x.double().split(3), positions=5)
+    whole = capture(model.double(), Calibration([x.double()], positions=5))
+    split = capture(model, Calibration(x.double().split(3), positions=5))
     for a, b in zip(whole, split, strict=True):
         assert a.samples == b.samples
         assert relative(a.affine_gram, b.affine_gram) < 1e-12
@@ -204,7 +207,7 @@ def test_cascade_targets_are_the_dense_pre_activations():
     dense.load_state_dict(model.state_dict())
     write(model, "conv1", read(model, "conv1") * 0.5)
     own = capture(dense, x.split(4), keep_inputs=True)
-    layers = capture(model, x.split(4), dense=dense, keep_inputs=True, positions=1000)
+    layers = capture(model, Calibration(x.split(4), positions=1000), dense=dense, keep_inputs=True)
     for layer, other in zip(layers, own, strict=True):
         assert relative(layer.targets, other.targets_or_dense) < 1e-5
         assert layer.targets.dtype == layer.inputs.dtype == torch.float32
@@ -216,7 +219,7 @@ def test_cascade_targets_are_the_dense_pre_activations():
 
 def test_cascade_shares_inputs_and_positions():
     model, x = convolutional()
-    layers = capture(model, x.split(4), dense=model, keep_inputs=True, positions=3)
+    layers = capture(model, Calibration(x.split(4), positions=3), dense=model, keep_inputs=True)
     for layer in layers:
         assert relative(layer.targets, layer.affine_inputs.double() @ layer.affine_weight.T) < 1e-5
     torch.manual_seed(0)
@@ -260,32 +263,32 @@ def test_mask_drops_padding_exactly():
             return super().forward(input)
 
     model = Tokens(nn.Linear(6, 3), nn.ReLU())
-    (layer,) = capture(model, batches, mask=lambda batch: batch["keep"], keep_inputs=True)
+    (layer,) = capture(model, Calibration(batches, mask=lambda batch: batch["keep"]), keep_inputs=True)
     assert torch.equal(layer.inputs, x[mask])
-    (conv,) = capture(nn.Sequential(nn.Conv1d(5, 2, 1)), [x], mask=lambda batch: torch.ones(4, 6) > 0)
+    (conv,) = capture(nn.Sequential(nn.Conv1d(5, 2, 1)), Calibration([x], mask=lambda batch: torch.ones(4, 6) > 0))
     assert conv.samples == 24
 
 
 def test_mask_errors():
     model, x = nn.Sequential(nn.Linear(6, 3)), torch.randn(4, 5, 6)
     with pytest.raises(ValueError, match=r"layer '0': the mask has shape \(4,\)"):
-        capture(model, [x], mask=lambda batch: torch.ones(4) > 0)
+        capture(model, Calibration([x], mask=lambda batch: torch.ones(4) > 0))
     with pytest.raises(TypeError, match=r"torch.int64; return a bool"):
-        capture(model, [x], mask=lambda batch: torch.ones(4, 5, dtype=torch.int64))
+        capture(model, Calibration([x], mask=lambda batch: torch.ones(4, 5, dtype=torch.int64)))
     with pytest.raises(ValueError, match="no samples reached it"):
-        capture(model, [x], mask=lambda batch: torch.zeros(4, 5) > 0)
+        capture(model, Calibration([x], mask=lambda batch: torch.zeros(4, 5) > 0))
 
 
 def test_positions_are_seeded_and_bounded():
     model, x = convolutional()
-    draw = lambda seed: capture(model, x.split(3), positions=2, seed=seed, keep_inputs=True)  # noqa: E731
+    draw = lambda seed: capture(model, Calibration(x.split(3), positions=2, seed=seed), keep_inputs=True)  # noqa: E731
     one, same, other = draw(1), draw(1), draw(2)
     for a, b, c in zip(one, same, other, strict=True):
         assert a.samples == (10 if a.name == "head" else 20)
         assert torch.equal(a.inputs, b.inputs)
         assert a.name == "head" or not torch.equal(a.inputs, c.inputs)
     everything = capture(model, [x], "conv1", keep_inputs=True)[0].inputs
-    drawn = capture(model, [x], "conv1", keep_inputs=True, positions=2)[0].inputs
+    drawn = capture(model, Calibration([x], "conv1", positions=2), keep_inputs=True)[0].inputs
     matches = (drawn[:, None] == everything[None]).all(-1)
     assert bool(matches.any(1).all())
     assert torch.equal(matches.float().argmax(1) // 12, torch.arange(10).repeat_interleave(2))
@@ -493,7 +496,7 @@ def test_progress_and_options():
     capture(model, [torch.randn(2, 4)] * 3, progress=seen.append)
     assert seen == [0, 1, 2]
     with pytest.raises(ValueError, match="positions is 0"):
-        capture(model, [torch.randn(2, 4)], positions=0)
+        Calibration([torch.randn(2, 4)], positions=0)
 
 
 def test_resnet20_is_captured_and_written_back_exactly(data):
@@ -539,13 +542,15 @@ def test_a_pass_ends_after_the_last_wanted_call():
     torch.manual_seed(0)
     model, batches, late = Twice(), [torch.randn(5, 4), torch.randn(3, 4)], []
     model.c.register_forward_hook(lambda *_: late.append(1))
-    counts = count_calls(model, batches, ["a", "b"])
-    assert counts == [{"a": 1, "b": 2}] * 2
+    stacks = choose(model, ["b"]).stacks
+    found = survey(model, Calibration(batches), choose(model, ["a", "b"]).stacks, lambda index: None)
+    assert found.calls == {"a": 1, "b": 2}
     late.clear()
     (whole,) = capture(model, batches, ["b"], dense=model)
     assert len(late) == 4
     late.clear()
-    (short,) = capture(model, batches, ["b"], dense=model, calls=counts, activations={"b": None})
+    account = Gathering(model, stacks, Calibration(batches), dense=model, calls=found.calls).run()
+    (short,) = layers_of("b", stacks["b"], account, ["b"], {})
     assert not late
     assert torch.equal(short.gram, whole.gram)
     assert torch.equal(short.cross, whole.cross)

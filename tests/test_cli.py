@@ -3,12 +3,14 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
 
+import convexprune
 from convexprune import datasets
 from convexprune.cli import main
 from convexprune.network import load
@@ -126,12 +128,29 @@ def test_an_unwritable_folder_is_named(tmp_path, files):
 
 
 def test_version_and_help():
-    assert "version" in CliRunner().invoke(main, ["--version"]).output
+    assert CliRunner().invoke(main, ["--version"]).output == f"convexprune, version {convexprune.__version__}\n"
     assert "demo" in CliRunner().invoke(main, ["--help"]).output
     module = subprocess.run(
         [sys.executable, "-m", "convexprune.cli", "--help"], capture_output=True, text=True, check=True
     )
     assert module.stdout.startswith("Usage: convexprune")
+
+
+def test_the_version_needs_no_installation(tmp_path):
+    source = Path(convexprune.__file__).parent
+    (tmp_path / "convexprune").symlink_to(source)  # a source tree without metadata beside it
+    done = subprocess.run(
+        [sys.executable, "-m", "convexprune", "--version"], capture_output=True, text=True, check=True, cwd=tmp_path
+    )
+    assert done.stdout == f"convexprune, version {convexprune.__version__}\n"
+
+
+def test_one_version_everywhere():
+    root = Path(convexprune.__file__).parents[1]
+    if not (root / "CITATION.cff").exists():
+        pytest.skip("the package is not in its source tree")
+    assert f"\nversion: {convexprune.__version__}\n" in (root / "CITATION.cff").read_text()
+    assert f"\n## {convexprune.__version__} (" in (root / "CHANGELOG.md").read_text()
 
 
 def test_published_network(data):

@@ -347,7 +347,7 @@ def test_what_is_not_covered_is_named(function, message):
 def test_what_was_not_judged_on_all_the_data_is_not_guaranteed(options, message):
     net, batches = random_net(0, 1, 1, 1, nn.Identity())
     build = lambda layer: cp.Reconstruction(layer, cp.Unstructured(1.0))  # noqa: E731
-    _, report = cp.prune(net, batches, build, Noise(), **options)
+    _, report = cp.prune(net, cp.Calibration(batches, **options), build, Noise())
     assert report.network.guaranteed is None
     assert message in report.network.reason
 

@@ -21,6 +21,7 @@ ALLOWED = {
     "curve": set(),
     "knapsack": set(),
     "whole_file": set(),
+    "version": set(),
     "problem": {"layer", "patterns", "solution"},
     "forms": {"problem", "patterns", "curve"},
     "problems": BOTTOM,

@@ -2,20 +2,26 @@
 
 import errno
 import json
+import math
 import os
 import re
 from dataclasses import replace
+from html import escape
 from html.parser import HTMLParser
 
 import pytest
 import torch
 
+import convexprune
 from convexprune.layer import Layer
+from convexprune.network.compact import Compaction
 from convexprune.patterns import Unstructured
 from convexprune.problems import L1Reconstruction, NetTrim, Reconstruction
 from convexprune.prune import prune
-from convexprune.report import NetworkError, Report, Settings, described
+from convexprune.report import Link, MergeReport, NetworkError, Report, Settings, described
+from convexprune.report.merges import MergedLayer
 from convexprune.report.row import HEADINGS, Moments, Row
+from convexprune.report.shares import Share, Shares
 from convexprune.solution import Certificate, Status, TracePoint
 from convexprune.solvers import ADMM
 
@@ -219,3 +225,185 @@ def test_moments_and_wanted_counts_are_reported(tmp_path):
         report.save_html(tmp_path / "page.html")
         assert f"rank {rank} of 8" in (tmp_path / "page.html").read_text()
     assert isinstance(row.moments, Moments)
+
+
+def test_the_settings_say_which_version_ran(report, tmp_path):
+    assert report.settings.version == convexprune.__version__
+    content = json.loads(report.to_json())
+    assert content["settings"]["version"] == convexprune.__version__
+    content["settings"]["version"] = "7.5"
+    assert Report.from_json(json.dumps(content)).settings.version == "7.5"
+
+
+# as convexprune 0.1.0 wrote it: no schema, no version, and a report of one layer
+BEFORE = """
+{"settings": {"mode": "parallel", "solver": "ADMM()", "samples": 5, "data": "ab", "dtype": "torch.float32", "seed": 0,
+  "threads": 1, "torch": "2.13.0"},
+ "network": {"measured": 0.25, "guaranteed": "inf", "scale": 2.0, "reason": "", "rules": {"spectral": "inf"},
+  "layers": [{"name": "fc", "guaranteed": 0.5, "measured": 0.25}], "wanted": null},
+ "kept": 3, "total": 4,
+ "rows": [{"name": "fc", "shape": [2, 2], "kept": 3, "status": "MAX_ITER",
+  "certificate": {"value": 2.0, "bound": "-inf", "violation": 0.0, "relative_gap": "inf"}, "error": 0.5,
+  "problem": "NetTrim()", "iterations": 7, "seconds": 0.5,
+  "trace": [{"seconds": 0.25, "value": 3.0, "bound": 1.0, "violation": 0.5}],
+  "wanted": null, "moments": {"damping": 0.0, "rank": 1, "inputs": 2, "condition": "inf"}, "repairs": false,
+  "total": 4, "kept_fraction": 0.75}],
+ "allocation": null}
+"""
+
+
+def test_a_report_of_the_version_before_is_read():
+    read = Report.from_json(BEFORE)
+    (row,) = read.rows
+    assert row.certificate == Certificate(2.0, -math.inf, 0.0)
+    assert row.trace == (TracePoint(0.25, Certificate(3.0, 1.0, 0.5)),)
+    assert row.moments == Moments(0.0, 1, 2, math.inf)
+    assert read.network.rules == {"spectral": math.inf}
+    assert read.settings.version == "before 0.2.0"
+    assert Report.from_json(read.to_json()) == read
+
+
+def places(value, path=()):
+    """The path of every entry of nested lists and dicts."""
+    pairs = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, part in pairs:
+        yield (*path, key)
+        yield from places(part, (*path, key))
+
+
+PLACES = list(places(json.loads(BEFORE)))
+WRONG = [None, True, -1.5, 3, 10**400, "words", "inf", [], [[]], {}, {"a": 1}]
+
+
+def changed(path, change):
+    """The report of before with the entry at a path changed; the sentence it is refused in, or what is read."""
+    content = json.loads(BEFORE)
+    spot = content
+    for key in path[:-1]:
+        spot = spot[key]
+    change(spot, path[-1])
+    try:
+        return Report.from_json(json.dumps(content)), ""
+    except ValueError as error:
+        return None, str(error)
+
+
+@pytest.mark.parametrize("wrong", WRONG, ids=str)
+def test_whatever_stands_anywhere_it_is_a_report_or_a_sentence(wrong):
+    refused = 0
+    for path in PLACES:
+        read, words = changed(path, lambda spot, key: spot.__setitem__(key, wrong))
+        if read is None:
+            refused += 1
+            assert words.startswith("the text is no pruning report: ")
+            assert "\n" not in words
+            assert len(words) < 300
+        else:
+            assert str(read)
+            assert read._repr_html_()
+            assert Report.from_json(read.to_json()).to_json() == read.to_json()
+    assert refused > 10
+
+
+def test_what_is_missing_is_named():
+    missed = 0
+    for path in PLACES:
+        _, words = changed(path, lambda spot, key: spot.__delitem__(key))
+        if words:
+            missed += 1
+            assert f"{path[-1]} is missing" in words or "expected a list of 2" in words
+    assert missed > 20
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", "empty"),
+        (" \n", "empty"),
+        ("report.json", "not JSON"),
+        ("\x00", "not JSON"),
+        ("[" * 100_000, "not JSON"),
+        ("null", "JSON NoneType"),
+        ("[]", "JSON list"),
+        ("3", "JSON int"),
+        ("{}", "rows is missing"),
+        ('{"rows": []}', "network is missing"),
+        ('{"schema": 2}', "schema 2"),
+        ('{"schema": "1"}', "schema '1'"),
+        ('{"schema": null}', "schema None"),
+    ],
+)
+def test_a_text_that_is_no_report_is_refused_in_a_sentence(text, words):
+    with pytest.raises(ValueError, match="report") as raised:
+        Report.from_json(text)
+    assert words in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("value", [None, 3, b"{}", {}])
+def test_a_report_is_read_from_text(value):
+    with pytest.raises(TypeError, match="text of its JSON file; got a"):
+        Report.from_json(value)
+
+
+def test_wrong_values_are_named_with_their_place(report):
+    def refused(change):
+        content = json.loads(report.to_json())
+        change(content)
+        with pytest.raises(ValueError, match="no pruning report") as raised:
+            Report.from_json(json.dumps(content))
+        return str(raised.value)
+
+    assert "rows[0].kept is 2.5, expected a whole number" in refused(lambda c: c["rows"][0].update(kept=2.5))
+    assert "rows[1].status is 'DONE', expected one of CONVERGED, " in refused(
+        lambda c: c["rows"][1].update(status="DONE")
+    )
+    assert "rows[1].shape is [3], expected a list of 2" in refused(lambda c: c["rows"][1].update(shape=[3]))
+    assert "settings.seed is True, expected a whole number" in refused(lambda c: c["settings"].update(seed=True))
+    assert "network.measured is 'x', expected a number" in refused(lambda c: c["network"].update(measured="x"))
+    assert "rows[0].certificate.bound is missing" in refused(lambda c: c["rows"][0]["certificate"].pop("bound"))
+
+
+# names that a page, a plot or a notebook could take for something else
+NAMES = (
+    "<script>alert(1)</script>", "a&amp;b", '"quoted"', "<fc>", "$x_1$", r"$\frac$", "two\nlines", "ä→ß", "{x}", "",
+)  # fmt: skip
+
+
+def test_any_name_is_shown_as_it_is(report, tmp_path):
+    rows = tuple(replace(report.rows[0], name=name, trace=TRACE if "$" in name else ()) for name in NAMES)
+    links = tuple(Link(name, 2.0, 1.0) for name in NAMES)
+    shares = tuple(Share(name, 1, 2, 0.5, (0.5,), (0.5,)) for name in NAMES)
+    allocation = Shares(shares, 2.0, 1.0, Certificate(0.5, 0.5, 0.0), NAMES[0])
+    network = replace(report.network, layers=links, reason=" ".join(NAMES))
+    named = Report(rows, network, report.settings, allocation)
+    named.save_html(tmp_path / "report.html")
+    compaction = Compaction(dict.fromkeys(NAMES, 1), NAMES, (6, 3))
+    proof = Certificate(0.5, 0.0, 0.0)
+    merged = tuple(MergedLayer(name, 3, 2, 0.5, 0.5, proof, (0.5, 1.0), 1, False) for name in NAMES)
+    MergeReport(merged, compaction).save_html(tmp_path / "merges.html")
+    pages = [(tmp_path / "report.html").read_text(), (tmp_path / "merges.html").read_text(), named._repr_html_()]
+    for text in pages:
+        page = Page()
+        page.feed(text)
+        assert page.open == []
+        assert not re.search(r"<(script|fc)>", text)
+    assert page.cells == [cell for row in rows for cell in row.cells()]
+    assert page.cells[:: len(HEADINGS)] == list(NAMES)
+
+
+def test_a_notebook_shows_the_table_and_the_summary_without_pictures(report):
+    shown = report._repr_html_()
+    assert "<img" not in shown
+    assert "<style" not in shown
+    for line in report.summary():
+        assert escape(line) in shown
+
+
+def test_the_json_of_a_merging_is_strict():
+    merged = MergedLayer("fc", 3, 2, 0.5, math.inf, Certificate(0.5, -math.inf, math.nan), (0.5, 1.0), 1, False)
+    text = MergeReport((merged,), Compaction({"fc": 1}, (), (6, 3)), 0.5, 1.0).to_json()
+    content = json.loads(text, parse_constant=lambda word: pytest.fail(f"{word} is not JSON"))
+    assert content["layers"][0]["certificate"] == {"value": 0.5, "bound": "-inf", "violation": "nan"}
+    assert content["layers"][0]["change"] == "inf"
+    assert content["compaction"]["parameters"] == [6, 3]

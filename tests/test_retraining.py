@@ -107,3 +107,16 @@ def test_two_of_four_runs_along_the_channels_of_a_captured_convolution():
     kept = (pruned[0].weight != 0).reshape(5, 2, 4, 3, 3).sum(2)
     assert (kept == 2).all()
     assert report.rows[0].certificate.violation == 0
+
+
+def test_a_model_that_is_one_layer_keeps_its_zeros():
+    torch.manual_seed(0)
+    model = nn.Linear(10, 3)
+    with torch.no_grad():
+        model.weight[torch.rand(3, 10) < 0.5] = 0
+    gone = model.weight == 0
+    optimizer = OPTIMIZERS["adamw"](model.parameters())
+    with cp.MaskKeeper(model, optimizer):
+        train(model, optimizer)
+    assert bool((model.weight[gone] == 0).all())
+    assert bool((model.weight[~gone] != 0).all())

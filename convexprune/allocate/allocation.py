@@ -11,7 +11,7 @@ from torch import nn
 
 from convexprune.allocate.rate_distortion import LEVELS, Measure, rate_distortion
 from convexprune.curve import Curve
-from convexprune.network import capture
+from convexprune.network import Calibration, capture
 from convexprune.problem import Solver
 from convexprune.problems import SparsityAllocation
 from convexprune.report.progress import Progress
@@ -57,24 +57,21 @@ class Allocation:
     def shares(
         self,
         model: nn.Module,
-        batches: Iterable[Any],
-        names: Sequence[str] | str | None = None,
+        calibration: Calibration | Iterable[Any],
         *,
-        mask: Any = None,
-        positions: int | None = None,
-        seed: int = 0,
         progress: Callable[[Progress], None] | None = None,
     ) -> Shares:
         """What each layer keeps.
 
         Raises ValueError, naming the smallest budget that can be met, where the layers' cheapest levels exceed it.
         """
+        calibration = Calibration.of(calibration)
         curves = self.curves
         if curves is None:
             curves = rate_distortion(
-                model, batches if self.batches is None else self.batches, names, levels=self.levels,
-                measure=self.measure, solver=self.inner, damping=self.damping, mask=mask, positions=positions,
-                seed=seed, cache=self.cache, progress=progress,
+                model, calibration if self.batches is None else replace(calibration, batches=self.batches),
+                levels=self.levels, measure=self.measure, solver=self.inner, damping=self.damping, cache=self.cache,
+                progress=progress,
             )  # fmt: skip
         problem = self.problem(curves)
         solution = solve(problem, self.solver)

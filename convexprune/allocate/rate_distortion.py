@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final, Protocol
 
@@ -17,8 +16,8 @@ from torch import Tensor, nn
 from convexprune.bounds.additivity import Additivity
 from convexprune.curve import Curve
 from convexprune.layer import Layer
-from convexprune.network import capture, directions, read, write
-from convexprune.network.forward import check_batches, run, tensors_in, undisturbed
+from convexprune.network import Calibration, capture, directions, read, write
+from convexprune.network.forward import check_batches, copied, run, tensors_in, undisturbed
 from convexprune.patterns import Unstructured
 from convexprune.problem import Solver
 from convexprune.problems import Reconstruction
@@ -84,7 +83,7 @@ class OutputChange:
 
     def prepared(self, model: nn.Module, batches: Sequence[Any], layers: Sequence[Layer]) -> Measured:
         """Keeps the dense outputs, and one copy of the model to try weights in."""
-        trial = copy.deepcopy(model)
+        trial = copied(model)
         dense = [_outputs(model, batch) for batch in batches]
 
         def measured(layer: Layer, problem: Reconstruction, x: Tensor) -> float:
@@ -116,7 +115,7 @@ def additivity(model: nn.Module, pruned: nn.Module, batches: Iterable[Any]) -> A
     if mine != its:
         odd = min(key for key in mine | its if mine.get(key) != its.get(key))
         raise ValueError(f"{odd!r} is not the same in both networks; give a network and its pruned copy")
-    trial = copy.deepcopy(model)
+    trial = copied(model)
     dense = torch.cat([_outputs(model, batch) for batch in batches])
     theirs = dict(pruned.named_modules())
 
@@ -141,16 +140,13 @@ def additivity(model: nn.Module, pruned: nn.Module, batches: Iterable[Any]) -> A
 
 def rate_distortion(
     model: nn.Module,
-    batches: Iterable[Any],
+    batches: Calibration | Iterable[Any],
     names: Iterable[str] | str | None = None,
     *,
     levels: Sequence[float] = LEVELS,
     measure: Measure | None = None,
     solver: Solver | None = None,
     damping: float = 0.0,
-    mask: Any = None,
-    positions: int | None = None,
-    seed: int = 0,
     cache: str | os.PathLike[str] | None = None,
     progress: Callable[[Progress], None] | None = None,
 ) -> list[Curve]:
@@ -162,18 +158,20 @@ def rate_distortion(
     damping  as in Layer.damped
     cache    a folder with a file for each layer: what is there is not measured again, if the layer, the data and the
              settings are the same
-    names, mask, positions, seed, progress   as in `prune`
+    batches, names, progress   as in `prune`
 
     Raises ValueError for levels outside (0, 1] and for what `capture` refuses.
     """
-    check_batches(batches)
-    batches = list(batches)
+    calibration = Calibration.of(batches, names)
+    batches = list(calibration)
+    calibration = replace(calibration, batches=batches)
     wrong = [level for level in levels if not 0 < level <= 1]
     if wrong or not levels:
         raise ValueError(f"levels are fractions in (0, 1]; got {wrong[0] if wrong else 'none'}")
     measure = SecondOrder() if measure is None else measure
-    layers = capture(model, batches, names, mask=mask, positions=positions, seed=seed)
-    said = f"{measure!r}; {solver!r}; {damping!r}; {tuple(levels)!r}; {positions!r}; {seed!r}; {_digest(batches)}"
+    layers = capture(model, calibration)
+    drawn = f"{calibration.positions!r}; {calibration.seed!r}; {calibration.fingerprint.text}"
+    said = f"{measure!r}; {solver!r}; {damping!r}; {tuple(levels)!r}; {drawn}"
     store = None if cache is None else _Store(Path(cache), hashlib.sha256(said.encode()).hexdigest())
     measured: Measured | None = None
     curves = []
@@ -256,11 +254,3 @@ def _outputs(model: nn.Module, batch: Any) -> Tensor:
     if len(tensors) != 1:
         raise ValueError(f"the model returned {len(tensors)} tensors; OutputChange compares one")
     return tensors[0].detach()
-
-
-def _digest(batches: Sequence[Any]) -> str:
-    content = hashlib.sha256()
-    for batch in batches:
-        for tensor in tensors_in(batch):
-            content.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return content.hexdigest()

@@ -148,11 +148,28 @@ def cannot_change(pair: ChainPair, around: Box | Ball, method: Method | None = N
     z, _ = pair.run(around.center)
     top = z.argmax(1)
     each = torch.eye(pair.outputs, dtype=torch.float64)
-    behind = each[None] - each[top][:, None]  # z_k - z_t, to be shown negative
-    rows = Rows(torch.cat([behind, behind], 1), torch.cat([torch.zeros_like(behind), behind], 1))
-    most = torch.maximum(*(method or LinearRelaxation()).maximum(pair, around, rows).chunk(2, 1))
-    most = most.masked_fill(each[top].bool(), -math.inf)
-    settled: Tensor = (most < -ROUNDING * z.abs().amax(1, keepdim=True)).all(1)
+    behind = each[None] - each[top][:, None]  # z_k - z_t
+    return _negative(pair, around, method, behind, z, each[top].bool())
+
+
+def keeps_signs(pair: ChainPair, around: Box | Ball, method: Method | None = None) -> Tensor:
+    """(samples,) bool: where each output of both networks provably has the sign of the dense one's at the center.
+
+    One logit, or several labels at once: s z_k > 0 and s zhat_k > 0, s = sign z_k(center), for every k and every x.
+    """
+    _check_fit(pair, around)
+    z, _ = pair.run(around.center)
+    against = -torch.diag_embed(torch.where(z > 0, 1.0, -1.0).double())  # -s z_k
+    return _negative(pair, around, method, against, z, torch.zeros_like(z, dtype=torch.bool))
+
+
+def _negative(
+    pair: ChainPair, around: Box | Ball, method: Method | None, rows: Tensor, z: Tensor, but: Tensor
+) -> Tensor:
+    """(samples,) bool: where the rows (samples, rows, outputs) of both outputs are provably below 0, `but` for some."""
+    both = Rows(torch.cat([rows, rows], 1), torch.cat([torch.zeros_like(rows), rows], 1))
+    most = torch.maximum(*(method or LinearRelaxation()).maximum(pair, around, both).chunk(2, 1))
+    settled: Tensor = (most.masked_fill(but, -math.inf) < -ROUNDING * z.abs().amax(1, keepdim=True)).all(1)
     return settled
 
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from convexprune.bounds.confidence import clopper_pearson, empirical_bernstein
-from convexprune.network.forward import check_batches, run, tensors_in, undisturbed
+from convexprune.network.calibration import Calibration, digests
+from convexprune.network.forward import check_batches, run, undisturbed
+from convexprune.network.predict import Rule, changed, check_rule, rule_name
 
 
 @dataclass(frozen=True)
@@ -31,70 +32,71 @@ class Unseen:
     error: float
     error_most: float
     clip: float
+    predict: str = "classes"  # what a prediction is
 
     def __str__(self) -> str:
         """Two sentences."""
         return (
-            f"predictions that change: {self.changed} of {self.samples} held out, at most {self.changed_most:.2%} with "
-            f"confidence {self.confidence:g}\n"
+            f"predictions ({self.predict}) that change: {self.changed} of {self.samples} held out, at most "
+            f"{self.changed_most:.2%} with confidence {self.confidence:g}\n"
             f"squared output error (clipped at {self.clip:.4g}): {self.error:.4g} held out, at most "
             f"{self.error_most:.4g} in expectation"
         )
 
 
 def certify_unseen(
-    model: nn.Module, pruned: nn.Module, held_out: Iterable[Any], used: Iterable[Any], *, clip: float,
+    model: nn.Module,
+    pruned: nn.Module,
+    held_out: Calibration | Iterable[Any],
+    used: Calibration | Iterable[Any],
+    *,
+    clip: float,
     confidence: float = 0.99,
-) -> Unseen:  # fmt: skip
+    predict: Rule | None = None,
+) -> Unseen:
     """What the pruned network may do to data not seen, from samples that had no part in the pruning.
 
     held_out, used  batches as for `prune`; a sample of `used`, the calibration data, among those held out is refused
     clip            the squared error |zhat - z|^2 counts up to this; choose it before looking at the samples
+    predict         what a prediction is: "classes" (the largest output), "sign" (of one logit), "labels" (the sign of
+                    each), "tokens" (the largest output at each place; a sample changes where any of them does), or a
+                    function of the outputs. None: "sign" for one output a sample, else "classes"
 
-    Raises ValueError for a sample that was used, for no samples, for none that were used (an iterator that has run
-    out), and where the outputs are not one (n, classes) tensor of numbers.
+    Raises ValueError for a sample that was used or is held out twice, for no samples, for none that were used (an
+    iterator that has run out), and where the outputs are not one tensor of numbers with a row for each sample.
     """
+    check_rule(predict)
     check_batches(held_out)
     check_batches(used)
-    known = {digest for batch in used for digest in _digests(batch)}
+    seen: set[bytes] = set()
+    known = {digest for batch in used for digest in digests(batch)}
     if not known:
         raise ValueError("no used samples; give the calibration data, so that none of it is among those held out")
-    changed, errors = 0, []
+    count, errors, rule = 0, [], ""
     with undisturbed(model, pruned):
         for index, batch in enumerate(held_out):
-            digests = list(_digests(batch))
-            for row, digest in enumerate(digests):
+            samples = list(digests(batch))
+            for row, digest in enumerate(samples):
                 if digest in known:
                     raise ValueError(
                         f"sample {row} of held-out batch {index} was used to prune; hold out samples that were not"
                     )
+                if digest in seen:
+                    raise ValueError(f"sample {row} of held-out batch {index} is held out twice; draw each sample once")
+                seen.add(digest)
             dense, sparse = run(model, batch), run(pruned, batch)
-            if not isinstance(dense, Tensor) or dense.ndim != 2 or len(dense) != len(digests):
+            if not isinstance(dense, Tensor) or dense.ndim < 1 or len(dense) != len(samples):
                 raise ValueError("the outputs must be one tensor of a row for each sample")
             if sparse.shape != dense.shape:
                 shapes = tuple(sparse.shape), tuple(dense.shape)
                 raise ValueError(f"the pruned network's outputs have shape {shapes[0]}, the dense one's {shapes[1]}")
             if bool(dense.isnan().any() | sparse.isnan().any()):
                 raise ValueError(f"a network makes NaN of held-out batch {index}")
-            changed += int((dense.argmax(1) != sparse.argmax(1)).sum())
-            errors.append((sparse.double() - dense.double()).square().sum(1))
+            rule = rule_name(predict, tuple(dense.shape))
+            count += int(changed(dense, sparse, predict).sum())
+            errors.append((sparse.double() - dense.double()).square().reshape(len(dense), -1).sum(1))
     every = torch.cat(errors) if errors else torch.zeros(0)
-    most = clopper_pearson(changed, len(every), confidence)
+    most = clopper_pearson(count, len(every), confidence)
     expected = empirical_bernstein(every, clip, confidence)
     mean = float(every.clamp(max=clip).mean())
-    return Unseen(len(every), confidence, changed, most, mean, expected, clip)
-
-
-def _digests(batch: Any) -> Iterator[bytes]:
-    """A hash of each sample's input: of its numbers, whatever their dtype, the order of the keys and the wrapping."""
-    first = batch[0] if isinstance(batch, (tuple, list)) else batch
-    parts = [first[key] for key in sorted(first)] if isinstance(first, Mapping) else first
-    tensors = [tensor.detach().cpu().double() + 0.0 for tensor in tensors_in(parts)]  # -0.0 is 0.0
-    sizes = {len(tensor) if tensor.ndim else 0 for tensor in tensors}
-    if len(sizes) != 1:
-        raise ValueError(f"the tensors of a batch have {sorted(sizes)} rows; each must have one for each sample")
-    for row in range(sizes.pop()):
-        content = hashlib.sha256()
-        for tensor in tensors:
-            content.update(tensor[row].contiguous().numpy().tobytes())
-        yield content.digest()
+    return Unseen(len(every), confidence, count, most, mean, expected, clip, rule)

@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
 
-from convexprune.bounds.difference import LinearRelaxation, Method, cannot_change, difference_bounds, sampled_difference
+from convexprune.bounds.difference import (
+    LinearRelaxation,
+    Method,
+    cannot_change,
+    difference_bounds,
+    keeps_signs,
+    sampled_difference,
+)
 from convexprune.bounds.input_sets import Ball, Box
 from convexprune.bounds.relaxation import ChainPair
 from convexprune.network.forward import run, undisturbed
 from convexprune.network.kinds import DROPOUT, MOVED_AXES, RESHAPING
+from convexprune.network.predict import rule_name
 from convexprune.network.recording import Recorder, Step
 
 # operations that leave a sample's entries in their order
@@ -22,6 +30,8 @@ PASSING: Final = DROPOUT | RESHAPING - MOVED_AXES
 COVERED: Final = (
     "worst_case covers chains of Linear and ReLU, with flattenings, identities and dropout that is off between them"
 )
+# rule -> where its predictions are provably steady
+STEADY: Final = {"classes": cannot_change, "sign": keeps_signs, "labels": keeps_signs}
 CHUNK = 64  # samples that are bounded together: a layer's planes take samples x rows x inputs numbers
 
 
@@ -31,7 +41,7 @@ class WorstCase:
 
     lower, upper  (samples, outputs) bounds of pruned(x) - dense(x)
     found         (samples,) the largest |pruned(x) - dense(x)| of an output that was found: no bound is below it
-    unchanged     (samples,) bool: both networks provably predict one and the same class at every such x. False proves
+    unchanged     (samples,) bool: both networks provably make one and the same prediction at every such x. False proves
                   nothing
     """
 
@@ -67,6 +77,7 @@ def worst_case(
     norm: float = math.inf,
     within: tuple[float | Tensor, float | Tensor] | None = None,
     method: Method | None = None,
+    predict: str | None = None,
 ) -> WorstCase:
     """Bounds of pruned(x) - model(x) for every x within `radius` of each sample, not only at the samples.
 
@@ -74,6 +85,8 @@ def worst_case(
     radius  in the units of the inputs, in the max norm (norm=math.inf) or in the 2-norm over a sample (norm=2)
     within  the least and the most an entry of an input can be, such as (0, 1) for pixels: numbers, or tensors of the
             shape of one sample; for the max norm only
+    predict what a prediction is: "classes" (the largest output), "sign" (of one logit) or "labels" (the sign of each).
+            None: "sign" for one output, else "classes"
     method  `LinearRelaxation()` unless given; `Exact()` for tiny networks, `IntervalPropagation()` for a quick look
 
     Both networks are chains of Linear and ReLU with the same shapes, read from a pass on `around` in eval mode; they
@@ -87,14 +100,19 @@ def worst_case(
     region = _region(centers, radius, norm, within, tuple(around.shape[1:]))
     with undisturbed(model, pruned):
         pair = ChainPair(*_chain(model, around, "the model"), *_chain(pruned, around, "the pruned model"))
+    rule = rule_name(predict, (len(around), pair.outputs))
+    if rule not in STEADY:
+        raise ValueError(f"predict={rule!r} is not covered here; it must be one of {', '.join(map(repr, STEADY))}")
     method = method or LinearRelaxation()
-    parts = [_bounds(pair, part, method) for part in region]
+    parts = [_bounds(pair, part, method, STEADY[rule]) for part in region]
     return WorstCase(float(radius), norm, *(torch.cat(each) for each in zip(*parts, strict=True)))
 
 
-def _bounds(pair: ChainPair, region: Box | Ball, method: Method) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _bounds(
+    pair: ChainPair, region: Box | Ball, method: Method, steady: Callable[..., Tensor]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     bounds = difference_bounds(pair, region, method)
-    return bounds.lower, bounds.upper, sampled_difference(pair, region), cannot_change(pair, region, method)
+    return bounds.lower, bounds.upper, sampled_difference(pair, region), steady(pair, region, method)
 
 
 def _region(

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Final
+from collections.abc import Callable, Mapping, Sequence
+from typing import Final
 
 import torch
-from torch import nn
 
 from convexprune.bounds.propagation import ByChannel, Frobenius, Repair, Rule, Spectral, Spread
 from convexprune.certify.graph import GraphBound, Propagation
-from convexprune.network.compare import alone, together, turns
-from convexprune.network.forward import tensors_in, undisturbed
-from convexprune.network.recording import Record, record
+from convexprune.network.calibration import Calibration
+from convexprune.network.compare import changes, turns
+from convexprune.network.traversal import Traversal
 from convexprune.report import Link, NetworkError
 from convexprune.report.row import Row
 
@@ -23,41 +22,49 @@ MEMORY: Final = 1e9  # bytes of dense outputs that are held to compare layers wi
 
 
 def network_error(
-    model: nn.Module,
-    pruned: nn.Module,
-    batches: Iterable[Any],
+    walk: Traversal,
     rows: Sequence[Row],
-    *,
-    rectified: Mapping[str, bool],
-    mode: str,
-    refusal: str = "",
     tell: Callable[[int], None],
 ) -> NetworkError:
-    """The bounds along the network's graph, or why there are none, beside what is measured.
+    """The bounds along the network's graph, or why there are none, beside what is measured: a pass of each network.
 
-    rectified  module -> whether a ReLU is all that reads it
-    refusal    why the rows say nothing of the network's output, if so
-    tell       is called with the number of each batch that was measured
+    walk  that the rows were judged on
+    tell  is called with the number of each batch that was measured
     """
-    if refusal:
-        return _measured(model, pruned, batches, GraphBound(None, {}, refusal), {}, {}, tell)
-    with undisturbed(model):
-        steps = record(model, next(iter(batches)))
+    model, pruned, calibration, survey, mode = walk.model, walk.pruned, walk.calibration, walk.survey, walk.mode
     own = own_errors(rows)
-    network = Propagation(pruned, steps, mode)
-    bounds = {name: network.bound(own, rule) for name, rule in RULES.items()}
-    obstacle = bounds[SHARPEST].obstacle or _uneven(model, batches, steps)
-    if obstacle:
-        return _measured(model, pruned, batches, GraphBound(None, {}, obstacle), {}, {}, tell)
-    if mode == "parallel":
-        grams = alone(model, pruned, batches, {name: rectified[name] for name in own})
-        own = {name: Spread.of(gram, rectified[name]) for name, gram in grams.items()}
-        bounds[SHARPEST] = network.bound(own, RULES[SHARPEST])
-    best = bounds[SHARPEST]
-    held = {step.layer: 8 * math.prod(step.sizes[-1]) for step in steps.steps if step.layer in best.layers}
-    layers = {name: (rectified.get(name, False), size) for name, size in held.items() if name}
+    network = Propagation(pruned, survey.record, mode)
+    refusal = _refusal(calibration) or survey.uneven
+    bounds = {name: network.bound(own, rule) for name, rule in RULES.items()} if not refusal else {}
+    best = bounds[SHARPEST] if bounds else GraphBound(None, {}, refusal)
+    reached = best.layers if best.total is not None else {}
+    rectified = {name: walk.rectified.get(name, False) for name in reached}
+    lone = {name: rectified[name] for name in own if name in rectified} if mode == "parallel" else {}
+    sizes = {step.layer: 8 * math.prod(step.sizes[-1]) for step in survey.record.steps if step.layer in reached}
+    groups = turns({name: size for name, size in sizes.items() if name}, MEMORY) or [[]]
+    found = changes(model, pruned, calibration, {name: rectified[name] for name in groups[0]}, lone, tell)
+    layers = dict(found.layers)
+    for group in groups[1:]:  # their dense outputs do not fit beside the others'
+        layers |= changes(model, pruned, calibration, {name: rectified[name] for name in group}, {}, tell).layers
+    if lone:
+        own = {name: Spread.of(found.alone[name], lone[name]) for name in lone}
+        bounds[SHARPEST] = best = network.bound(own, RULES[SHARPEST])
+    if calibration.unsteady:
+        best, bounds, layers = GraphBound(None, {}, calibration.unsteady), {}, {}
     totals = {name: bound.total for name, bound in bounds.items() if bound.total is not None}
-    return _measured(model, pruned, batches, best, totals, layers, tell)
+    links = tuple(Link(name, best.layers[name], layers[name]) for name in sizes if name in layers)
+    return NetworkError(found.output, best.total, found.size, best.obstacle, totals, links)
+
+
+def _refusal(calibration: Calibration) -> str:
+    """Why the layers' errors say nothing of the network's, or ""."""
+    if calibration.mask is not None:
+        return "a mask was given, and the samples it leaves out are in the network's output"
+    if calibration.positions is not None:
+        return "`positions` was given, and the positions it leaves out are in the network's output"
+    if "relu" in calibration.activations.values():
+        return "a ReLU was told by `activations`, not found in the network"
+    return ""
 
 
 def own_errors(rows: Sequence[Row]) -> dict[str, Spread]:
@@ -73,33 +80,3 @@ def own_errors(rows: Sequence[Row]) -> dict[str, Spread]:
         repair = Repair(module) if any(part.repairs for part in parts) else None
         found[module] = Spread(math.hypot(*(part.error or 0.0 for part in parts)), channels, repair=repair)
     return found
-
-
-def _uneven(model: nn.Module, batches: Iterable[Any], first: Record) -> str:
-    """Why the first batch does not stand for all, or nothing."""
-    shapes = {tuple(tensor.shape[1:] for tensor in tensors_in(batch)) for batch in batches}
-    if len(shapes) > 1:
-        return "the batches have samples of several shapes, and the bound knows those of the first"
-    with undisturbed(model):
-        if all(first.like(record(model, batch)) for batch in batches):
-            return ""
-    return "the batches do not all take the same way through the model, and the bound knows that of the first"
-
-
-def _measured(
-    model: nn.Module,
-    pruned: nn.Module,
-    batches: Iterable[Any],
-    best: GraphBound,
-    totals: Mapping[str, float],
-    layers: Mapping[str, tuple[bool, int]],
-    tell: Callable[[int], None],
-) -> NetworkError:
-    """Run both networks; layers are module -> whether it is rectified, and how many bytes its outputs take."""
-    found: dict[str, float] = {}
-    measured = scale = None
-    for group in turns({name: size for name, (_, size) in layers.items()}, MEMORY) or [[]]:
-        changes, measured, scale = together(model, pruned, batches, {name: layers[name][0] for name in group}, tell)
-        found |= changes
-    links = tuple(Link(name, best.layers[name], found[name]) for name in layers)
-    return NetworkError(measured, best.total, scale, best.obstacle, totals, links)

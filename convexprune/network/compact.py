@@ -7,7 +7,6 @@ inexact.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from convexprune.network.channels import ChannelGraph, Channels, unpadded
-from convexprune.network.forward import check_model, undisturbed
+from convexprune.network.forward import check_model, copied, undisturbed
 from convexprune.network.kinds import CONVOLUTIONS, FX_ENTRYWISE
 
 
@@ -55,7 +54,7 @@ def compact(
     if round_to < 1:
         raise ValueError(f"round_to is {round_to}; it must be at least 1")
     check_model(model)
-    small = copy.deepcopy(model)
+    small = copied(model)
     data = None if batches is None else list(batches)
     removed: dict[str, int] = {}
     while True:  # a neuron that loses its last input is a constant itself

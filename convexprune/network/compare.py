@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -18,26 +19,92 @@ Rectified = Mapping[str, bool]  # module -> whether a ReLU is all that reads it:
 
 def rectified_modules(layers: Iterable[Layer]) -> dict[str, bool]:
     """The modules of captured layers, in forward order."""
-    return {layer.name.partition("[")[0]: layer.activation == "relu" for layer in layers}
+    return {layer.module: layer.activation == "relu" for layer in layers}
 
 
-def alone(model: nn.Module, pruned: nn.Module, batches: Iterable[Any], layers: Rectified) -> dict[str, Tensor]:
-    """module -> D^T D (out, out), float64: D its change on the dense network's inputs, a row each sample and position.
+@dataclass(frozen=True, eq=False)
+class Changes:
+    """How far the pruned network is from the dense one over the calibration samples.
 
-    One pass of the dense network; the pruned one is not run.
+    layers   module -> || Yhat_l - Y_l ||_F, where both networks run
+    alone    module -> D^T D (out, out), float64: D its change on the dense network's inputs, a row each sample and
+             position
+    output   || Yhat - Y ||_F; None where the outputs are not one tensor
+    size     || Y ||_F
     """
-    twins = dict(pruned.named_modules())
-    grams: dict[str, Tensor] = {}
 
-    def take(name: str, module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
-        with torch.inference_mode(False), torch.no_grad():
-            change = _columns(behind(twins[name](*args, **kwargs), layers[name]) - behind(output, layers[name]))
-            grams[name] = grams.get(name, 0) + change.T @ change
+    layers: Mapping[str, float]
+    alone: Mapping[str, Tensor]
+    output: float | None
+    size: float
 
-    with undisturbed(model, pruned), hooked(model, layers, take):
-        for batch in batches:
-            run(model, batch)
-    return {name: gram.cpu() for name, gram in grams.items()}
+
+def changes(
+    model: nn.Module,
+    pruned: nn.Module,
+    batches: Iterable[Any],
+    layers: Rectified,
+    lone: Rectified,
+    tell: Callable[[int], None] = lambda index: None,
+) -> Changes:
+    """One pass of each network over the batches; sums in float64.
+
+    layers  are compared where both networks run; their dense outputs are held for a batch
+    lone    are compared on the dense network's inputs
+    tell    is called with each batch's number
+    """
+    comparison = _Comparison(model, pruned, layers, lone)
+    with undisturbed(model, pruned):
+        for index, batch in enumerate(batches):
+            comparison.take(batch)
+            tell(index)
+    return comparison.changes()
+
+
+class _Comparison:
+    """The sums of `changes`."""
+
+    def __init__(self, model: nn.Module, pruned: nn.Module, layers: Rectified, lone: Rectified) -> None:
+        self.model, self.pruned, self.rectified, self.lone = model, pruned, {**layers, **lone}, lone
+        self.twins = dict(pruned.named_modules())
+        self.dense: dict[str, list[Tensor]] = {}
+        self.squares = dict.fromkeys(layers, 0.0)
+        self.grams: dict[str, Tensor] = {}
+        self.output: float | None = 0.0
+        self.size = 0.0
+
+    def take(self, batch: Any) -> None:
+        """A batch through the dense network, then through the pruned one."""
+        self.dense.clear()
+        with hooked(self.model, self.rectified, self._keep):
+            theirs = run(self.model, batch)
+        with hooked(self.pruned, self.squares, self._compare):
+            ours = run(self.pruned, batch)
+        if isinstance(theirs, Tensor) and self.output is not None:
+            self.output += _square(ours.double() - theirs.double())
+            self.size += _square(theirs.double())
+        else:
+            self.output = None
+
+    def changes(self) -> Changes:
+        """The norms of what was summed."""
+        output = None if self.output is None else self.output**0.5
+        layers = {name: each**0.5 for name, each in self.squares.items()}
+        return Changes(layers, {name: gram.cpu() for name, gram in self.grams.items()}, output, self.size**0.5)
+
+    def _keep(self, name: str, module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
+        if name in self.lone:
+            # the twin is called with what the dense layer has read; no hook of ours is on it yet
+            with torch.inference_mode(False), torch.no_grad():
+                change = behind(self.twins[name](*args, **kwargs), self.lone[name]) - behind(output, self.lone[name])
+                columns = _columns(change)
+                self.grams[name] = self.grams.get(name, 0) + columns.T @ columns
+        if name in self.squares:
+            # a copy: what comes next may be in place
+            self.dense.setdefault(name, []).append(behind(output, self.rectified[name]).clone())
+
+    def _compare(self, name: str, module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
+        self.squares[name] += _square(behind(output, self.rectified[name]).double() - self.dense[name].pop(0))
 
 
 def norms(model: nn.Module, batches: Iterable[Any], layers: Rectified) -> tuple[dict[str, float], float | None]:
@@ -53,39 +120,6 @@ def norms(model: nn.Module, batches: Iterable[Any], layers: Rectified) -> tuple[
             output = run(model, batch)
             whole = whole + _square(output.double()) if whole is not None and isinstance(output, Tensor) else None
     return {name: each**0.5 for name, each in squares.items()}, None if whole is None else whole**0.5
-
-
-def together(
-    model: nn.Module, pruned: nn.Module, batches: Iterable[Any], layers: Rectified, tell: Callable[[int], None]
-) -> tuple[dict[str, float], float | None, float]:
-    """|| Yhat_l - Y_l ||_F of each layer, and of the outputs, with ||Y||_F; summed in float64.
-
-    layers  none: only the outputs. Their dense outputs are held for a batch
-    tell    is called with each batch's number
-
-    The outputs' error is None where they are not one tensor.
-    """
-    dense: dict[str, Tensor] = {}
-    squares = dict.fromkeys(layers, 0.0)
-
-    def keep(name: str, module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
-        dense[name] = behind(output, layers[name]).clone()  # what comes next may be in place
-
-    def compare(name: str, module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
-        squares[name] += _square(behind(output, layers[name]).double() - dense.pop(name))
-
-    change: float | None = 0.0
-    size = 0.0
-    with undisturbed(model, pruned), hooked(model, layers, keep), hooked(pruned, layers, compare):
-        for index, batch in enumerate(batches):
-            theirs, ours = run(model, batch), run(pruned, batch)
-            if isinstance(theirs, Tensor) and change is not None:
-                change += _square(ours.double() - theirs.double())
-                size += _square(theirs.double())
-            else:
-                change = None
-            tell(index)
-    return {name: each**0.5 for name, each in squares.items()}, None if change is None else change**0.5, size**0.5
 
 
 @contextmanager

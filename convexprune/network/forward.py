@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import copy
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
+
+from convexprune.network.interrupts import deferred, interruptible
+
+_LOCK: Final = threading.RLock()  # two threads that put one model back would leave it changed
 
 
 class Enough(BaseException):  # no Exception: a model that catches those must not catch this
@@ -15,8 +21,10 @@ class Enough(BaseException):  # no Exception: a model that catches those must no
 
 
 def check_batches(batches: Any) -> None:
-    """Raise TypeError for what iterates over something else than batches: a lone tensor gives its rows."""
-    if isinstance(batches, (Tensor, Mapping, str)):
+    """Raise TypeError for what does not iterate over batches: a lone tensor gives its rows, a Dataset its samples."""
+    if isinstance(batches, (Tensor, Mapping, str, bytes)) or not hasattr(batches, "__iter__"):
+        if hasattr(batches, "__getitem__") and not isinstance(batches, (Tensor, Mapping, str, bytes)):
+            raise TypeError(f"a {type(batches).__name__} holds samples; give batches, such as a DataLoader of it")
         raise TypeError(f"batches is a {type(batches).__name__}; give an iterable of batches, such as [x]")
 
 
@@ -44,7 +52,7 @@ def run(model: nn.Module, batch: Any, gradients: bool = False) -> Any:
         )
     if isinstance(first, Tensor) and first.ndim and len(first) == 0:
         raise ValueError(f"a batch is empty: its input has shape {tuple(first.shape)}; leave it out")
-    with torch.inference_mode(False), torch.set_grad_enabled(gradients):
+    with torch.inference_mode(False), torch.set_grad_enabled(gradients), interruptible():
         return model(**_copy({**first})) if isinstance(first, Mapping) else model(_copy(first))
 
 
@@ -56,9 +64,52 @@ def _copy(value: Any) -> Any:
     return type(value)(map(_copy, value)) if type(value) in (tuple, list) else value
 
 
+def copied(model: nn.Module) -> nn.Module:
+    """A copy whose weights can be trained, whatever mode the caller is in.
+
+    Raises ValueError naming what keeps the model from being copied.
+    """
+    try:
+        with torch.inference_mode(False):
+            return copy.deepcopy(model)
+    except RuntimeError as error:
+        for name, module in model.named_modules():
+            for key, value in vars(module).items():
+                if isinstance(value, Tensor) and value.requires_grad and not value.is_leaf:
+                    place = ".".join(filter(None, (name, key)))
+                    raise ValueError(
+                        f"the model cannot be copied: {place} is a tensor that was computed (a pruning mask of "
+                        "torch.nn.utils.prune, an old weight norm, a cached feature); make it permanent "
+                        "(prune.remove, remove_weight_norm) or detach it first"
+                    ) from error
+        raise ValueError(f"the model cannot be copied: {error}") from error
+
+
 @contextmanager
 def undisturbed(*models: nn.Module) -> Iterator[None]:
-    """Put models in eval mode; afterwards their modes and buffers, and the random state, are as they were."""
+    """Put models in eval mode; afterwards their modes and buffers, and the random state, are as they were.
+
+    One thread at a time. Interrupts reach a forward pass and wait elsewhere. The caller's autocast is off, and so is
+    the fused path of nn.TransformerEncoder, which calls no layers.
+    """
+    fused = torch.backends.mha.get_fastpath_enabled()
+    with _LOCK, deferred(), _without_autocast():
+        torch.backends.mha.set_fastpath_enabled(False)
+        try:
+            with _as_it_was(*models):
+                yield
+        finally:
+            torch.backends.mha.set_fastpath_enabled(fused)
+
+
+@contextmanager
+def _without_autocast() -> Iterator[None]:
+    with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+        yield
+
+
+@contextmanager
+def _as_it_was(*models: nn.Module) -> Iterator[None]:
     modules = [module for model in models for module in model.modules()]
     modes = [(module, module.training) for module in modules]
     buffers = [
@@ -78,7 +129,8 @@ def undisturbed(*models: nn.Module) -> Iterator[None]:
                 module.training = training
             for module, key, buffer, version, value in buffers:
                 module._buffers[key] = buffer
-                if version is None or edits(buffer) != version:
+                # an edit by .data or through another array is not counted
+                if version is None or edits(buffer) != version or not torch.equal(buffer, value):
                     with torch.no_grad():
                         buffer.copy_(value)
 

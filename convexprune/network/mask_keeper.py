@@ -30,7 +30,7 @@ class MaskKeeper:
     def __init__(self, model: nn.Module, optimizer: Optimizer, masks: Mapping[str, Tensor] | None = None) -> None:
         parameters = dict(model.named_parameters(remove_duplicate=False))
         if masks is None:
-            names = [f"{name}.weight" for name in stacks(model)]
+            names = [f"{name}.weight".lstrip(".") for name in stacks(model)]  # a model may be a layer itself
             masks = {name: parameters[name].detach() != 0 for name in names if name in parameters}
         trained = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         self._gone: list[tuple[nn.Parameter, Tensor]] = []

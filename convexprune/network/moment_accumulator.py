@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Hashable, Iterator
+from collections.abc import Collection, Hashable, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -50,11 +50,12 @@ class Totals:
 class Account:
     """Running moments of every layer, each tensor that several layers read being counted once.
 
-    `positions` bounds the output positions taken from each image, drawn by a generator of each call's own, so that they
-    depend on the seed, the image and the size of the output only.
+    `keep` names the layers whose rows are kept; of layers that share a tensor all or none. `positions` bounds the
+    output positions taken from each image, drawn by a generator of each call's own, so that they depend on the seed,
+    the image and the size of the output only.
     """
 
-    def __init__(self, keep: bool, positions: int | None, seed: int) -> None:
+    def __init__(self, keep: Collection[str], positions: int | None, seed: int) -> None:
         self.keep, self.positions, self.seed = keep, positions, seed
         self.slots: dict[str, list[Slot]] = {}
         self.aimed: dict[str, list[TargetMoments]] = {}
@@ -107,10 +108,10 @@ class Account:
         if key not in self._merged:
             streams = [slot.stream for slot in slots]
             read = [_merge([s.moments[g] for s in streams]).finished() for g in range(len(streams[0].moments))]
-            self._merged[key] = read, _by_group([rows for s in streams for rows in s.kept]) if self.keep else None
+            self._merged[key] = read, _by_group([rows for s in streams for rows in s.kept])
         read, inputs = self._merged[key]
         aimed = self.aimed.get(name)
-        kept = _by_group([rows for slot in slots for rows in slot.kept]) if self.keep and aimed else None
+        kept = _by_group([rows for slot in slots for rows in slot.kept])
         return Totals(read, aimed, inputs, kept)
 
     def _slot(self, name: str, stack: Stack, x: Tensor) -> tuple[Slot, bool]:
@@ -176,7 +177,7 @@ class Account:
                     f"layer {name!r} reads NaN or inf in batch {self._batch}; check the calibration data, and the "
                     "weights of the layers before it"
                 )
-        if self.keep:
+        if name in self.keep:
             stream.kept.append(rows.to(dtype, copy=True))
 
     def _aim(self, name: str, stack: Stack, slot: Slot, rows: Tensor, y: Tensor, dtype: torch.dtype) -> None:
@@ -187,7 +188,7 @@ class Account:
             moments.add(rows[:, group], y[:, group])
             if not bool(torch.isfinite(moments.mean).all()):
                 raise ValueError(f"layer {name!r} makes NaN or inf in the dense network; check the calibration data")
-        if self.keep:
+        if name in self.keep:
             slot.kept.append(y.to(dtype, copy=True))
 
     def _conflict(self, slot: Slot) -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
+from functools import cached_property
 
+import torch
 from torch import nn
 
 from convexprune.network.matrices import KIND_NAMES, Stack, stack_of
@@ -18,21 +21,62 @@ def stacks(model: nn.Module) -> dict[str, Stack]:
     return {name: stack for name, stack in found.items() if stack is not None}
 
 
-def choose(model: nn.Module, names: Iterable[str] | str | None) -> dict[str, list[tuple[str, str]]]:
-    """For each request (a name or an fnmatch pattern) the layers it means, as pairs (module name, layer name).
+@dataclass(frozen=True)
+class Chosen:
+    """The layers that some names mean.
 
-    Without names there is one request, "*". Raises ValueError for a name or pattern that means no layer, TypeError
-    for a layer with integer weights.
+    requests  each name or fnmatch pattern -> the layers it means, as pairs (module name, layer name)
+    stacks    module name -> its matrices
+    """
+
+    requests: Mapping[str, Sequence[tuple[str, str]]]
+    stacks: Mapping[str, Stack]
+
+    @property
+    def pairs(self) -> list[tuple[str, str]]:
+        """(module name, layer name) of every layer, each once."""
+        return list(dict.fromkeys(pair for pairs in self.requests.values() for pair in pairs))
+
+    @cached_property
+    def layers(self) -> frozenset[str]:
+        """The names of the layers."""
+        return frozenset(layer for _, layer in self.pairs)
+
+    def check_called(self, modules: Collection[str]) -> None:
+        """Raise ValueError for a request of which no layer is among the modules that were called."""
+        for request, pairs in self.requests.items():
+            if not any(module in modules for module, _ in pairs):
+                raise ValueError(
+                    f"{request!r}: no such layer was called in the forward pass (a module whose weights are used "
+                    "directly, as in nn.MultiheadAttention, cannot be captured)"
+                )
+
+
+def choose(model: nn.Module, names: Iterable[str] | str | None) -> Chosen:
+    """The layers that the names and fnmatch patterns mean; without names there is one request, "*".
+
+    Raises ValueError for a name or pattern that means no layer and for weights that hold NaN or inf, TypeError for a
+    layer with integer weights.
     """
     requests = ["*"] if names is None else [names] if isinstance(names, str) else list(names)
     if not requests:
         raise ValueError("names is empty; leave it out to capture every layer")
     known = stacks(model)
     layers = [(module, layer) for module, stack in known.items() for layer in stack.names(module)]
-    chosen = {request: _meant(model, request, layers) for request in requests}
-    for module in {module for pairs in chosen.values() for module, _ in pairs}:
+    meant = {request: _meant(model, request, layers) for request in requests}
+    modules = dict.fromkeys(module for pairs in meant.values() for module, _ in pairs)
+    for module in modules:
         check_stored(module, known[module].module)
-    return chosen
+        _check_finite(module, known[module].module)
+    return Chosen(meant, {module: known[module] for module in known if module in modules})
+
+
+def _check_finite(name: str, module: nn.Module) -> None:
+    for key, parameter in module.named_parameters(recurse=False):
+        if not bool(torch.isfinite(parameter).all()):
+            raise ValueError(
+                f"layer {name!r}: its {key} holds NaN or inf; leave it out of `names`, or repair the model"
+            )
 
 
 def suggestion(name: str, known: Iterable[str]) -> str:

@@ -19,13 +19,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from convexprune.network.calibration import Calibration
 from convexprune.network.forward import tensors_in, undisturbed
-from convexprune.network.matrices import Stack, stack_of
+from convexprune.network.matrices import Stack
 from convexprune.network.names import choose
 
 
 def sensitivities(
-    model: nn.Module, batches: Iterable[Any], names: Iterable[str] | str | None = None, probes: int = 4, seed: int = 0
+    model: nn.Module,
+    batches: Calibration | Iterable[Any],
+    names: Iterable[str] | str | None = None,
+    probes: int = 4,
+    seed: int = 0,
 ) -> dict[str, Tensor]:
     """For each layer a (out,), float64, all >= 0: what a unit of error in each of its outputs does to the network's.
 
@@ -36,13 +41,14 @@ def sensitivities(
     """
     if probes < 1:
         raise ValueError(f"probes is {probes}; it must be at least 1")
-    pairs = dict.fromkeys(pair for chosen in choose(model, names).values() for pair in chosen)
-    stacks = {module: stack_of(model.get_submodule(module)) for module, _ in pairs}
+    calibration = Calibration.of(batches, names)
+    chosen = choose(model, calibration.names)
+    pairs, stacks = chosen.pairs, chosen.stacks
     sums: dict[str, Tensor] = {}
     samples = 0
     generator = torch.Generator().manual_seed(seed)
     with undisturbed(model):
-        for batch in batches:
+        for batch in calibration:
             outputs, calls = _graph(model, batch, stacks)
             samples += len(outputs)
             for _ in range(probes):
@@ -52,17 +58,15 @@ def sensitivities(
                 )
                 for (name, _), grad in zip(calls, grads, strict=True):
                     if grad is not None:
-                        stack = stacks[name]
-                        assert stack is not None
-                        rows = stack.output_rows(grad.detach()).double().cpu()  # (items, positions, groups, width)
+                        rows = (
+                            stacks[name].output_rows(grad.detach()).double().cpu()
+                        )  # (items, positions, groups, width)
                         total = rows.square().sum((0, 1))
                         sums[name] = sums[name] + total if name in sums else total
-    if not samples:
-        raise ValueError("no batches; give at least one")
     found: dict[str, Tensor] = {}
     for module, layer in pairs:
         if module in sums:
-            each = stacks[module].names(module)  # type: ignore[union-attr]
+            each = stacks[module].names(module)
             found[layer] = sums[module][each.index(layer)] / (samples * probes)
     return found
 
@@ -75,8 +79,8 @@ def directions(
     Each g_r is the gradient of the outputs of some of the samples along a random direction: one backward pass over the
     data in all. The estimate's standard deviation is sqrt(2 / count) of it. P counts the bias.
     """
-    pairs = dict.fromkeys(pair for chosen in choose(model, names).values() for pair in chosen)
-    stacks = {module: stack for module, _ in pairs if (stack := stack_of(model.get_submodule(module))) is not None}
+    chosen = choose(model, names)
+    pairs, stacks = chosen.pairs, chosen.stacks
     total = sum(len(next(tensors_in(batch))) for batch in batches)
     if not total:
         raise ValueError("no batches; give at least one")
@@ -129,7 +133,7 @@ def _parts(batches: Iterable[Any], size: int) -> Iterator[Any]:
             }
 
 
-def _graph(model: nn.Module, batch: Any, stacks: Mapping[str, Stack | None]) -> tuple[Tensor, list[tuple[str, Tensor]]]:
+def _graph(model: nn.Module, batch: Any, stacks: Mapping[str, Stack]) -> tuple[Tensor, list[tuple[str, Tensor]]]:
     """The outputs with their graph, and the outputs of the layers in it, call by call."""
     calls: list[tuple[str, Tensor]] = []
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import cached_property
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -25,6 +26,8 @@ class L1Reconstruction:
 
     Raises ValueError for a lam that is not a finite number > 0.
     """
+
+    needs_samples: ClassVar[bool] = False  # whether it reads Layer.inputs
 
     layer: Layer
     lam: float

@@ -13,7 +13,7 @@ import math
 from dataclasses import dataclass
 from functools import cached_property
 from numbers import Real
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
@@ -38,6 +38,8 @@ class NetTrim:
 
     Raises ValueError for a negative or non-finite epsilon, a slack of the wrong shape, a layer without samples.
     """
+
+    needs_samples: ClassVar[bool] = True  # whether it reads Layer.inputs
 
     layer: Layer
     epsilon: float

@@ -17,6 +17,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import cached_property
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -31,6 +32,8 @@ class OptimalBrainSurgeon:
 
     Raises ValueError for a mask of another shape or type.
     """
+
+    needs_samples: ClassVar[bool] = False  # whether it reads Layer.inputs
 
     layer: Layer
     removed: Tensor

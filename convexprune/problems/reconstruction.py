@@ -15,7 +15,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
@@ -40,6 +40,8 @@ class Reconstruction:
 
     Raises ValueError where the pattern does not fit the layer.
     """
+
+    needs_samples: ClassVar[bool] = False  # whether it reads Layer.inputs
 
     layer: Layer
     pattern: Pattern

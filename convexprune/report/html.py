@@ -8,7 +8,7 @@ import math
 from html import escape
 from typing import TYPE_CHECKING, Any
 
-from convexprune.report.row import HEADINGS, LEGEND, WORDS, Row
+from convexprune.report.row import HEADINGS, LEGEND, WORDS, Row, literal
 from convexprune.report.shares import curves_plot
 
 if TYPE_CHECKING:
@@ -57,7 +57,15 @@ def page(report: Report) -> str:
         _section("Settings", _list(vars(report.settings).items())),
     ]
     kept = f"{report.kept:,} of {report.total:,} weights kept: {report.kept_fraction:.1%}."
-    return document("Pruning report", f'<p class="lead">{kept}</p>\n{"".join(sections)}')
+    covered = () if report.coverage is None else report.coverage.lines()
+    lines = "".join(f"<p>{escape(line[0].upper() + line[1:])}.</p>\n" for line in covered)
+    return document("Pruning report", f'<p class="lead">{kept}</p>\n{lines}{"".join(sections)}')
+
+
+def excerpt(report: Report) -> str:
+    """The table and the summary, for a notebook: no plots, and no style but the notebook's own."""
+    words = "".join(f"<p>{escape(line)}</p>\n" for line in report.summary())
+    return f"<div>\n{_table(report.rows)}{words}</div>"
 
 
 def document(title: str, body: str) -> str:
@@ -119,7 +127,7 @@ def _links(report: Report) -> str:
     hollow = {"markersize": 9, "markerfacecolor": "none", "markeredgewidth": 1.5}
     axes.plot([link.guaranteed or FLOOR for link in links], places, "o", color=SECOND, label="guaranteed", **hollow)
     axes.plot([link.measured or FLOOR for link in links], places, "o", color=ACCENT, markersize=5, label="measured")
-    axes.set_yticks(places, [link.name for link in links])
+    axes.set_yticks(places, [literal(link.name) for link in links])
     axes.invert_yaxis()
     axes.set_xscale("log")
     axes.set_xlabel("change of the layer's outputs in the pruned network, Frobenius norm over the calibration samples")
@@ -152,7 +160,7 @@ def _layers_plot(rows: Sequence[Row]) -> Any:
     left, right = drawing.subplots(1, 2, sharey=True)
     places = list(range(len(rows)))
     left.barh(places, [100 * row.kept_fraction for row in rows], color=ACCENT, height=0.6)
-    left.set_yticks(places, [row.name for row in rows])
+    left.set_yticks(places, [literal(row.name) for row in rows])
     left.invert_yaxis()
     left.set_xlim(0, 100)
     left.set_xlabel("weights kept, %")
@@ -182,7 +190,7 @@ def _run_plot(row: Row) -> Any:
     looks = [point.certificate for point in row.trace]
     left.plot(seconds, [look.value for look in looks], color=ACCENT, label="objective")
     left.plot(seconds, [look.bound for look in looks], color=SECOND, label="bound")
-    left.set_title(row.name, loc="left", fontsize=10)
+    left.set_title(literal(row.name), loc="left", fontsize=10)
     right.plot(seconds, [max(look.relative_gap, FLOOR) for look in looks], color=INK, label="gap")
     right.plot(seconds, [max(look.violation, FLOOR) for look in looks], color=SECOND, label="violation", ls="--")
     right.set_yscale("log")

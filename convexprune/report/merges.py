@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
+from html import escape
 from typing import Any
 
 from convexprune.network.compact import Compaction
+from convexprune.report.plain import to_plain
+from convexprune.report.row import literal
 from convexprune.solution import Certificate
 from convexprune.whole_file import write_whole
 
@@ -63,14 +66,14 @@ class MergeReport:
         return "\n".join(lines)
 
     def to_json(self) -> str:
-        """The report as JSON."""
-        return json.dumps(asdict(self), indent=1)
+        """The report as JSON; numbers that JSON has no word for are strings ("inf")."""
+        return json.dumps(to_plain(self), indent=1, allow_nan=False)
 
     def save_html(self, path: str | os.PathLike[str]) -> None:
         """Write one self-contained page with the saliency curves. Raises OSError naming the path."""
         from convexprune.report.html import ACCENT, SECOND, document, figure, image
 
-        parts = ["<p>" + "</p><p>".join(str(self).splitlines()) + "</p>"]
+        parts = [f"<p>{escape(line)}</p>" for line in str(self).splitlines()]
         for layer in self.layers:
             drawing = figure(2.2)
             _curve(drawing.subplots(1, 2), layer, (ACCENT, SECOND))
@@ -84,7 +87,7 @@ def _curve(axes: Any, layer: MergedLayer, colours: tuple[str, str]) -> None:
     left.set_yscale("symlog", linthresh=max(max(layer.curve, default=1.0) * 1e-6, 1e-300))
     for place, style in ((layer.neurons - layer.survivors, "-"), (layer.cutoff, ":")):
         left.axvline(place, color=colours[1], linewidth=0.9, linestyle=style)
-    left.set_title(layer.name, loc="left", fontsize=10)
+    left.set_title(literal(layer.name), loc="left", fontsize=10)
     left.set_xlabel("merges (line: taken; dotted: published cut-off)")
     right.hist(layer.curve, bins="sturges", color=colours[0])
     right.set_xlabel("saliency of a merge")

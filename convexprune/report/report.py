@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
-from typing import Any
+from typing import Any, Final
 
 from torch import Tensor
 
 from convexprune.layer import Layer
-from convexprune.report.row import HEADINGS, WORDS, Moments, Row, number, percent
+from convexprune.network.coverage import Coverage
+from convexprune.report.plain import from_plain, to_plain
+from convexprune.report.row import HEADINGS, WORDS, Row, number, percent
 from convexprune.report.shares import Shares
-from convexprune.solution import Certificate, Status, TracePoint
+from convexprune.version import __version__
 from convexprune.whole_file import write_whole
+
+SCHEMA: Final = 1  # of a report's JSON; a text without one was written before 0.2.0, in the same layout
 
 
 @dataclass(frozen=True)
@@ -80,6 +83,7 @@ class Settings:
     seed: int
     threads: int
     torch: str
+    version: str = __version__  # of convexprune
 
 
 @dataclass(frozen=True)
@@ -93,6 +97,7 @@ class Report:
     network: NetworkError
     settings: Settings
     allocation: Shares | None = None
+    coverage: Coverage | None = None  # which of the model's weights the layers have
 
     @property
     def kept(self) -> int:
@@ -107,7 +112,14 @@ class Report:
     @property
     def kept_fraction(self) -> float:
         """kept / total."""
-        return self.kept / self.total
+        return self.kept / self.total if self.total else 0.0
+
+    @property
+    def model_kept_fraction(self) -> float | None:
+        """The share of all the model's weights that is kept; what no row has is kept whole."""
+        if self.coverage is None or not self.coverage.total:
+            return None
+        return 1 - (self.total - self.kept) / self.coverage.total
 
     def table(self) -> str:
         """The rows as aligned text, a line each, the names to the left and the figures to the right."""
@@ -124,12 +136,16 @@ class Report:
     def summary(self) -> tuple[str, ...]:
         """What was kept in all, and the network's guaranteed error beside its measured one."""
         kept = f"kept {self.kept} of {self.total} weights ({self.kept_fraction:.1%})"
+        of_model = self.model_kept_fraction
+        if of_model is not None and self.coverage is not None and self.coverage.covered < self.coverage.total:
+            kept = f"{kept}, {of_model:.1%} of the model's"
+        covered = () if self.coverage is None else self.coverage.lines()
         shares = () if self.allocation is None else self.allocation.lines(self.distortion)
         poor = [
             row.moments.line(row.name) for row in self.rows if row.moments and row.moments.rank < row.moments.inputs
         ]
         singular = ("singular Gram matrices: " + "; ".join(poor),) if poor else ()
-        return (kept, *self.network.lines(), *shares, *singular)
+        return (kept, *covered, *self.network.lines(), *shares, *singular)
 
     @property
     def distortion(self) -> float | None:
@@ -139,28 +155,35 @@ class Report:
     def __str__(self) -> str:
         return "\n".join([self.table(), "", *self.summary()])
 
+    def _repr_html_(self) -> str:
+        """What a notebook shows."""
+        from convexprune.report.html import excerpt
+
+        return excerpt(self)
+
     def to_json(self) -> str:
         """The report as JSON, traces included, patterns not; numbers that JSON has no word for are strings ("inf")."""
-        content = {
-            "settings": vars(self.settings),
-            "network": _network_to_json(self.network),
-            "kept": self.kept,
-            "total": self.total,
-            "rows": [_row_to_json(row) for row in self.rows],
-            "allocation": self.allocation and self.allocation.to_dict(),
-        }
+        content = {"schema": SCHEMA, **to_plain(self), "kept": self.kept, "total": self.total}
+        content["rows"] = [*map(_row_to_plain, self.rows)]
         return json.dumps(content, indent=1, allow_nan=False)
 
     @classmethod
     def from_json(cls, text: str) -> Report:
-        """The report that `to_json` wrote, without the weight patterns."""
-        content = json.loads(text)
-        return cls(
-            tuple(_row_from_json(row) for row in content["rows"]),
-            _network_from_json(content["network"]),
-            Settings(**content["settings"]),
-            Shares.from_dict(content["allocation"]) if content.get("allocation") else None,
-        )
+        """The report that `to_json` wrote, without the weight patterns.
+
+        Raises ValueError naming what is missing or of another type, and for the schema of another version.
+        """
+        content = _parsed(text)
+        rows, settings = content.get("rows"), content.get("settings")
+        if isinstance(rows, list):
+            content["rows"] = [*map(_row_with_certificates, rows)]
+        if isinstance(settings, dict):
+            content["settings"] = {"version": "before 0.2.0", **settings}
+        try:
+            report: Report = from_plain(cls, content)
+        except ValueError as error:
+            raise ValueError(f"the text is no pruning report: {error}") from error
+        return report
 
     def save_json(self, path: str | os.PathLike[str]) -> None:
         """Write `to_json()`; the file is there whole or not at all. Raises OSError naming the path."""
@@ -187,72 +210,40 @@ def described(problem: Any) -> str:
     return f"{type(problem).__name__}({', '.join(words)})"
 
 
-def _plain(value: Any) -> Any:
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+def _row_to_plain(row: Row) -> dict[str, Any]:
+    """A row, with what readers look for beside its fields; a point of the trace holds its certificate's numbers."""
+    content = to_plain(row) | {"total": row.total, "kept_fraction": row.kept_fraction}
+    if row.certificate is not None:
+        content["certificate"]["relative_gap"] = to_plain(row.certificate.relative_gap)
+    trace = [{"seconds": point["seconds"], **point["certificate"]} for point in content["trace"]]
+    return {**content, "trace": trace}
 
 
-def _read(value: float | str | None) -> float | None:
-    return None if value is None else float(value)
+def _row_with_certificates(row: Any) -> Any:
+    """A row as its fields are: the numbers of a point of the trace are its certificate."""
+    if not isinstance(row, dict) or not isinstance(row.get("trace"), list):
+        return row
+    trace = [{**point, "certificate": point} if isinstance(point, dict) else point for point in row["trace"]]
+    return {**row, "trace": trace}
 
 
-def _certificate_to_json(certificate: Certificate) -> dict[str, Any]:
-    return {key: _plain(value) for key, value in vars(certificate).items()}
-
-
-def _certificate_from_json(content: dict[str, Any]) -> Certificate:
-    return Certificate(*(float(content[key]) for key in ("value", "bound", "violation")))
-
-
-def _network_to_json(network: NetworkError) -> dict[str, Any]:
-    content = {key: _plain(value) for key, value in vars(network).items()}
-    rules = {key: _plain(value) for key, value in network.rules.items()}
-    return content | {
-        "rules": rules,
-        "layers": [{k: _plain(v) for k, v in vars(link).items()} for link in network.layers],
-    }
-
-
-def _network_from_json(content: dict[str, Any]) -> NetworkError:
-    measured, guaranteed, scale = (_read(content[key]) for key in ("measured", "guaranteed", "scale"))
-    links = (
-        Link(link["name"], float(link["guaranteed"]), float(link["measured"])) for link in content.get("layers", [])
-    )
-    rules = {key: float(value) for key, value in content.get("rules", {}).items()}
-    wanted = _read(content.get("wanted"))
-    return NetworkError(measured, guaranteed, scale, content["reason"], rules, tuple(links), wanted)
-
-
-def _row_to_json(row: Row) -> dict[str, Any]:
-    content = {key: _plain(value) for key, value in vars(row).items() if key not in ("pattern", "errors")}
-    proof = row.certificate
-    return content | {
-        "total": row.total,
-        "kept_fraction": row.kept_fraction,
-        "status": row.status and row.status.name,
-        "certificate": proof and _certificate_to_json(proof) | {"relative_gap": _plain(proof.relative_gap)},
-        "moments": row.moments and {key: _plain(value) for key, value in vars(row.moments).items()},
-        "trace": [{"seconds": point.seconds} | _certificate_to_json(point.certificate) for point in row.trace],
-    }
-
-
-def _row_from_json(content: dict[str, Any]) -> Row:
-    proof = content["certificate"]
-    return Row(
-        name=content["name"],
-        shape=tuple(content["shape"]),
-        kept=content["kept"],
-        status=None if content["status"] is None else Status[content["status"]],
-        certificate=None if proof is None else _certificate_from_json(proof),
-        error=_read(content["error"]),
-        problem=content["problem"],
-        iterations=content["iterations"],
-        seconds=content["seconds"],
-        wanted=content.get("wanted"),
-        repairs=content.get("repairs", False),
-        moments=_moments_from_json(content.get("moments")),
-        trace=tuple(TracePoint(point["seconds"], _certificate_from_json(point)) for point in content["trace"]),
-    )
-
-
-def _moments_from_json(content: dict[str, Any] | None) -> Moments | None:
-    return None if content is None else Moments(**{**content, "condition": float(content["condition"])})
+def _parsed(text: str) -> dict[str, Any]:
+    """The JSON object of a text, of a schema that is known here."""
+    if not isinstance(text, str):
+        raise TypeError(f"a report is read from the text of its JSON file; got a {type(text).__name__}")
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        what = f"not JSON ({error})" if text.strip() else "empty"
+        raise ValueError(
+            f"the text of the report is {what}; give the content of a file that save_json wrote"
+        ) from error
+    if not isinstance(content, dict):
+        raise ValueError(f"the text is no pruning report: it is a JSON {type(content).__name__}, expected an object")
+    schema = content.get("schema", SCHEMA)
+    if schema != SCHEMA:
+        raise ValueError(
+            f"the report has schema {schema!r}, and convexprune {__version__} reads schema {SCHEMA}; read it with the "
+            "version that wrote it"
+        )
+    return content

@@ -81,7 +81,7 @@ class Row:
     @property
     def kept_fraction(self) -> float:
         """kept / total."""
-        return self.kept / self.total
+        return self.kept / self.total if self.total else 0.0
 
     @property
     def left_dense(self) -> bool:
@@ -118,3 +118,8 @@ def small(value: float) -> str:
 def percent(value: float) -> str:
     """31.4%, or 2.0e-05 where it is tiny."""
     return f"{value:.1%}" if abs(value) >= 0.001 else f"{value:.1e}"
+
+
+def literal(name: str) -> str:
+    """A name as matplotlib draws it: a pair of dollars would be a formula."""
+    return name.replace("$", r"\$")

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
+from convexprune.report.row import literal
 from convexprune.solution import Certificate
 
 
@@ -52,19 +53,6 @@ class Shares:
             found.append(f"distortion of the network's output, measured: {measured:.6g}{ratio}")
         return tuple(found)
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, content: dict[str, Any]) -> Shares:
-        """The reverse of `to_dict`."""
-        layers = tuple(
-            Share(**{**share, "fractions": tuple(share["fractions"]), "distortions": tuple(share["distortions"])})
-            for share in content["layers"]
-        )
-        return cls(**{**content, "layers": layers, "certificate": Certificate(**content["certificate"])})
-
 
 def curves_plot(figure: Any, shares: Shares, colours: tuple[str, str]) -> None:
     """The curves of all layers with the levels chosen, on the left; the shares on the right."""
@@ -80,6 +68,6 @@ def curves_plot(figure: Any, shares: Shares, colours: tuple[str, str]) -> None:
     left.set_title("distortion predicted", loc="left", fontsize=10)
     places = list(range(len(shares.layers)))
     right.barh(places, [100 * share.kept / max(share.total, 1) for share in shares.layers], color=line, height=0.6)
-    right.set_yticks(places, [share.name for share in shares.layers], fontsize=7)
+    right.set_yticks(places, [literal(share.name) for share in shares.layers], fontsize=7)
     right.invert_yaxis()
     right.set_xlabel("weights allotted, %")

@@ -26,8 +26,9 @@ class Dataset(BaseDataset):
         batches = encoder.batches(minilm.paragraphs(text, self.paragraphs, 0)[0])
         names = [name for name in encoder.linears() if name.startswith("encoder.")]
         curves = cp.rate_distortion(
-            encoder.model, batches, names, levels=(0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0), damping=1e-3,
-            measure=cp.LayerError(), solver=cp.Fast(), mask=minilm.token_mask,
+            encoder.model, cp.Calibration(batches, names, minilm.token_mask),
+            levels=(0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0), damping=1e-3,
+            measure=cp.LayerError(), solver=cp.Fast(),
         )  # fmt: skip
         return {"problem": cp.SparsityAllocation(curves, round(self.keep * sum(curve.total for curve in curves)))}
 

@@ -98,6 +98,6 @@ def test_residual_mode_repairs_a_network():
 
     errors = {}
     for mode in ("cascade", "residual"):
-        _, report = cp.prune(model, batches, build, mode=mode, names="*conv*", keep_inputs=False)
+        _, report = cp.prune(model, batches, build, mode=mode, names="*conv*")
         errors[mode] = report.network.measured
     assert errors["residual"] < errors["cascade"]

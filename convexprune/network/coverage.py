@@ -1,0 +1,113 @@
+"""Every weight of a model accounted for: in a layer that can be pruned, left out by choice, or not covered, and why."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Final
+
+from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
+
+from convexprune.network.matrices import KIND_NAMES, stack_of
+
+COVERED: Final = ""
+SHOWN: Final = 4  # tensors that a sentence names of each reason
+
+
+@dataclass(frozen=True)
+class Held:
+    """A parameter of two or more dimensions.
+
+    why  "" where a layer that is walked has it; else why it is left as it was
+    """
+
+    name: str
+    kind: str  # of the module that holds it
+    weights: int
+    why: str = COVERED
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """The parameters of two or more dimensions of a model, each once."""
+
+    tensors: tuple[Held, ...]
+
+    @property
+    def total(self) -> int:
+        """Weights of the model."""
+        return sum(tensor.weights for tensor in self.tensors)
+
+    @property
+    def covered(self) -> int:
+        """Weights of the layers that are walked."""
+        return sum(tensor.weights for tensor in self.tensors if not tensor.why)
+
+    def lines(self) -> tuple[str, ...]:
+        """What share of the model the layers have, and what is left as it was, by reason."""
+        share = self.covered / self.total if self.total else 0.0
+        head = f"the layers have {self.covered} of the model's {self.total} weights ({share:.1%})"
+        reasons: dict[str, list[Held]] = {}
+        for tensor in self.tensors:
+            if tensor.why:
+                reasons.setdefault(tensor.why, []).append(tensor)
+        return (head, *(f"left as it was, {why}: {_listed(each)}" for why, each in reasons.items()))
+
+
+def coverage(model: nn.Module, walked: Collection[str], chosen: Collection[str]) -> Coverage:
+    """What becomes of each parameter of two or more dimensions.
+
+    walked  the modules that are called and chosen
+    chosen  the modules that the names mean
+    """
+    held: dict[int, list[tuple[str, str, nn.Module]]] = {}
+    parameters = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        for key, parameter in module._parameters.items():
+            if parameter is not None and parameter.ndim >= 2:
+                held.setdefault(id(parameter), []).append((path, key, module))
+                parameters[id(parameter)] = parameter
+    return Coverage(
+        tuple(
+            Held(
+                ".".join(filter(None, places[0][:2])), type(places[0][2]).__name__, parameters[key].numel(),
+                _why(places, walked, chosen),
+            )
+            for key, places in held.items()
+        )
+    )  # fmt: skip
+
+
+def check_counted(counts: Mapping[str, int], pruned: Iterable[str]) -> None:
+    """Raise ValueError where a budget has counted a layer that is not pruned: it would be missed in silence."""
+    missed = sorted(set(counts) - set(pruned))
+    if missed:
+        raise ValueError(
+            f"the allocation gives layer {missed[0]!r} a share of the budget, and it is not pruned; leave it out of "
+            "`names`, or let the recipe state a problem for it"
+        )
+
+
+def _why(places: list[tuple[str, str, nn.Module]], walked: Collection[str], chosen: Collection[str]) -> str:
+    layers = [path for path, key, module in places if key == "weight" and stack_of(module) is not None]
+    if any(path in walked for path in layers):
+        return COVERED
+    if any(path in chosen for path in layers):
+        return "never called on the calibration data"
+    if layers:
+        return "not among the names"
+    path, key, module = places[0]
+    if isinstance(module, nn.Embedding):
+        return "an embedding table"
+    if is_parametrized(module) or path.rpartition(".")[0].endswith("parametrizations") or key.endswith("_orig"):
+        return "computed by a parametrization"
+    if any(kind.__name__ in KIND_NAMES.split(", ") for kind in type(module).__mro__):
+        return "in a layer with a forward of its own"
+    return f"no layer kind for the {key} of a {type(module).__name__}"
+
+
+def _listed(tensors: list[Held]) -> str:
+    names = [f"{tensor.name} ({tensor.weights})" for tensor in tensors[:SHOWN]]
+    more = len(tensors) - SHOWN
+    return ", ".join(names) + (f" and {more} more, {sum(t.weights for t in tensors)} in all" if more > 0 else "")

@@ -1,0 +1,107 @@
+"""A survey of a network: one pass over all batches tells its layers in order, and what each reads and is read by."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from convexprune.network.activation import activation
+from convexprune.network.calibration import Calibration
+from convexprune.network.forward import tensors_in, undisturbed
+from convexprune.network.matrices import Stack
+from convexprune.network.recording import Record, record
+
+
+@dataclass(eq=False)
+class Survey:
+    """The layers that a network calls, from the records of all batches.
+
+    stacks  module name -> its matrices, of the layers that are looked for
+    """
+
+    stacks: Mapping[str, Stack]
+    order: list[str] = field(default_factory=list)  # modules, in the order in which they are first called
+    calls: dict[str, int] | None = None  # module -> how often a batch calls it; None where batches differ
+    rectified: dict[str, bool] = field(default_factory=dict)  # module -> whether a ReLU is all that ever reads it
+    uneven: str = ""  # why the first record does not stand for all, or nothing
+    _records: list[Record] = field(default_factory=list)  # the first
+    _shapes: set[tuple[tuple[int, ...], ...]] = field(default_factory=set)  # of a sample
+    _partners: dict[str, set[str]] = field(default_factory=dict)  # module -> those that read the same tensor as it
+
+    @property
+    def record(self) -> Record:
+        """What the first batch did."""
+        return self._records[0]
+
+    @property
+    def activations(self) -> dict[str, str | None]:
+        """module -> the activation behind it."""
+        return {name: "relu" if self.rectified[name] else None for name in self.order}
+
+    @property
+    def groups(self) -> list[list[str]]:
+        """The modules in order; neighbours that read the same tensor in every batch are together."""
+        groups: list[list[str]] = []
+        for name in self.order:
+            if groups and name in self._partners[groups[-1][0]]:
+                groups[-1].append(name)
+            else:
+                groups.append([name])
+        return groups
+
+    def partners(self, name: str) -> set[str]:
+        """The modules that read the same tensor as this one in every batch, itself among them."""
+        return self._partners[name]
+
+    def add(self, steps: Record, batch: Any) -> None:
+        """Take in what a batch did."""
+        layers = [step for step in steps.steps if step.layer in self.stacks]
+        counts: dict[str, int] = {}
+        reads: dict[str, list[Any]] = {}
+        for step in layers:
+            assert step.layer is not None
+            counts[step.layer] = counts.get(step.layer, 0) + 1
+            reads.setdefault(step.layer, []).append((step.reads[:1], self.stacks[step.layer].unfolding))
+        self._put_in_order(list(counts))
+        self.calls = counts if not self._records or self.calls == counts else None
+        for name in counts:
+            partners = {other for other in counts if reads[other] == reads[name]}
+            self._partners[name] = partners & self._partners.get(name, partners)
+            self.rectified[name] = self.rectified.get(name, True) and activation(steps, name) == "relu"
+        self._compare(steps, batch)
+
+    def _put_in_order(self, called: list[str]) -> None:
+        """A module that no batch before has called comes behind the one that is called before it."""
+        place = 0
+        for name in called:
+            if name in self.order:
+                place = self.order.index(name) + 1
+            else:
+                self.order.insert(place, name)
+                place += 1
+
+    def _compare(self, steps: Record, batch: Any) -> None:
+        self._shapes.add(tuple(tuple(tensor.shape[1:]) for tensor in tensors_in(batch)))
+        if not self._records:
+            self._records.append(steps)
+        elif len(self._shapes) > 1:
+            self.uneven = "the batches have samples of several shapes, and the bound knows those of the first"
+        elif not self.uneven and not self.record.like(steps):
+            self.uneven = (
+                "the batches do not all take the same way through the model, and the bound knows that of the first"
+            )
+
+
+def survey(
+    model: nn.Module, calibration: Calibration, stacks: Mapping[str, Stack], tell: Callable[[int], None]
+) -> Survey:
+    """One pass of the model over all batches; `tell` is called with each batch's number."""
+    found = Survey(stacks)
+    with undisturbed(model):
+        for index, batch in enumerate(calibration):
+            found.add(record(model, batch), batch)
+            tell(index)
+    return found

@@ -1,0 +1,111 @@
+"""One rule for each kind of option: which values a solver's fields may have.
+
+Options of one name mean the same everywhere, so one table checks them; a solver gives the checks of its own:
+
+    def __post_init__(self) -> None:
+        check_options(self, alpha=between(0, 2))
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import fields
+from numbers import Integral, Real
+from typing import Any, Final
+
+import torch
+
+Check = Callable[[str, Any], None]  # of an option's name and value; raises ValueError or TypeError
+
+
+def number(least: float = -math.inf, most: float = math.inf, *, least_open: bool = False, most_open: bool = False,
+           infinite: bool = False) -> Check:  # fmt: skip
+    """A real number from `least` to `most`, the ends included unless they are open; finite unless `infinite`."""
+    low, high = ("(" if least_open else "["), (")" if most_open else "]")
+    if most == math.inf:
+        range_ = f"> {least:g}" if least_open else f">= {least:g}"
+    else:
+        range_ = f"in {low}{least:g}, {most:g}{high}"
+    wanted = f"a {'' if infinite else 'finite '}number {range_}" if least > -math.inf else "a finite number"
+
+    def check(name: str, value: Any) -> None:
+        if isinstance(value, bool) or not isinstance(value, Real):
+            raise TypeError(f"{name} is {value!r}; it must be {wanted}")
+        figure = float(value)
+        low_enough = figure < most or (figure == most and not most_open)
+        high_enough = figure > least or (figure == least and not least_open)
+        if not (low_enough and high_enough) or (math.isinf(figure) and not infinite):
+            raise ValueError(f"{name} is {value!r}; it must be {wanted}")
+
+    return check
+
+
+def whole(least: int) -> Check:
+    """A whole number, at least `least`."""
+
+    def check(name: str, value: Any) -> None:
+        if isinstance(value, bool) or not isinstance(value, Integral):
+            raise TypeError(f"{name} is {value!r}; it must be a whole number >= {least}")
+        if value < least:
+            raise ValueError(f"{name} is {value!r}; it must be a whole number >= {least}")
+
+    return check
+
+
+def optional(check: Check) -> Check:
+    """None, or what `check` takes."""
+    return lambda name, value: None if value is None else check(name, value)
+
+
+def positive(name: str, value: Any) -> None:
+    """A finite number > 0."""
+    number(0, least_open=True)(name, value)
+
+
+def between(least: float, most: float) -> Check:
+    """A number strictly between the two."""
+    return number(least, most, least_open=True, most_open=True)
+
+
+def device(name: str, value: Any) -> None:
+    """The name of a device that is there."""
+    if not isinstance(value, (str, torch.device)):
+        raise TypeError(f"{name} is {value!r}; give the name of a device, such as 'cpu' or 'cuda'")
+    try:
+        found = torch.device(value)
+    except RuntimeError as error:
+        raise ValueError(f"{name} is {value!r}, which is no device; give one such as 'cpu' or 'cuda'") from error
+    if found.type == "cpu":
+        return
+    if found.type == "meta":
+        raise ValueError(f"{name} is {value!r}, on which nothing can be computed; give one such as 'cpu' or 'cuda'")
+    there = torch.cuda.device_count() if found.type == "cuda" else int(torch.get_device_module(found).is_available())
+    if (found.index or 0) >= there:
+        raise ValueError(f"{name} is {value!r}, and torch finds {there} devices of that kind here; give 'cpu'")
+
+
+def dtype(name: str, value: Any) -> None:
+    """float32 or float64."""
+    if not isinstance(value, torch.dtype):
+        raise TypeError(f"{name} is {value!r}; it must be torch.float32 or torch.float64")
+    if value not in (torch.float32, torch.float64):
+        raise ValueError(f"{name} is {value}; it must be torch.float32 or torch.float64")
+
+
+NAMED: Final[dict[str, Check]] = {
+    "eps_abs": positive, "eps_rel": positive, "max_iter": whole(1), "time_limit": optional(number(0, least_open=True,
+    infinite=True)), "memory": number(0, least_open=True, infinite=True), "device": device, "dtype": dtype,
+    "seed": whole(0),
+}  # fmt: skip
+
+
+def check_options(solver: Any, **checks: Check) -> None:
+    """Raise ValueError or TypeError for an option out of its range, naming it and the values that it may have.
+
+    checks  of the options that the table does not know, and of those that mean something else here
+    """
+    for entry in fields(solver):
+        check = checks.get(entry.name, NAMED.get(entry.name))
+        if check is not None:
+            check(entry.name, getattr(solver, entry.name))
