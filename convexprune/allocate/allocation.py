@@ -1,4 +1,4 @@
-"""From a budget for the whole network to a count for each layer: curves, and a knapsack over them."""
+"""From a budget for the whole network to a count for each module: curves, and a knapsack over them."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch import nn
 from convexprune.allocate.rate_distortion import LEVELS, Measure, rate_distortion
 from convexprune.curve import Curve
 from convexprune.network import Calibration, capture
+from convexprune.network.names import choose
 from convexprune.problem import Solver
 from convexprune.problems import SparsityAllocation
 from convexprune.report.progress import Progress
@@ -22,15 +23,15 @@ from convexprune.solve import solve
 
 @dataclass(frozen=True, eq=False)
 class Allocation:
-    """How `prune` divides a budget among the layers.
+    """How `prune` divides a budget among the modules; the groups of a convolution compete for their module's count.
 
     budget    a fraction of what keeping everything costs (a float in (0, 1]), or that cost itself (an int)
     measure, levels, inner, damping, cache   how the curves are measured: see `rate_distortion`
     solver    divides the budget; None: the exact one. A rule such as `ErdosRenyiKernel()` needs no curves, and gets
               them all the same, so that the report can say what it gives away
     least, most   the fraction of any layer that may be kept; a mapping gives some layers their own
-    price     layer name -> what one kept weight of it costs; None: 1. See `macs_per_weight`
-    tie       layer name -> a label: layers with the same one keep the same fraction
+    price     module name -> what one kept weight of it costs; None: 1. See `macs_per_weight`
+    tie       module name -> a label: layers with the same one keep the same fraction
     batches   calibration data for the curves, where it is not that of the pruning
     curves    measured before; then nothing is measured
     """
@@ -114,11 +115,12 @@ class Allocation:
 
 
 def macs_per_weight(model: nn.Module, batch: Any, names: Sequence[str] | str | None = None) -> dict[str, float]:
-    """How often each layer multiplies by each of its weights for one example: 1 if linear, else its output positions.
+    """How often each module multiplies by each of its weights for one example: 1 if linear, else its output positions.
 
     batch   a tensor, or a tuple or list that begins with one; its first axis are the examples
     """
     first = batch[0] if isinstance(batch, (tuple, list)) else batch
     if isinstance(first, Mapping):
         first = next(iter(first.values()))
-    return {layer.name: layer.samples / len(first) for layer in capture(model, [batch], names)}
+    home = {layer: module for module, layer in choose(model, names).pairs}
+    return {home[layer.name]: layer.samples / len(first) for layer in capture(model, [batch], names)}
