@@ -56,23 +56,15 @@ class LassoProblem(Protocol):
 
 
 @runtime_checkable
-class SparseLeastSquares(Problem, Protocol):
-    """Minimise tr(W G W^T) - 2 <C, W> + sum(energies) over W (M, N) with a support in the pattern.
+class GroupedLeastSquares(Problem, Protocol):
+    """Sparse least squares of the M neurons of a module, in groups that have each a Gram matrix of its own.
 
-    A solver works on W; `completed` makes the problem's point of it.
+    A solver works on W (M, N), the groups one below the other; `completed` makes the problem's point of it.
     """
 
     @property
-    def gram(self) -> Tensor:
-        """G (N, N), float64."""
-
-    @property
-    def cross(self) -> Tensor:
-        """C (M, N), float64."""
-
-    @property
-    def energies(self) -> Tensor:
-        """(M,), float64: the value at W = 0, one for each neuron."""
+    def parts(self) -> tuple[SparseLeastSquares, ...]:
+        """Each group by itself; only the problem itself where all neurons are one group."""
 
     @property
     def target(self) -> Tensor:
@@ -95,6 +87,44 @@ class SparseLeastSquares(Problem, Protocol):
 
     def completed(self, weight: Tensor) -> Tensor:
         """(M, P), float64: the weights with the best bias as the last column, if the layer has one."""
+
+
+@runtime_checkable
+class SparseLeastSquares(GroupedLeastSquares, Protocol):
+    """Minimise tr(W G W^T) - 2 <C, W> + sum(energies) over W (M, N) with a support in the pattern."""
+
+    @property
+    def gram(self) -> Tensor:
+        """G (N, N), float64."""
+
+    @property
+    def cross(self) -> Tensor:
+        """C (M, N), float64."""
+
+    @property
+    def energies(self) -> Tensor:
+        """(M,), float64: the value at W = 0, one for each neuron."""
+
+
+@runtime_checkable
+class StackedProblem(Problem, Protocol):
+    """A module's groups, each with a problem of its own; a point is their points, one below the other."""
+
+    @property
+    def parts(self) -> tuple[Problem, ...]:
+        """Each group by itself."""
+
+
+@runtime_checkable
+class SharedPattern(GroupedLeastSquares, Protocol):
+    """Sparse least squares whose groups share a pattern."""
+
+    @property
+    def spans(self) -> bool:
+        """Whether the groups compete for one count; else `parts` say all that the pattern does."""
+
+    def divided(self, mask: Tensor) -> tuple[SparseLeastSquares, ...]:
+        """The groups, each with the share of the count that a support (M, N) bool of the module gives it."""
 
 
 @runtime_checkable

@@ -7,7 +7,8 @@ same number in each group; what is kept is counted exactly and ties go to the lo
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from numbers import Integral
 from typing import Protocol, runtime_checkable
 
@@ -197,6 +198,35 @@ def excess(pattern: Pattern, mask: Tensor, kernel: int = 1) -> int:
         return int((mask & ~pattern.mask.to(mask.device)).sum())
     held = (pattern.folded(mask.to(torch.int64), kernel) > 0).sum(1)
     return int((held - quota).clamp(min=0).sum())
+
+
+def joined(patterns: Sequence[Pattern]) -> Pattern | None:
+    """The pattern of matrices of one shape, one below the other, whose count is that of all; None where there is none.
+
+    Equal fractions stay that fraction, of all weights and rounded once. Counts add up, so that they may differ.
+    """
+    first, kinds = patterns[0], {type(pattern) for pattern in patterns}
+    if kinds == {Support}:
+        return Support(torch.cat([pattern.mask for pattern in patterns if isinstance(pattern, Support)]))
+    if kinds <= {Unstructured} or kinds <= {Blocks}:
+        counts = [pattern.keep for pattern in patterns if isinstance(pattern, (Unstructured, Blocks))]
+        sizes = {tuple(pattern.size) for pattern in patterns if isinstance(pattern, Blocks)}
+        if all(isinstance(keep, int) for keep in counts) and len(sizes) <= 1:
+            return replace(first, keep=sum(counts))  # type: ignore[type-var]
+    # by their words: 1 and 1.0 are equal numbers, but one weight and all of them
+    same = kinds <= {Unstructured, PerRow, NM, Blocks} and len({repr(pattern) for pattern in patterns}) == 1
+    return first if same else None
+
+
+def spans(pattern: Pattern) -> bool:
+    """Whether the rows share one count, so that what one keeps another loses."""
+    return isinstance(pattern, (Unstructured, Blocks))
+
+
+def counted(pattern: Pattern, mask: Tensor, kernel: int = 1) -> Pattern:
+    """A pattern that spans the rows, with the count that a mask (M, N) bool holds."""
+    held = int((pattern.folded(mask.to(torch.int64), kernel) > 0).sum())
+    return replace(pattern, keep=held)  # type: ignore[type-var]
 
 
 def kth_smallest(cells: Tensor, k: int) -> Tensor:

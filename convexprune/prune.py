@@ -6,7 +6,7 @@ what need not be kept is not, before the work begins. `network.traversal` then g
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
@@ -58,8 +58,9 @@ def prune(
         batches: the calibration data, as a `Calibration` or its batches alone: a list or a DataLoader that gives the
             same samples each time. They are gone through several times (`Traversal.passes`).
         build: states a layer's problem; returning None leaves the layer dense. With an `allocation` it is called with
-            the layer and the number of weights it may keep, and is Reconstruction of that many unless given. It is
-            asked twice: first with an outline of the layer (its name, weights and activation; one sample of zeros).
+            the layer and the number of weights it may keep (a group of a convolution: its even share of the module's),
+            and is Reconstruction of that many unless given. It is asked twice: first with an outline of the layer (its
+            name, weights and activation; one sample of zeros).
         solver: None: each problem's default.
         mode: "parallel": every layer is judged on the dense network's inputs; "cascade": on those of the network
             pruned so far, against the dense network's outputs; "residual": a cascade that repairs residual sums.
@@ -89,7 +90,8 @@ def prune(
     tell = Teller(progress, calibration)
     walk = Traversal(model, calibration, mode, tell.captured)
     shares = None if allocation is None else allocation.shares(model, calibration, progress=progress)
-    report = walked(walk, _stated(build, shares), solver, tell, shares)
+    counts = None if shares is None else shares.by_layer(walk.names)
+    report = walked(walk, _stated(build, counts), solver, tell, shares)
     return walk.pruned, report
 
 
@@ -102,8 +104,7 @@ def walked(walk: Traversal, state: State, solver: Solver | None, tell: Teller, s
     """
     plan = _Plan.of(walk, state)
     if shares is not None:
-        asked = {name for names in walk.names.values() for name in names}
-        check_counted(shares.counts, asked - set(plan.left))
+        check_counted(shares.counts, [module for module, names in walk.names.items() if not {*names} <= {*plan.left}])
     tell.planned(plan.coverage, sum(map(len, walk.names.values())))
     rows: list[Row] = []
     used, written = "", list(plan.pruned)
@@ -171,12 +172,11 @@ def _check_options(build: Any, solver: Any, allocation: Any) -> None:
         raise TypeError("give a `build`, which states each layer's problem, or an `allocation`")
 
 
-def _stated(build: Build | None, shares: Shares | None) -> State:
+def _stated(build: Build | None, counts: Mapping[str, int] | None) -> State:
     """The recipe as a function of the layer alone."""
-    if shares is None:
+    if counts is None:
         assert build is not None  # by _check_options
         return build
-    counts = shares.counts
 
     def state(layer: Layer) -> LayerProblem | None:
         if layer.name not in counts:

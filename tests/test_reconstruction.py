@@ -30,6 +30,7 @@ from convexprune.solvers import (
     SwapSearch,
     Then,
 )
+from convexprune.solvers.least_squares.grams import Grams
 from convexprune.solvers.least_squares.on_support import best_on_support
 from convexprune.solvers.least_squares.support_inverses import SupportInverses
 
@@ -148,7 +149,7 @@ def test_inverses_stay_inverses_while_weights_leave_and_enter(seed):
     generator = torch.Generator().manual_seed(seed)
     gram = torch.corrcoef(torch.randn(12, 60, generator=generator, dtype=torch.float64))
     cross, mask = normal(seed, (7, 12)), torch.rand(7, 12, generator=generator) < 0.5
-    inverses = SupportInverses(gram, cross, mask, ridge=1e-9)
+    inverses = SupportInverses(Grams.of(gram[None], 7), cross, mask, torch.full((7, 1), 1e-9))
     for _ in range(4):
         for _ in range(2):
             cheapest, slots = inverses.costs.min(1)
@@ -272,7 +273,7 @@ def test_solvers_refuse_what_they_cannot_take():
     for solver in (ExactOBS(), SwapSearch(), Best(), BranchAndBound()):
         with pytest.raises(TypeError, match="whole blocks"):
             solve(blocks, solver)
-    with pytest.raises(TypeError, match="takes SparseLeastSquares problems; NetTrim is none"):
+    with pytest.raises(TypeError, match="takes GroupedLeastSquares problems; NetTrim is none"):
         solve(NetTrim(random_layer(), epsilon=0.1), Magnitude())
     with pytest.raises(ValueError, match="up to 30 inputs"):
         solve(Reconstruction(random_layer(0, inputs=31), Unstructured(0.5)), BranchAndBound())

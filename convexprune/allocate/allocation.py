@@ -1,4 +1,4 @@
-"""Divide a budget for the whole network into a count for each layer: a knapsack over rate-distortion curves."""
+"""Divide a budget for the whole network into a count for each module: a knapsack over rate-distortion curves."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch import nn
 from convexprune.allocate.rate_distortion import LEVELS, Measure, rate_distortion
 from convexprune.curve import Curve
 from convexprune.network import Calibration, capture
+from convexprune.network.names import choose
 from convexprune.problem import Solver
 from convexprune.problems import SparsityAllocation
 from convexprune.report.progress import Progress
@@ -22,7 +23,7 @@ from convexprune.solve import solve
 
 @dataclass(frozen=True, eq=False)
 class Allocation:
-    """How `prune` divides a budget among the layers.
+    """How `prune` divides a budget among the modules; the groups of a convolution compete for their module's count.
 
     Args:
         budget: A fraction (a float in (0, 1]) of the cost of keeping everything, or a cost (an int).
@@ -35,8 +36,8 @@ class Allocation:
             optimum.
         least: Smallest fraction of a layer that may be kept; a mapping sets it by layer name.
         most: Largest fraction of a layer that may be kept; a mapping sets it by layer name.
-        price: Cost of one kept weight by layer name, such as `macs_per_weight` gives; a layer without one costs 1.
-        tie: Label by layer name; layers with the same label keep the same fraction.
+        price: Cost of one kept weight by module name, such as `macs_per_weight` gives; a layer without one costs 1.
+        tie: Label by module name; modules with the same label keep the same fraction.
         cache: Folder for the measured curves, as in `rate_distortion`.
         batches: Calibration data for the curves; None takes the batches of the pruning.
         curves: Curves that are known already; then nothing is measured.
@@ -133,11 +134,12 @@ class Allocation:
 
 
 def macs_per_weight(model: nn.Module, batch: Any, names: Sequence[str] | str | None = None) -> dict[str, float]:
-    """Number of multiplications by each weight of a layer for one example: 1 if linear, else its output positions.
+    """Number of multiplications by each weight of a module for one example: 1 if linear, else its output positions.
 
     batch   a tensor, or a tuple or list that begins with one; the examples are along its first axis
     """
     first = batch[0] if isinstance(batch, (tuple, list)) else batch
     if isinstance(first, Mapping):
         first = next(iter(first.values()))
-    return {layer.name: layer.samples / len(first) for layer in capture(model, [batch], names)}
+    home = {layer: module for module, layer in choose(model, names).pairs}
+    return {home[layer.name]: layer.samples / len(first) for layer in capture(model, [batch], names)}

@@ -1,8 +1,9 @@
-"""Rate-distortion curves: what pruning a layer alone to each of some levels loses, by one of three measures."""
+"""Rate-distortion curves: what pruning a module alone to each of some levels loses, by one of three measures."""
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 from collections.abc import Callable, Iterable, Sequence
@@ -18,11 +19,13 @@ from convexprune.curve import Curve
 from convexprune.layer import Layer
 from convexprune.network import Calibration, capture, directions, read, write
 from convexprune.network.forward import check_batches, copied, run, tensors_in, undisturbed
+from convexprune.network.names import choose
 from convexprune.patterns import Unstructured
-from convexprune.problem import Solver
-from convexprune.problems import Reconstruction
+from convexprune.problem import LayerProblem, Solver
+from convexprune.problems import Reconstruction, stacked
 from convexprune.report.progress import Progress
 from convexprune.solve import solve
+from convexprune.solvers import Groupwise
 from convexprune.whole_file import write_whole
 
 LEVELS: Final = (
@@ -38,7 +41,8 @@ class Measure(Protocol):
         """The measure on a model and its calibration batches."""
 
 
-Measured = Callable[[Layer, Reconstruction, Tensor], float]  # layer, its problem at this level, its point
+Group = Sequence[Layer]  # the layers of a module, one for each group
+Measured = Callable[[Group, LayerProblem, Tensor], float]  # layers, their problem at this level, its point
 
 
 @dataclass(frozen=True)
@@ -47,7 +51,7 @@ class LayerError:
 
     def prepared(self, model: nn.Module, batches: Sequence[Any], layers: Sequence[Layer]) -> Measured:
         """Nothing to prepare: the problem's value."""
-        return lambda layer, problem, x: problem.value(x) / max(layer.energy, 1e-300)
+        return lambda layers, problem, x: problem.value(x) / max(sum(layer.energy for layer in layers), 1e-300)
 
 
 @dataclass(frozen=True)
@@ -65,9 +69,10 @@ class SecondOrder:
         """One sweep over the batches for all layers."""
         known = directions(model, batches, [layer.name for layer in layers], self.directions, self.seed)
 
-        def measured(layer: Layer, problem: Reconstruction, x: Tensor) -> float:
-            change = (x - layer.affine_weight).float().flatten()
-            return float((known[layer.name].flatten(1) @ change).double().square().sum())
+        def measured(layers: Group, problem: LayerProblem, x: Tensor) -> float:
+            slopes = torch.cat([known[layer.name] for layer in layers], 1)
+            change = (x - problem.dense).float().flatten()
+            return float((slopes.flatten(1) @ change).double().square().sum())
 
         return measured
 
@@ -86,16 +91,19 @@ class OutputChange:
         trial = copied(model)
         dense = [_outputs(model, batch) for batch in batches]
 
-        def measured(layer: Layer, problem: Reconstruction, x: Tensor) -> float:
-            before = read(trial, layer.name)
-            write(trial, layer.name, x)
+        def measured(layers: Group, problem: LayerProblem, x: Tensor) -> float:
+            names = [layer.name for layer in layers]
+            before = [read(trial, name) for name in names]
             try:
+                for name, own in zip(names, torch.split(x, len(before[0])), strict=True):
+                    write(trial, name, own)
                 changes = [
                     (_outputs(trial, batch) - known).double().square().flatten(1).sum(1)
                     for batch, known in zip(batches, dense, strict=True)
                 ]
             finally:
-                write(trial, layer.name, before)
+                for name, own in zip(names, before, strict=True):
+                    write(trial, name, own)
             each = torch.cat(changes)
             return float(each.max() if self.worst else each.mean())
 
@@ -150,13 +158,13 @@ def rate_distortion(
     cache: str | os.PathLike[str] | None = None,
     progress: Callable[[Progress], None] | None = None,
 ) -> list[Curve]:
-    """A curve for each layer: pruned alone, by Reconstruction, to each level; the model is left as it was.
+    """A curve for each module: pruned alone, by Reconstruction, to each level; the model is left as it was.
 
-    levels   fractions of the layer's weights to keep
+    levels   fractions of the module's weights to keep, of all groups of a convolution together
     measure  `SecondOrder()` unless told; `OutputChange()` is the published one, `LayerError()` the cheapest
-    solver   prunes to each level; None: the default of Reconstruction
+    solver   prunes to each level, groups by `Groupwise(solver)`; None: the default of Reconstruction
     damping  as in Layer.damped
-    cache    a folder with a file for each layer: what is there is not measured again, if the layer, the data and the
+    cache    a folder with a file for each module: what is there is not measured again, if the layers, the data and the
              settings are the same
     batches, names, progress   as in `prune`
 
@@ -170,26 +178,27 @@ def rate_distortion(
         raise ValueError(f"levels are fractions in (0, 1]; got {wrong[0] if wrong else 'none'}")
     measure = SecondOrder() if measure is None else measure
     layers = capture(model, calibration)
+    home = {layer: module for module, layer in choose(model, calibration.names).pairs}
     drawn = f"{calibration.positions!r}; {calibration.seed!r}; {calibration.fingerprint.text}"
     said = f"{measure!r}; {solver!r}; {damping!r}; {tuple(levels)!r}; {drawn}"
     store = None if cache is None else _Store(Path(cache), hashlib.sha256(said.encode()).hexdigest())
     measured: Measured | None = None
     curves = []
-    for done, layer in enumerate(layers):
+    modules = [(name, list(own)) for name, own in itertools.groupby(layers, lambda layer: home[layer.name])]
+    for done, (name, group) in enumerate(modules):
         if progress is not None:
-            progress(Progress("measure", layer.name, done, len(layers)))
-        found = None if store is None else store.read(layer)
+            progress(Progress("measure", name, done, len(modules)))
+        found = None if store is None else store.read(name, group)
         if found is None:
             if measured is None:
                 with undisturbed(model):
                     measured = measure.prepared(model, batches, layers)
-            found = _curve(layer, levels, measured, solver, damping)
+            found = _curve(group, levels, measured, solver, damping)
             if store is not None:
-                store.write(layer, found)
+                store.write(name, group, found)
         kept, distortion = (torch.tensor(values, dtype=torch.float64) for values in found)
-        curves.append(
-            Curve(layer.name, kept, distortion, total=layer.weight.numel(), weight=layer.weight, kernel=layer.kernel)
-        )
+        weight = torch.cat([layer.weight for layer in group])
+        curves.append(Curve(name, kept, distortion, total=weight.numel(), weight=weight, kernel=group[0].kernel))
     return curves
 
 
@@ -200,50 +209,53 @@ def random_inputs(shape: Sequence[int], samples: int = 256, batch: int = 64, see
 
 
 def _curve(
-    layer: Layer, levels: Sequence[float], measured: Measured, solver: Solver | None, damping: float
+    layers: Group, levels: Sequence[float], measured: Measured, solver: Solver | None, damping: float
 ) -> tuple[list[int], list[float]]:
     kept, distortion = [], []
-    damped = layer.damped(damping) if damping else layer
+    damped = [layer.damped(damping) for layer in layers] if damping else layers
+    out, width = sum(len(layer.weight) for layer in layers), layers[0].weight.shape[1]
+    solver = Groupwise(solver) if solver is not None and len(layers) > 1 else solver
     for level in levels:
         pattern = Unstructured(level)
-        count = pattern.quota((layer.weight.shape[0], layer.weight.shape[1]))
-        problem = Reconstruction(damped, pattern)
-        x = problem.dense if count == layer.weight.numel() else solve(problem, solver).x
+        count = pattern.quota((out, width))
+        problem, judge = (stacked([Reconstruction(layer, pattern) for layer in group]) for group in (damped, layers))
+        x = problem.dense if count == out * width else solve(problem, solver).x
         kept.append(count)
-        distortion.append(measured(layer, Reconstruction(layer, pattern), x))
+        distortion.append(measured(layers, judge, x))
     return kept, distortion
 
 
 class _Store:
-    """A folder with a file for each layer, written whole and then renamed."""
+    """A folder with a file for each module, written whole and then renamed."""
 
     def __init__(self, folder: Path, settings: str) -> None:
         self.folder, self.settings = folder, settings
         folder.mkdir(parents=True, exist_ok=True)
 
-    def read(self, layer: Layer) -> tuple[list[int], list[float]] | None:
-        """What is known of a layer under these settings; None where nothing is."""
+    def read(self, name: str, layers: Group) -> tuple[list[int], list[float]] | None:
+        """What is known of a module under these settings; None where nothing is."""
         try:
-            content = json.loads(self._path(layer).read_text(encoding="utf-8"))
-            if content["of"] != self._of(layer):
+            content = json.loads(self._path(name).read_text(encoding="utf-8"))
+            if content["of"] != self._of(layers):
                 return None
             return [int(k) for k in content["kept"]], [float(d) for d in content["distortion"]]
         except (FileNotFoundError, json.JSONDecodeError, KeyError, TypeError, ValueError):
             return None
 
-    def write(self, layer: Layer, found: tuple[list[int], list[float]]) -> None:
-        """Store a layer's levels."""
-        content = {"layer": layer.name, "of": self._of(layer), "kept": found[0], "distortion": found[1]}
-        write_whole(self._path(layer), json.dumps(content, indent=1))
+    def write(self, name: str, layers: Group, found: tuple[list[int], list[float]]) -> None:
+        """Store a module's levels."""
+        content = {"layer": name, "of": self._of(layers), "kept": found[0], "distortion": found[1]}
+        write_whole(self._path(name), json.dumps(content, indent=1))
 
-    def _path(self, layer: Layer) -> Path:
-        safe = "".join(c if c.isalnum() or c in "._-" else "_" for c in layer.name)
-        return self.folder / f"{safe}-{hashlib.sha256(layer.name.encode()).hexdigest()[:8]}.json"
+    def _path(self, name: str) -> Path:
+        safe = "".join(c if c.isalnum() or c in "._-" else "_" for c in name)
+        return self.folder / f"{safe}-{hashlib.sha256(name.encode()).hexdigest()[:8]}.json"
 
-    def _of(self, layer: Layer) -> str:
+    def _of(self, layers: Group) -> str:
         content = hashlib.sha256(self.settings.encode())
-        for tensor in (layer.affine_weight, layer.affine_gram):
-            content.update(tensor.contiguous().numpy().tobytes())
+        for layer in layers:
+            for tensor in (layer.affine_weight, layer.affine_gram):
+                content.update(tensor.contiguous().numpy().tobytes())
         return content.hexdigest()
 
 

@@ -7,6 +7,7 @@ from convexprune.problems.neuron_merging import NeuronMerging
 from convexprune.problems.optimal_brain_surgeon import OptimalBrainSurgeon, increase, saliencies
 from convexprune.problems.reconstruction import Reconstruction
 from convexprune.problems.sparsity_allocation import SparsityAllocation
+from convexprune.problems.stacked import Stacked, StackedReconstruction, stacked
 
 __all__ = [
     "ErrorBudget",
@@ -16,6 +17,9 @@ __all__ = [
     "OptimalBrainSurgeon",
     "Reconstruction",
     "SparsityAllocation",
+    "Stacked",
+    "StackedReconstruction",
     "increase",
     "saliencies",
+    "stacked",
 ]

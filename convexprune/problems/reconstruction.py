@@ -10,10 +10,12 @@ Source: Hassibi, Stork 1993; Dong, Chen, Pan, NIPS 2017; Frantar, Singh, Alistar
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
@@ -22,6 +24,10 @@ from convexprune.layer import Layer
 from convexprune.patterns import Pattern, Support, excess, select
 from convexprune.problem import Formulation
 
+if TYPE_CHECKING:
+    import cvxpy as cp
+
+Minorant = tuple[float, Tensor]
 CONSTANT = 1e-13  # a variance that small, relative to the second moment, is the rounding of a constant
 
 
@@ -72,6 +78,11 @@ class Reconstruction:
     def dense(self) -> Tensor:
         """(M, P): the dense layer's weights, the bias as the last column."""
         return self.layer.affine_weight
+
+    @property
+    def parts(self) -> tuple[Reconstruction]:
+        """Itself: all neurons share one Gram matrix."""
+        return (self,)
 
     @property
     def target(self) -> Tensor:
@@ -145,12 +156,19 @@ class Reconstruction:
         certain to be semidefinite; d is also tried as the smallest eigenvalue of G, in units of its diagonal and not.
         At least 0, which is all there is where G is singular. Raises ValueError for other shapes.
         """
+        return strongest(self.minorants(witness), self.select)
+
+    def minorants(self, witness: Tensor | tuple[Tensor, Tensor] | None) -> tuple[Minorant, ...]:
+        """For each d that is tried, what the bound is made of: value >= constant - the scores (M, N) where W is not 0.
+
+        So for any W at all, whatever the pattern. Raises ValueError as `lower_bound`.
+        """
         v, d = witness if isinstance(witness, tuple) else (witness, None)
         v = self.target if v is None else self._checked(v)
         if v is None:
-            return 0.0
+            return ((0.0, torch.zeros_like(self.target)),)
         diagonals = self._diagonals if d is None else (*self._diagonals, self._repaired(d))
-        return max(0.0, *(self._perspective(v, each) for each in diagonals))
+        return tuple(self._perspective(v, each) for each in diagonals)
 
     @property
     def diagonal(self) -> Tensor:
@@ -163,33 +181,8 @@ class Reconstruction:
         |W_ij| is at most what the ellipsoid value <= energies allows, so no optimum is cut off.
         Raises ValueError where the Gram matrix is singular and there is no such limit.
         """
-        import cvxpy as cp
-
-        values, vectors = torch.linalg.eigh(self.layer.affine_gram)
-        if float(values[0]) <= 1e-10 * float(values[-1]):
-            raise ValueError(f"layer {self.layer.name!r}: its Gram matrix is singular; use layer.damped(1e-6) or so")
-        root = (vectors * values.sqrt()).numpy()
-        out, width = self.target.shape
-        cells = self._cells()
-        x, kept = cp.Variable(self.shape, name="x"), cp.Variable(int(cells.max()) + 1, boolean=True, name="kept")
-        weight = x[:, :width]
-        spread = kept[cells.flatten().numpy()]
-        limit = self._limits().flatten().numpy()
-        flat = cp.reshape(weight, (out * width,), order="C")
-        constraints = [cp.abs(flat) <= cp.multiply(limit, spread)]
-        if isinstance(self.pattern, Support):
-            constraints.append(spread == self.pattern.mask.flatten().numpy().astype(float))
-        else:
-            grouped = cp.reshape(kept, (self._groups, (int(cells.max()) + 1) // self._groups), order="C")
-            constraints.append(cp.sum(grouped, axis=1) <= self.pattern.quota((out, width), self.kernel))
-        if self.always is not None:
-            constraints.append(spread[self.always.flatten().nonzero()[:, 0].numpy()] == 1)
-        scaled = cp.multiply(self._root[:, None].numpy(), x)
-        cross = (self.layer.affine_cross * self._root[:, None]).numpy()
-        smooth = cp.sum_squares(scaled @ root) - 2 * cp.sum(cp.multiply(cross, scaled))
-        energy = float((self.layer.energies * self._root.square()).sum())
-        program = cp.Problem(cp.Minimize(smooth + energy), constraints)
-        return Formulation(program, x, lambda: torch.from_numpy(x.value[:, :width]) * self._root[:, None])
+        found = mixed_integer((self,), self.pattern, self.always)
+        return Formulation(found.problem, found.x, lambda: found.witness()[0])
 
     @cached_property
     def _diagonals(self) -> tuple[Tensor, Tensor]:
@@ -226,17 +219,16 @@ class Reconstruction:
         raw, mean = self.layer.gram.diagonal(), self._mean
         return raw > 0 if mean is None else raw - mean.square() > CONSTANT * raw
 
-    def _perspective(self, v: Tensor, d: Tensor) -> float:
+    def _perspective(self, v: Tensor, d: Tensor) -> Minorant:
         through = v @ self.gram - v * d
         slope = self.cross - through
-        scores = torch.where(d > 0, slope.square() / d.clamp(min=1e-300), 0.0)
-        # an input with d = 0 may take any weight: unless its slope vanishes there is no bound
+        # an input with d = 0 may take any weight: unless its slope vanishes there is no bound but 0
         if bool(((d == 0) & (slope.abs() > 1e-12 * (self.cross.abs() + through.abs()).clamp(min=1e-300))).any()):
-            return -math.inf
-        gain = float(scores[self.select(scores)].sum())
+            return 0.0, torch.zeros_like(slope)
+        scores = torch.where(d > 0, slope.square() / d.clamp(min=1e-300), 0.0)
         curved = float((v * through).sum())
-        rounding = 64 * len(d) * 2.0**-53 * (float(self.energies.abs().sum()) + abs(curved) + gain)
-        return float(self.energies.sum()) - curved - gain - rounding
+        rounding = 64 * len(d) * 2.0**-53 * (float(self.energies.abs().sum()) + abs(curved))
+        return float(self.energies.sum()) - curved - rounding, scores
 
     def _checked(self, witness: Tensor) -> Tensor | None:
         width = self.target.shape[1]
@@ -245,15 +237,8 @@ class Reconstruction:
         v = witness.detach().cpu().double()[:, :width]
         return v if bool(torch.isfinite(v).all()) else None
 
-    @property
-    def _groups(self) -> int:
-        return len(self.pattern.folded(torch.zeros_like(self.target), self.kernel))
-
     def _cells(self) -> Tensor:
-        """(M, N): the cell that each weight belongs to, numbered group by group."""
-        shape = (self.target.shape[0], self.target.shape[1])
-        numbers = torch.arange(self.pattern.folded(torch.zeros_like(self.target), self.kernel).numel())
-        return self.pattern.unfolded(numbers.reshape(self._groups, -1), shape, self.kernel)
+        return _numbered(self.pattern, (self.target.shape[0], self.target.shape[1]), self.kernel)[0]
 
     def _limits(self) -> Tensor:
         """(M, N): how large a weight W can be where value <= energies."""
@@ -274,6 +259,75 @@ class Reconstruction:
     @property
     def _mean(self) -> Tensor | None:
         return None if self.layer.bias is None else self.layer.mean
+
+
+def strongest(minorants: Sequence[Minorant], select: Callable[[Tensor], Tensor]) -> float:
+    """The largest lower bound that some minorants give over the supports of `select`; at least 0."""
+    best = 0.0
+    for constant, scores in minorants:
+        gain = float(scores[select(scores)].sum())
+        best = max(best, constant - gain - 64 * scores.shape[1] * 2.0**-53 * gain)
+    return best
+
+
+def mixed_integer(parts: Sequence[Reconstruction], pattern: Pattern, always: Tensor | None) -> Formulation:
+    """The program over the rows of all parts, one below the other, in one pattern; its witness is one v for each part.
+
+    Raises ValueError where a Gram matrix is singular.
+    """
+    import cvxpy as cp
+
+    squares = [_squares(part) for part in parts]  # raises before anything is built
+    limit = torch.cat([part._limits() for part in parts]).flatten().numpy()
+    out, width = sum(len(part.target) for part in parts), parts[0].target.shape[1]
+    cells, groups = _numbered(pattern, (out, width), parts[0].kernel)
+    count = int(cells.max()) + 1
+    x, kept = cp.Variable((out, parts[0].shape[1]), name="x"), cp.Variable(count, boolean=True, name="kept")
+    spread = kept[cells.flatten().numpy()]
+    flat = cp.reshape(x[:, :width], (out * width,), order="C")
+    constraints = [cp.abs(flat) <= cp.multiply(limit, spread)]
+    if isinstance(pattern, Support):
+        constraints.append(spread == pattern.mask.flatten().numpy().astype(float))
+    else:
+        grouped = cp.reshape(kept, (groups, count // groups), order="C")
+        constraints.append(cp.sum(grouped, axis=1) <= pattern.quota((out, width), parts[0].kernel))
+    if always is not None:
+        constraints.append(spread[always.flatten().nonzero()[:, 0].numpy()] == 1)
+    ends = itertools.accumulate((len(part.target) for part in parts), initial=0)
+    rows = [slice(*pair) for pair in itertools.pairwise(ends)]
+    value = sum(square(x[own]) for square, own in zip(squares, rows, strict=True))
+
+    def witness() -> tuple[Tensor, ...]:
+        v = torch.from_numpy(x.value[:, :width])
+        return tuple(v[own] * part._root[:, None] for part, own in zip(parts, rows, strict=True))
+
+    return Formulation(cp.Problem(cp.Minimize(value), constraints), x, witness)
+
+
+def _squares(part: Reconstruction) -> Callable[[cp.Expression], cp.Expression]:
+    """The value as a function of x (M, P), by a factor of the Gram matrix."""
+    import cvxpy as cp
+
+    values, vectors = torch.linalg.eigh(part.layer.affine_gram)
+    if float(values[0]) <= 1e-10 * float(values[-1]):
+        raise ValueError(f"layer {part.layer.name!r}: its Gram matrix is singular; use layer.damped(1e-6) or so")
+    factor = (vectors * values.sqrt()).numpy()
+    root = part._root[:, None]
+    cross = (part.layer.affine_cross * root).numpy()
+    energy = float((part.layer.energies * root[:, 0].square()).sum())
+
+    def square(x: cp.Expression) -> cp.Expression:
+        scaled = cp.multiply(root.numpy(), x)
+        return cp.sum_squares(scaled @ factor) - 2 * cp.sum(cp.multiply(cross, scaled)) + energy
+
+    return square
+
+
+def _numbered(pattern: Pattern, shape: tuple[int, int], kernel: int) -> tuple[Tensor, int]:
+    """(M, N): the cell that each weight belongs to, numbered group by group; and how many groups there are."""
+    folded = pattern.folded(torch.zeros(shape, dtype=torch.float64), kernel)
+    numbers = torch.arange(folded.numel()).reshape(folded.shape)
+    return pattern.unfolded(numbers, shape, kernel), len(folded)
 
 
 def _least_eigenvalue(matrix: Tensor) -> float:

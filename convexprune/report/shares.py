@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,8 +38,21 @@ class Shares:
 
     @property
     def counts(self) -> dict[str, int]:
-        """Weights to keep by layer name."""
+        """Weights to keep by module."""
         return {share.name: share.kept for share in self.layers}
+
+    def by_layer(self, names: Mapping[str, Sequence[str]]) -> dict[str, int]:
+        """Weights to keep by layer: a module's count in even parts, which add up to it exactly.
+
+        names  module -> the names of its layers, one for each group
+        """
+        counts = self.counts
+        shared = {module: divmod(counts[module], len(layers)) for module, layers in names.items() if module in counts}
+        return {
+            layer: each + (group < left)
+            for module, (each, left) in shared.items()
+            for group, layer in enumerate(names[module])
+        }
 
     def lines(self, measured: float | None = None) -> tuple[str, ...]:
         """The allocation in sentences; `measured` is the pruned network's distortion, in the unit of the curves."""

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from convexprune.forms import SparseLeastSquares
+from convexprune.forms import GroupedLeastSquares, SparseLeastSquares
 from convexprune.problem import Problem, Solver
 from convexprune.solution import Attempt, Status
-from convexprune.solvers.least_squares.on_support import best_on_support
+from convexprune.solvers.least_squares.on_support import refitted
 from convexprune.solvers.least_squares.spd_inverse import NotDefinite
 
 
@@ -19,18 +18,21 @@ from convexprune.solvers.least_squares.spd_inverse import NotDefinite
 class Refit:
     """Exact least squares on the support that another solver has chosen."""
 
-    takes: ClassVar[type] = SparseLeastSquares
-
     inner: Solver
 
-    def solve(self, problem: SparseLeastSquares, start: Tensor | None = None) -> Attempt:
+    @property
+    def takes(self) -> type:
+        """The groups of a module together, where the inner solver takes them."""
+        return getattr(self.inner, "takes", SparseLeastSquares)
+
+    def solve(self, problem: GroupedLeastSquares, start: Tensor | None = None) -> Attempt:
         """What `inner` proposes, its weights replaced by the best on its support."""
         attempt = self.inner.solve(problem, start)
         if not bool(torch.isfinite(attempt.x).all()):
             return attempt
         mask = attempt.x.detach().cpu()[:, : problem.target.shape[1]] != 0
         try:
-            weights = best_on_support(problem.gram, problem.cross, mask, problem.target)
+            weights = refitted(problem, mask)
         except NotDefinite:
             return replace(attempt, status=Status.NUMERICAL)
         return replace(attempt, x=problem.completed(weights))

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from convexprune.forms import SparseLeastSquares
+from convexprune.forms import GroupedLeastSquares
 from convexprune.problem import Problem, judge
 from convexprune.solution import Attempt, Certificate, Status, TracePoint
 from convexprune.solvers.l1.splitting import Splitting, splitting
@@ -62,7 +62,7 @@ class ADMM:
 
     def solve(self, problem: Problem, start: Tensor | None = None) -> Attempt:
         """Propose a point (M, P) and a witness; `start` is a warm start."""
-        if isinstance(problem, SparseLeastSquares):
+        if isinstance(problem, GroupedLeastSquares):
             return RisingPenalty(
                 max_iter=self.max_iter, time_limit=self.time_limit, device=self.device, dtype=self.dtype
             ).solve(problem)

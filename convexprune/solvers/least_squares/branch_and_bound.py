@@ -17,11 +17,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from convexprune.forms import SparseLeastSquares
+from convexprune.forms import GroupedLeastSquares, SparseLeastSquares
 from convexprune.patterns import Support
 from convexprune.solution import Attempt, Status
 from convexprune.solvers.least_squares.elimination import groups_of
-from convexprune.solvers.least_squares.on_support import best_on_support, ridge_of
+from convexprune.solvers.least_squares.on_support import refitted, ridge_of
 from convexprune.solvers.least_squares.spd_inverse import NotDefinite
 
 BATCH = 4096  # nodes that are solved together
@@ -34,11 +34,11 @@ class BranchAndBound:
     The certificate does not say so (a problem's bound knows nothing of the search): compare values with it.
     """
 
-    takes: ClassVar[type] = SparseLeastSquares
+    takes: ClassVar[type] = GroupedLeastSquares
     max_inputs: int = 30
     time_limit: float | None = None
 
-    def solve(self, problem: SparseLeastSquares, start: Tensor | None = None) -> Attempt:
+    def solve(self, problem: GroupedLeastSquares, start: Tensor | None = None) -> Attempt:
         """The best support of all. Raises ValueError for a larger layer, TypeError for patterns of blocks."""
         out, width = problem.target.shape
         if width > self.max_inputs:
@@ -51,10 +51,11 @@ class BranchAndBound:
             if isinstance(problem.pattern, Support):
                 mask, nodes = problem.pattern.mask, 1
             else:
-                neurons = [_Neuron(problem, m, always[m], deadline) for m in range(out)]
+                rows = [(part, m) for part in problem.parts for m in range(len(part.target))]
+                neurons = [_Neuron(*row, always[m], deadline) for m, row in enumerate(rows)]
                 mask = _joined(neurons, quota) if group is None else _apart(neurons, group, quota)
                 nodes = sum(neuron.nodes for neuron in neurons)
-            weights = best_on_support(problem.gram, problem.cross, mask, problem.target)
+            weights = refitted(problem, mask)
         except NotDefinite:
             return Attempt(problem.completed(problem.target), None, Status.NUMERICAL, 0)
         late = time.perf_counter() > deadline
@@ -87,11 +88,22 @@ class _Neuron:
         return found
 
     def every_count(self, most: int) -> None:
-        """Fill `values` and `masks` for every count up to `most`, by one search a count."""
+        """Fill `values` and `masks` for every count up to `most`: by trying all, where they are few, else a search."""
+        if 2 ** int((~self.always).sum()) <= BATCH:
+            return self._try_all(most)
         group = torch.zeros(len(self.cross), dtype=torch.long)
         for count in range(int(self.always.sum()), most + 1):
             mask = self.best(group, count)
             self.masks[count], self.values[count] = mask, self.value(mask[None])[0]
+
+    def _try_all(self, most: int) -> None:
+        free = (~self.always).nonzero()[:, 0]
+        masks = self.always.repeat(2 ** len(free), 1)
+        masks[:, free] = (torch.arange(len(masks))[:, None] >> torch.arange(len(free)) & 1).bool()
+        values, counts = self.value(masks), masks.sum(1)
+        for count in range(int(self.always.sum()), most + 1):
+            least = torch.where(counts == count, values, math.inf).argmin()
+            self.masks[count], self.values[count] = masks[least], values[least]
 
     def best(self, group: Tensor, quota: int) -> Tensor:
         """(N,) bool: the best support with at most `quota` inputs of each group."""

@@ -49,9 +49,9 @@ class ColumnSweep:
         try:
             scaled = Scaled.of(problem, self.device, self.dtype)
             # the published damping is uniform in the inputs' own units
-            ridge = self.damping * float(problem.gram.diagonal().mean()) / scaled.scale.square()
-            inverse = torch.cholesky_inverse(torch.linalg.cholesky(scaled.gram64 + torch.diag(ridge)))
-            factor = torch.linalg.cholesky(inverse, upper=True).to(scaled.gram)
+            ridge = self.damping * float(problem.gram.diagonal().mean()) / scaled.scale[0].square()
+            inverse = torch.cholesky_inverse(torch.linalg.cholesky(scaled.grams64.matrices[0] + torch.diag(ridge)))
+            factor = torch.linalg.cholesky(inverse, upper=True).to(scaled.dense)
         except NotDefinite:
             return Attempt(problem.completed(problem.target), None, Status.NUMERICAL, 0)
         weights = scaled.optimum.T.contiguous()  # (N, M): an input's weights lie together

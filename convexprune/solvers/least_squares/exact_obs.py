@@ -13,11 +13,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from convexprune.forms import SparseLeastSquares
+from convexprune.forms import GroupedLeastSquares
 from convexprune.patterns import Support
 from convexprune.solution import Attempt, Status
 from convexprune.solvers.least_squares.elimination import groups_of, shrink_groups
-from convexprune.solvers.least_squares.on_support import best_on_support
+from convexprune.solvers.least_squares.on_support import refitted
 from convexprune.solvers.least_squares.scaling import Scaled
 from convexprune.solvers.least_squares.support_inverses import SupportInverses
 
@@ -59,13 +59,13 @@ class ExactOBS:
     memory  bytes for the inverses: neurons are taken in turns that fit
     """
 
-    takes: ClassVar[type] = SparseLeastSquares
+    takes: ClassVar[type] = GroupedLeastSquares
 
     memory: float = 2e9
     device: str = "cpu"
     dtype: torch.dtype = torch.float32
 
-    def solve(self, problem: SparseLeastSquares, start: Tensor | None = None) -> Attempt:
+    def solve(self, problem: GroupedLeastSquares, start: Tensor | None = None) -> Attempt:
         """Least squares on the greedy support. Everything begins at the full support; `start` is not used."""
         shape = (problem.target.shape[0], problem.target.shape[1])
         group = groups_of(problem.pattern, shape, problem.kernel)
@@ -75,46 +75,48 @@ class ExactOBS:
             mask = self.traces(problem).support(problem.pattern.quota(shape, problem.kernel))
         else:
             mask = self._grouped(problem, group, problem.pattern.quota(shape, problem.kernel))
-        weights = best_on_support(problem.gram, problem.cross, mask, problem.target)
-        return Attempt(problem.completed(weights), None, Status.CONVERGED, int((~mask).sum()))
+        return Attempt(problem.completed(refitted(problem, mask)), None, Status.CONVERGED, int((~mask).sum()))
 
-    def traces(self, problem: SparseLeastSquares) -> Traces:
+    def traces(self, problem: GroupedLeastSquares) -> Traces:
         """The whole record of every neuron; weights in `problem.always` leave last."""
         scaled = Scaled.of(problem, self.device, self.dtype)
-        out, width = scaled.dense.shape
-        order = torch.full((out, width), -1)
-        cost = torch.full((out, width), torch.inf, dtype=torch.float64)
+        width = scaled.dense.shape[1]
+        live = scaled.grams.rows(scaled.live).cpu()
+        dead = (~live).sum(1)
+        first = torch.arange(width) < dead[:, None]  # inputs that are constantly zero leave before any other
+        order = torch.where(first, live.to(torch.int8).argsort(dim=1, stable=True), -1)
+        cost = torch.where(first, 0.0, torch.inf).double()
         for rows in self._turns(scaled):
             part = self._whole(problem, scaled, rows)
-            live = int(scaled.live.sum())
-            dead = (~scaled.live).nonzero()[:, 0].cpu()
-            order[rows, : len(dead)], cost[rows, : len(dead)] = dead, 0.0
-            for step in range(len(dead), len(dead) + live):
+            for step in range(width - int(dead[rows].min())):
                 cheapest, slots = part.costs.min(1)
                 chosen = torch.isfinite(cheapest)
                 if not bool(chosen.any()):
                     break
                 inputs = part.index.gather(1, slots[:, None])[:, 0]
-                order[rows, step] = torch.where(chosen, inputs, -1).cpu()
-                cost[rows, step] = cheapest.cpu().double()
+                left, went = chosen.cpu(), rows[chosen.cpu()]
+                order[went, dead[went] + step] = inputs.cpu()[left]
+                cost[went, dead[went] + step] = cheapest.cpu().double()[left]
                 part.leave(slots, chosen)
         return Traces(order, cost)
 
-    def _grouped(self, problem: SparseLeastSquares, group: Tensor, quota: int) -> Tensor:
+    def _grouped(self, problem: GroupedLeastSquares, group: Tensor, quota: int) -> Tensor:
         scaled = Scaled.of(problem, self.device, self.dtype)
         mask = torch.zeros_like(problem.target, dtype=torch.bool)
         for rows in self._turns(scaled):
             part = self._whole(problem, scaled, rows)
-            shrink_groups(part, group.to(scaled.gram.device), quota)
+            shrink_groups(part, group.to(scaled.dense.device), quota)
             mask[rows] = part.mask.cpu()
         return mask
 
     def _turns(self, scaled: Scaled) -> list[Tensor]:
         out, width = scaled.dense.shape
-        most = max(1, int(self.memory / (3 * scaled.gram.element_size() * width * width)))
+        most = max(1, int(self.memory / (3 * scaled.dense.element_size() * width * width)))
         return [torch.arange(begin, min(begin + most, out)) for begin in range(0, out, most)]
 
-    def _whole(self, problem: SparseLeastSquares, scaled: Scaled, rows: Tensor) -> SupportInverses:
-        full = scaled.live.expand(len(rows), -1)
-        pinned = None if problem.always is None else problem.always[rows].to(full.device)
-        return SupportInverses(scaled.gram, scaled.cross[rows.to(full.device)], full, scaled.ridge, pinned=pinned)
+    def _whole(self, problem: GroupedLeastSquares, scaled: Scaled, rows: Tensor) -> SupportInverses:
+        rows = rows.to(scaled.dense.device)
+        grams = scaled.grams[rows]
+        pinned = None if problem.always is None else problem.always.to(rows.device)[rows]
+        full, ridge = grams.rows(scaled.live), grams.rows(scaled.ridge)
+        return SupportInverses(grams, scaled.cross[rows], full, ridge, pinned=pinned)

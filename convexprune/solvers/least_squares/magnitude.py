@@ -8,9 +8,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
-from convexprune.forms import SparseLeastSquares
+from convexprune.forms import GroupedLeastSquares
 from convexprune.solution import Attempt, Status
 
 
@@ -18,9 +19,9 @@ from convexprune.solution import Attempt, Status
 class Magnitude:
     """Scores W_ij^2; the pattern decides among whom they compete. `Refit(Magnitude())` adapts what stays."""
 
-    takes: ClassVar[type] = SparseLeastSquares
+    takes: ClassVar[type] = GroupedLeastSquares
 
-    def solve(self, problem: SparseLeastSquares, start: Tensor | None = None) -> Attempt:
+    def solve(self, problem: GroupedLeastSquares, start: Tensor | None = None) -> Attempt:
         """The start is not used."""
         mask = problem.select(problem.target.square())
         return Attempt(problem.completed(problem.target * mask), None, Status.CONVERGED, 1)
@@ -33,9 +34,9 @@ class ActivationMagnitude:
     Source: Sun, Liu, Bair, Kolter, ICLR 2024 (Wanda); there the weights of one neuron compete: pattern `PerRow`.
     """
 
-    takes: ClassVar[type] = SparseLeastSquares
+    takes: ClassVar[type] = GroupedLeastSquares
 
-    def solve(self, problem: SparseLeastSquares, start: Tensor | None = None) -> Attempt:
+    def solve(self, problem: GroupedLeastSquares, start: Tensor | None = None) -> Attempt:
         """The start is not used."""
-        mask = problem.select(problem.target.square() * problem.gram.diagonal())
+        mask = problem.select(torch.cat([part.target.square() * part.gram.diagonal() for part in problem.parts]))
         return Attempt(problem.completed(problem.target * mask), None, Status.CONVERGED, 1)

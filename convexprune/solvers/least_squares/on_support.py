@@ -11,6 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from convexprune.forms import GroupedLeastSquares
+from convexprune.solvers.least_squares.grams import Grams
 from convexprune.solvers.least_squares.spd_inverse import NotDefinite
 
 RIDGE = 1e-10
@@ -18,6 +20,13 @@ WELL = 1e-4  # a matrix whose Cholesky pivots are all larger needs no ridge
 INDEFINITE = 1e-4  # eigenvalues below minus this are no rounding errors
 DEAD = 1e-12  # of the largest diagonal entry
 MEMORY = 2**24  # bytes of a batch of Gram matrices: what the factorisations read then stays in the cache
+
+
+def refitted(problem: GroupedLeastSquares, mask: Tensor) -> Tensor:
+    """(M, N), float64: `best_on_support` for a mask (M, N) bool of a problem, group by group."""
+    masks = torch.split(mask, len(mask) // len(problem.parts))
+    pairs = zip(problem.parts, masks, strict=True)
+    return torch.cat([best_on_support(part.gram, part.cross, own, part.target) for part, own in pairs])
 
 
 def best_on_support(gram: Tensor, cross: Tensor, mask: Tensor, target: Tensor) -> Tensor:
@@ -53,18 +62,18 @@ def best_on_support(gram: Tensor, cross: Tensor, mask: Tensor, target: Tensor) -
     return out / scale
 
 
-def improved_on_support(gram: Tensor, cross: Tensor, weights: Tensor, mask: Tensor, steps: int) -> Tensor:
+def improved_on_support(grams: Grams, cross: Tensor, weights: Tensor, mask: Tensor, steps: int) -> Tensor:
     """Improve weights (M, N), zero outside mask, towards argmin of tr(W H W^T) - 2 <C, W>; not to a larger value.
 
-    Conjugate gradients, all neurons at once, one matrix product a step. gram (N, N) has unit diagonal.
+    Conjugate gradients, all neurons at once, one matrix product a step. Each H has unit diagonal.
     Source: Hestenes, Stiefel 1952, with the projection onto each neuron's support.
     """
     weights = weights * mask
-    residual = (cross - weights @ gram) * mask
+    residual = (cross - grams.product(weights)) * mask
     direction, size = residual, residual.square().sum(1, keepdim=True)
     least = 16 * torch.finfo(weights.dtype).eps
     for _ in range(steps):
-        image = (direction @ gram) * mask
+        image = grams.product(direction) * mask
         curvature = (direction * image).sum(1, keepdim=True)
         # a direction that costs nothing, up to rounding, is one that H does not see: it leads nowhere
         seen = curvature > least * direction.square().sum(1, keepdim=True)

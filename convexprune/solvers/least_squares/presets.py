@@ -13,9 +13,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from convexprune.forms import SparseLeastSquares
+from convexprune.forms import GroupedLeastSquares
 from convexprune.solution import Attempt, Status
-from convexprune.solvers.least_squares.on_support import best_on_support, improved_on_support
+from convexprune.solvers.least_squares.on_support import improved_on_support, refitted
 from convexprune.solvers.least_squares.rising_penalty import RisingPenalty
 from convexprune.solvers.least_squares.scaling import Scaled
 from convexprune.solvers.least_squares.swap_search import SwapSearch
@@ -31,14 +31,14 @@ class Fast:
     polish  conjugate-gradient steps on the support
     """
 
-    takes: ClassVar[type] = SparseLeastSquares
+    takes: ClassVar[type] = GroupedLeastSquares
 
     flops: float = 5e9
     polish: int = 8
     device: str = "cpu"
     dtype: torch.dtype = torch.float32
 
-    def solve(self, problem: SparseLeastSquares, start: Tensor | None = None) -> Attempt:
+    def solve(self, problem: GroupedLeastSquares, start: Tensor | None = None) -> Attempt:
         """The start is not used."""
         scaled = Scaled.of(problem, self.device, self.dtype)
         out, width = scaled.dense.shape
@@ -46,7 +46,7 @@ class Fast:
         every = min(most // SHORT, 3)
         rises = (1.3, 1.2, 1.1) if every == 3 else (1.3, 1.3, 1.2)
         sparse, steps, status = RisingPenalty(every=every, rises=rises, max_iter=most).descend(problem, scaled)
-        sparse = improved_on_support(scaled.gram, scaled.cross, sparse, sparse != 0, self.polish)
+        sparse = improved_on_support(scaled.grams, scaled.cross, sparse, sparse != 0, self.polish)
         return Attempt(problem.completed(scaled.restored(sparse)), None, status, steps)
 
 
@@ -58,14 +58,14 @@ class Balanced:
     rounds  of swaps after the elimination
     """
 
-    takes: ClassVar[type] = SparseLeastSquares
+    takes: ClassVar[type] = GroupedLeastSquares
 
     grow: float = 1.05
     rounds: int = 1
     device: str = "cpu"
     dtype: torch.dtype = torch.float32
 
-    def solve(self, problem: SparseLeastSquares, start: Tensor | None = None) -> Attempt:
+    def solve(self, problem: GroupedLeastSquares, start: Tensor | None = None) -> Attempt:
         """The start is not used."""
         scaled = Scaled.of(problem, self.device, self.dtype)
         sparse, steps, _ = RisingPenalty(self.grow, every=2, max_iter=45).descend(problem, scaled)
@@ -73,8 +73,8 @@ class Balanced:
         mask, weights, rounds, status = search.improve(problem, scaled, sparse)
         if status is Status.MAX_ITER:
             status = Status.CONVERGED
-        gram, cross = scaled.gram64, scaled.optimum64 @ scaled.gram64
-        weights = improved_on_support(gram, cross, weights.cpu().double(), mask.cpu(), 12)
+        cross = scaled.grams64.product(scaled.optimum64)
+        weights = improved_on_support(scaled.grams64, cross, weights.cpu().double(), mask.cpu(), 12)
         return Attempt(problem.completed(scaled.restored(weights)), None, status, steps + rounds)
 
 
@@ -86,7 +86,7 @@ class Best:
     rounds  of swaps after the elimination
     """
 
-    takes: ClassVar[type] = SparseLeastSquares
+    takes: ClassVar[type] = GroupedLeastSquares
 
     grow: float = 1.15
     rounds: int = 12
@@ -94,11 +94,10 @@ class Best:
     device: str = "cpu"
     dtype: torch.dtype = torch.float32
 
-    def solve(self, problem: SparseLeastSquares, start: Tensor | None = None) -> Attempt:
+    def solve(self, problem: GroupedLeastSquares, start: Tensor | None = None) -> Attempt:
         """The start is not used."""
         scaled = Scaled.of(problem, self.device, self.dtype)
         sparse, steps, _ = RisingPenalty(self.grow, time_limit=self.time_limit).descend(problem, scaled)
         search = SwapSearch(rounds=self.rounds, time_limit=self.time_limit)
         mask, _, rounds, status = search.improve(problem, scaled, sparse)
-        weights = best_on_support(problem.gram, problem.cross, mask.cpu(), problem.target)
-        return Attempt(problem.completed(weights), None, status, steps + rounds)
+        return Attempt(problem.completed(refitted(problem, mask.cpu())), None, status, steps + rounds)

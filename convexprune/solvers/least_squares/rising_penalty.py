@@ -19,9 +19,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from convexprune.forms import SparseLeastSquares
+from convexprune.forms import GroupedLeastSquares
 from convexprune.solution import Attempt, Status
-from convexprune.solvers.least_squares.on_support import best_on_support
+from convexprune.solvers.least_squares.grams import Grams
+from convexprune.solvers.least_squares.on_support import refitted
 from convexprune.solvers.least_squares.scaling import Scaled
 
 CHANGED = (0.1, 0.005)  # of the support: above the first rho rises fastest, below the second slowest
@@ -40,7 +41,7 @@ class RisingPenalty:
     device, dtype  where and in what the steps run; the last least squares is float64
     """
 
-    takes: ClassVar[type] = SparseLeastSquares
+    takes: ClassVar[type] = GroupedLeastSquares
 
     grow: float = 1.0
     rho: float = 0.1
@@ -62,18 +63,16 @@ class RisingPenalty:
         if not 1 <= self.grow < math.inf:
             raise ValueError(f"grow is {self.grow}; it must be at least 1")
 
-    def solve(self, problem: SparseLeastSquares, start: Tensor | None = None) -> Attempt:
+    def solve(self, problem: GroupedLeastSquares, start: Tensor | None = None) -> Attempt:
         """Least squares on ADMM's support. ADMM begins at the dense weights; `start` is not used."""
         scaled = Scaled.of(problem, self.device, self.dtype)
         sparse, steps, status = self.descend(problem, scaled)
-        mask = sparse != 0
-        weights = best_on_support(problem.gram, problem.cross, mask.cpu(), problem.target)
-        return Attempt(problem.completed(weights), None, status, steps)
+        return Attempt(problem.completed(refitted(problem, (sparse != 0).cpu())), None, status, steps)
 
-    def descend(self, problem: SparseLeastSquares, scaled: Scaled) -> tuple[Tensor, int, Status]:
+    def descend(self, problem: GroupedLeastSquares, scaled: Scaled) -> tuple[Tensor, int, Status]:
         """The scaled weights (M, N) where ADMM settles, zero outside their support; the steps; why it stopped."""
         deadline = math.inf if self.time_limit is None else time.perf_counter() + self.time_limit
-        inverse = _Resolvent(scaled.gram, len(scaled.optimum) * self.every)
+        inverse = _Resolvent(scaled.grams, self.every)
         rho, sparse = self.rho, scaled.dense
         price = torch.zeros_like(sparse)
         mask = seen = problem.select(sparse.square(), self.grow)
@@ -99,17 +98,19 @@ class RisingPenalty:
 class _Resolvent:
     """(H + rho I)^-1 for changing rho: the inverse itself where many rows share it, else its eigenvectors."""
 
-    def __init__(self, gram: Tensor, rows: int) -> None:  # rows that are multiplied before rho changes
-        self.values, self.vectors = torch.linalg.eigh(gram)
-        self.values.clamp_(min=0)
-        self.shared = len(gram) < rows  # one N^3 for some steps of M N^2
-        self.rho, self.inverse = 0.0, gram
+    def __init__(self, grams: Grams, every: int) -> None:  # steps between two changes of rho
+        values, vectors = torch.linalg.eigh(grams.matrices)
+        self.values, self.vectors = values.clamp(min=0), vectors
+        self.shared = values.numel() < len(grams.owner) * every  # one N^3 for some steps of M N^2
+        self.rho, self.inverse = 0.0, grams.matrices
 
     def apply(self, right: Tensor, rho: float) -> Tensor:
         """right (H + rho I)^-1."""
+        grouped = right.reshape(len(self.values), -1, right.shape[1])
+        lifted = self.values[:, None] + rho
         if not self.shared:
-            out: Tensor = ((right @ self.vectors) / (self.values + rho)) @ self.vectors.T
-            return out
+            out: Tensor = ((grouped @ self.vectors) / lifted) @ self.vectors.mT
+            return out.reshape(right.shape)
         if rho != self.rho:
-            self.rho, self.inverse = rho, (self.vectors / (self.values + rho)) @ self.vectors.T
-        return right @ self.inverse
+            self.rho, self.inverse = rho, (self.vectors / lifted) @ self.vectors.mT
+        return (grouped @ self.inverse).reshape(right.shape)

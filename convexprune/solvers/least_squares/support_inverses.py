@@ -16,6 +16,7 @@ import copy
 import torch
 from torch import Tensor, nn
 
+from convexprune.solvers.least_squares.grams import Grams
 from convexprune.solvers.least_squares.spd_inverse import spd_inverse
 
 CACHE = 2**21  # bytes
@@ -25,31 +26,31 @@ BLOCK = 32  # removals that wait before P is updated
 class SupportInverses:
     """P and w of R neurons in slots: slot j of neuron i holds input `index[i, j]` where `live[i, j]`.
 
-    gram (N, N) with unit diagonal, cross (R, N), mask (R, N) bool. `ridge` is added to every diagonal; `spare` slots
+    grams with unit diagonal, cross (R, N), mask (R, N) bool. `ridge` (R, 1) is added to the diagonal; `spare` slots
     are left free, so that so many entries need no larger arrays; weights in `pinned` (R, N) bool never leave.
     Raises torch.linalg.LinAlgError where a support's Gram matrix cannot be factored.
     """
 
     def __init__(
         self,
-        gram: Tensor,
+        grams: Grams,
         cross: Tensor,
         mask: Tensor,
-        ridge: float,
+        ridge: Tensor,
         spare: int = 0,
         pinned: Tensor | None = None,
     ) -> None:
-        self.gram, self.cross, self.pinned, self.ridge = gram, cross, pinned, ridge
-        self.neurons = torch.arange(len(mask), device=gram.device)
+        self.grams, self.cross, self.pinned, self.ridge = grams, cross, pinned, ridge
+        self.neurons = torch.arange(len(mask), device=mask.device)
         counts = mask.sum(1)
         held = int(counts.max())
         slots = min(held + spare, mask.shape[1])
         self.index = torch.argsort(mask.logical_not(), dim=1, stable=True)[:, :slots]
-        self.live = torch.arange(slots, device=gram.device) < counts[:, None]
+        self.live = torch.arange(slots, device=mask.device) < counts[:, None]
         self.inverse = self._factored(held)
         self.diagonal = self.inverse.diagonal(dim1=1, dim2=2).clone()
         self.weights = torch.matmul(self.inverse, self._taken(cross)[..., None])[..., 0]
-        self._moves = gram.new_zeros(len(mask), BLOCK, slots)
+        self._moves = cross.new_zeros(len(mask), BLOCK, slots)
         self._waiting = 0
         self.worn = False
 
@@ -59,17 +60,17 @@ class SupportInverses:
     def _factored(self, held: int) -> Tensor:
         """P, zero beyond the first `held` slots of each neuron."""
         neurons, slots = self.index.shape
-        inverse = self.gram.new_empty(neurons, slots, slots)
+        inverse = self.cross.new_empty(neurons, slots, slots)
         inverse[:, held:], inverse[:, :held, held:] = 0, 0
         # a few neurons at a time: what the products read then stays in the cache
-        few = max(1, CACHE // (self.gram.element_size() * held * held + 1))
+        few = max(1, CACHE // (self.cross.element_size() * held * held + 1))
         for begin in range(0, neurons, few):
             which = slice(begin, begin + few)
             index, live = self.index[which, :held], self.live[which, :held]
-            block = self.gram[index[:, :, None], index[:, None, :]]
+            block = self.grams[which].blocks(index, index)
             real = live.to(block.dtype)
             block.mul_(real[:, :, None]).mul_(real[:, None, :])
-            block.diagonal(dim1=1, dim2=2).copy_(1 + self.ridge * real)
+            block.diagonal(dim1=1, dim2=2).copy_(1 + self.ridge[which] * real)
             inverse[which, :held, :held] = spd_inverse(block).mul_(real[:, :, None]).mul_(real[:, None, :])
         return inverse
 
@@ -94,10 +95,10 @@ class SupportInverses:
         """The inverses of the neurons `which` (indices) only."""
         self.settle()
         part = copy.copy(self)
-        for name in ("cross", "index", "live", "inverse", "diagonal", "weights", "_moves", "pinned"):
+        for name in ("grams", "cross", "ridge", "index", "live", "inverse", "diagonal", "weights", "_moves", "pinned"):
             value = getattr(self, name)
             setattr(part, name, None if value is None else value[which])
-        part.neurons = torch.arange(len(which), device=self.gram.device)
+        part.neurons = torch.arange(len(which), device=self.cross.device)
         return part
 
     def leave(self, slots: Tensor, chosen: Tensor) -> None:
@@ -145,12 +146,12 @@ class SupportInverses:
         wanted = torch.maximum(self.live.sum(1) + chosen.sum(1), torch.full_like(self.neurons, columns.shape[1]))
         self._widen(int(wanted.max()))
         free = torch.argsort(self.live.to(torch.int8), dim=1, stable=True)[:, : columns.shape[1]]
-        live, new = self.live.to(self.gram.dtype), chosen.to(self.gram.dtype)
+        live, new = self.live.to(self.cross.dtype), chosen.to(self.cross.dtype)
         self.inverse.mul_(live[:, :, None]).mul_(live[:, None, :])  # rounding errors of weights that have left
         self.weights.mul_(live)
-        facing = self.gram[self.index[:, :, None], columns[:, None, :]].mul_(new[:, None])
+        facing = self.grams.blocks(self.index, columns).mul_(new[:, None])
         lift = torch.matmul(self.inverse, facing)  # P H_SA
-        schur = self.gram[columns[:, :, None], columns[:, None, :]].mul_(new[:, :, None]).mul_(new[:, None])
+        schur = self.grams.blocks(columns, columns).mul_(new[:, :, None]).mul_(new[:, None])
         schur.baddbmm_((facing * live[:, :, None]).mT, lift, alpha=-1)
         schur.diagonal(dim1=1, dim2=2).add_(1 + (self.ridge - 1) * new)
         slope = self.cross.gather(1, columns) - torch.matmul(facing.mT, self.weights[..., None])[..., 0]

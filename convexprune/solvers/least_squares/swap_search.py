@@ -17,11 +17,11 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from convexprune.forms import SparseLeastSquares
+from convexprune.forms import GroupedLeastSquares
 from convexprune.patterns import Support
 from convexprune.solution import Attempt, Status
 from convexprune.solvers.least_squares.elimination import groups_of, shrink_groups, shrink_layer
-from convexprune.solvers.least_squares.on_support import best_on_support
+from convexprune.solvers.least_squares.on_support import refitted
 from convexprune.solvers.least_squares.scaling import Scaled
 from convexprune.solvers.least_squares.spd_inverse import NotDefinite
 from convexprune.solvers.least_squares.support_inverses import SupportInverses
@@ -45,7 +45,7 @@ class SwapSearch:
     memory   bytes for the inverses; neurons that do not fit are searched in turns, each with its share of the count
     """
 
-    takes: ClassVar[type] = SparseLeastSquares
+    takes: ClassVar[type] = GroupedLeastSquares
 
     rounds: int = 12
     enter: float = 0.06
@@ -64,20 +64,21 @@ class SwapSearch:
         if self.rounds < 0:
             raise ValueError(f"rounds is {self.rounds}; it must be at least 0")
 
-    def solve(self, problem: SparseLeastSquares, start: Tensor | None = None) -> Attempt:
+    def solve(self, problem: GroupedLeastSquares, start: Tensor | None = None) -> Attempt:
         """Search from the support of `start` (M, P)."""
         scaled = Scaled.of(problem, self.device, self.dtype)
         weights = scaled.dense
         if start is not None:
-            weights = (start.detach().cpu()[:, : len(scaled.scale)] * scaled.scale).to(scaled.dense)
+            scale = scaled.grams64.rows(scaled.scale)
+            weights = (start.detach().cpu()[:, : scale.shape[1]] * scale).to(scaled.dense)
         mask, _, rounds, status = self.improve(problem, scaled, weights)
-        x = problem.completed(best_on_support(problem.gram, problem.cross, mask.cpu(), problem.target))
+        x = problem.completed(refitted(problem, mask.cpu()))
         if start is not None and problem.violation(start) == 0 and problem.value(start) < problem.value(x):
             x = start.detach().cpu().double()
         return Attempt(x, None, status, rounds)
 
     def improve(
-        self, problem: SparseLeastSquares, scaled: Scaled, weights: Tensor
+        self, problem: GroupedLeastSquares, scaled: Scaled, weights: Tensor
     ) -> tuple[Tensor, Tensor, int, Status]:
         """From scaled weights (M, N), zero outside their support: support, weights, rounds, why it stopped."""
         deadline = math.inf if self.time_limit is None else time.perf_counter() + self.time_limit
@@ -93,9 +94,9 @@ class SwapSearch:
 class _Search:
     """The best supports so far with their weights (scaled, in the working dtype), improved turn by turn."""
 
-    def __init__(self, problem: SparseLeastSquares, scaled: Scaled, start: Tensor, options: SwapSearch) -> None:
+    def __init__(self, problem: GroupedLeastSquares, scaled: Scaled, start: Tensor, options: SwapSearch) -> None:
         self.scaled, self.options = scaled, options
-        shape, device = (problem.target.shape[0], problem.target.shape[1]), scaled.gram.device
+        shape, device = (problem.target.shape[0], problem.target.shape[1]), scaled.dense.device
         group = groups_of(problem.pattern, shape, problem.kernel)
         self.group = None if group is None else group.to(device)
         self.quota = problem.pattern.quota(shape, problem.kernel)
@@ -104,7 +105,7 @@ class _Search:
         self.still = isinstance(problem.pattern, Support)
         self.weights = torch.zeros_like(scaled.optimum)
         self.values = torch.zeros_like(scaled.optimum[:, 0])
-        self.room = _room(scaled.gram, scaled.ridge)
+        self.room = _room(scaled)
         self.status = Status.CONVERGED
 
     def run(self, deadline: float) -> int:
@@ -119,7 +120,7 @@ class _Search:
         counts = self.mask.sum(1)
         order = counts.argsort()
         slots = counts[order] + SPREAD * self.options.enter * self.mask.shape[1]
-        need = (3 * self.scaled.gram.element_size() * slots.double().square()).cumsum(0)
+        need = (3 * self.scaled.dense.element_size() * slots.double().square()).cumsum(0)
         turn = (need / self.options.memory).long()
         return [order[turn == t] for t in range(int(turn.max()) + 1) if bool((turn == t).any())]
 
@@ -170,8 +171,9 @@ class _Search:
 
     def _part(self, rows: Tensor) -> _Part:
         pinned = None if self.pinned is None else self.pinned[rows]
+        grams = self.scaled.grams[rows]
         inverses = SupportInverses(
-            self.scaled.gram, self.scaled.cross[rows], self.mask[rows], self.scaled.ridge, self._spare(), pinned
+            grams, self.scaled.cross[rows], self.mask[rows], grams.rows(self.scaled.ridge), self._spare(), pinned
         )
         return _Part(rows, inverses)
 
@@ -181,9 +183,9 @@ class _Search:
 
     def _enter(self, parts: list[_Part], active: Tensor, share: float) -> None:
         """Let the most promising weights outside the supports enter."""
-        mask = self.mask[active]
-        slope = self.scaled.cross[active] - self.weights[active] @ self.scaled.gram
-        gains = torch.where(mask | ~self.scaled.live, 0.0, slope.square() / self.room)
+        mask, grams = self.mask[active], self.scaled.grams[active]
+        slope = self.scaled.cross[active] - grams.product(self.weights[active])
+        gains = torch.where(mask | ~grams.rows(self.scaled.live), 0.0, slope.square() / grams.rows(self.room))
         wanted = math.ceil(share * mask.numel())
         if self.group is None:
             most = min(math.ceil(SPREAD * share * mask.shape[1]) + 1, gains.shape[1])
@@ -216,7 +218,7 @@ class _Search:
         for rows, inverses in parts:
             self.mask[rows], self.weights[rows] = inverses.mask, inverses.scattered
             delta = self.weights[rows] - self.scaled.optimum[rows]
-            self.values[rows] = ((delta @ self.scaled.gram) * delta).sum(1)
+            self.values[rows] = (self.scaled.grams[rows].product(delta) * delta).sum(1)
 
     def _settled(self, active: Tensor, mask: Tensor, weights: Tensor, values: Tensor) -> bool:
         """Take a round back where it did not pay: neuron by neuron if they are independent, else altogether."""
@@ -246,21 +248,22 @@ def _narrowed(parts: list[_Part], moved: Tensor, active: Tensor) -> list[_Part]:
     return found
 
 
-def _first_supports(problem: SparseLeastSquares, scaled: Scaled, start: Tensor) -> tuple[Tensor, Tensor]:
+def _first_supports(problem: GroupedLeastSquares, scaled: Scaled, start: Tensor) -> tuple[Tensor, Tensor]:
     """(M, N) bool: the supports to begin with, and how the pattern's count divides among the neurons."""
     begun = start != 0
     # what the start has comes first, by its size; what that leaves of the count goes to large weights
-    own = start.square() / _room(scaled.gram, scaled.ridge)
+    own = start.square() / scaled.grams.rows(_room(scaled))
     other = scaled.optimum.square()
     top = own.max().clamp(min=1e-30), other.max().clamp(min=1e-30)
     allowed = problem.select(torch.where(begun, 1 + own / top[0], 0.5 * other / top[1]))
-    return (allowed | begun) & scaled.live, allowed & scaled.live
+    live = scaled.grams.rows(scaled.live)
+    return (allowed | begun) & live, allowed & live
 
 
-def _room(gram: Tensor, ridge: float) -> Tensor:
-    """(N,): the geometric mean of the least and the largest Schur complement that an input can have."""
-    damped = gram + ridge * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-    return torch.cholesky_inverse(torch.linalg.cholesky(damped)).diagonal().rsqrt()
+def _room(scaled: Scaled) -> Tensor:
+    """(G, N): the geometric mean of the least and the largest Schur complement that an input can have."""
+    damped = scaled.grams.matrices + scaled.ridge[..., None] * torch.eye(scaled.dense.shape[1]).to(scaled.dense)
+    return torch.cholesky_inverse(torch.linalg.cholesky(damped)).diagonal(dim1=1, dim2=2).rsqrt()
 
 
 def _best_of_groups(gains: Tensor, group: Tensor) -> Tensor:
