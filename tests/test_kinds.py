@@ -568,5 +568,70 @@ def test_an_output_size_of_its_own_is_refused():
     x = torch.randn(4, 2, 5)
     assert [layer.name for layer in cp.capture(Sized(), [x], "a")] == ["a"]
     for names in (None, "b"):
-        with pytest.raises(ValueError, match=r"layer 'b': its output has samples of shape \(4, 12\).*4 x 11 rows"):
+        with pytest.raises(ValueError, match=r"layer 'b', a ConvTranspose1d, makes \d+ samples of outputs"):
             cp.capture(Sized(), [x], names)
+
+
+class Forgetful(MineStack):
+    def biases(self):
+        return None if self.bias is None else 0 * self.bias.detach()[None]
+
+
+class Turned(LinearStack):
+    def pack(self, weight):
+        return weight.T[None]
+
+    def unpack(self, matrices):
+        return matrices[0].T
+
+
+def hooked(module):
+    module.register_forward_hook(lambda module, args, y: y + 1)
+    return module
+
+
+def own_forward(module):
+    module.forward = lambda x: F.linear(x, module.weight)
+    return module
+
+
+@pytest.mark.parametrize(
+    ("make", "stack_class"),
+    [
+        (lambda: Mine(4, 4), LinearStack),
+        (lambda: Mine(4, 4), Forgetful),
+        (lambda: Mine(4, 4, bias=False), Turned),
+        (lambda: hooked(nn.Linear(4, 4)), None),
+        (lambda: hooked(nn.Conv2d(1, 2, 2)), None),
+        (lambda: own_forward(nn.Linear(4, 4)), None),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_a_module_that_does_not_compute_what_its_stack_says_is_refused(make, stack_class, dtype):
+    if stack_class is not None:
+        register_kind(Mine, stack_class)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Unflatten(1, (1, 4)), make(), nn.ReLU()).to(dtype)
+    kind = type(model[1]).__name__
+    x = torch.randn(5, 4, 4) if kind == "Conv2d" else torch.randn(5, 4)
+    with pytest.raises(ValueError, match=rf"layer '1', a {kind}, does not compute W x \+ b; leave it out of `names`"):
+        cp.capture(model, [x.to(dtype)])
+
+
+def test_a_kind_may_be_called_by_any_keyword_and_returns_a_tensor():
+    class Named(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = Conv1D(3, 4)
+
+        def forward(self, x):
+            return self.fc(x=x)
+
+    class Pair(Mine):
+        def forward(self, x):
+            return super().forward(x), None
+
+    assert [layer.name for layer in cp.capture(Named(), [torch.ones(2, 4)])] == ["fc"]
+    register_kind(Pair, MineStack)
+    with pytest.raises(TypeError, match="layer '0': a Pair that returns a tuple is no layer; leave it out of `names`"):
+        cp.capture(nn.Sequential(Pair(4, 3)), [torch.ones(2, 4)])
