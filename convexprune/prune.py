@@ -277,8 +277,7 @@ def _moments(problem: LayerProblem) -> Moments | None:
     layer = getattr(problem, "layer", None)
     if not isinstance(problem, (SparseLeastSquares, EqualityQuadratic, LassoProblem)) or not isinstance(layer, Layer):
         return None
-    rank, condition = layer.spectrum()
-    return Moments(layer.damping, rank, len(layer.gram), condition)
+    return Moments.of([layer])
 
 
 def _grid(kept: Tensor) -> Tensor:

@@ -60,6 +60,11 @@ class Stacked:
             )
 
     @property
+    def needs_samples(self) -> bool:
+        """Whether a part reads Layer.inputs."""
+        return any(getattr(part, "needs_samples", True) for part in self.parts)
+
+    @property
     def shape(self) -> tuple[int, int]:
         """(M, P): the rows of all parts."""
         rows, width = self.parts[0].shape
