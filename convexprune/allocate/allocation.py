@@ -12,7 +12,6 @@ from torch import nn
 from convexprune.allocate.rate_distortion import LEVELS, Measure, rate_distortion
 from convexprune.curve import Curve
 from convexprune.network import Calibration, capture
-from convexprune.network.names import choose
 from convexprune.problem import Solver
 from convexprune.problems import SparsityAllocation
 from convexprune.report.progress import Progress
@@ -141,5 +140,4 @@ def macs_per_weight(model: nn.Module, batch: Any, names: Sequence[str] | str | N
     first = batch[0] if isinstance(batch, (tuple, list)) else batch
     if isinstance(first, Mapping):
         first = next(iter(first.values()))
-    home = {layer: module for module, layer in choose(model, names).pairs}
-    return {home[layer.name]: layer.samples / len(first) for layer in capture(model, [batch], names)}
+    return {layer.module: layer.samples / len(first) for layer in capture(model, [batch], names)}

@@ -19,7 +19,6 @@ from convexprune.curve import Curve
 from convexprune.layer import Layer
 from convexprune.network import Calibration, capture, directions, read, write
 from convexprune.network.forward import check_batches, copied, run, tensors_in, undisturbed
-from convexprune.network.names import choose
 from convexprune.patterns import Unstructured
 from convexprune.problem import LayerProblem, Solver
 from convexprune.problems import Reconstruction, stacked
@@ -178,13 +177,12 @@ def rate_distortion(
         raise ValueError(f"levels are fractions in (0, 1]; got {wrong[0] if wrong else 'none'}")
     measure = SecondOrder() if measure is None else measure
     layers = capture(model, calibration)
-    home = {layer: module for module, layer in choose(model, calibration.names).pairs}
     drawn = f"{calibration.positions!r}; {calibration.seed!r}; {calibration.fingerprint.text}"
     said = f"{measure!r}; {solver!r}; {damping!r}; {tuple(levels)!r}; {drawn}"
     store = None if cache is None else _Store(Path(cache), hashlib.sha256(said.encode()).hexdigest())
     measured: Measured | None = None
     curves = []
-    modules = [(name, list(own)) for name, own in itertools.groupby(layers, lambda layer: home[layer.name])]
+    modules = [(name, list(own)) for name, own in itertools.groupby(layers, lambda layer: layer.module)]
     for done, (name, group) in enumerate(modules):
         if progress is not None:
             progress(Progress("measure", name, done, len(modules)))

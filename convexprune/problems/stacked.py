@@ -8,7 +8,7 @@ The groups of a convolution meet only in a pattern: a count of weights is the mo
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -60,6 +60,11 @@ class Stacked:
             )
 
     @property
+    def needs_samples(self) -> bool:
+        """Whether a part reads Layer.inputs."""
+        return any(getattr(part, "needs_samples", True) for part in self.parts)
+
+    @property
     def shape(self) -> tuple[int, int]:
         """(M, P): the rows of all parts."""
         rows, width = self.parts[0].shape
@@ -76,7 +81,7 @@ class Stacked:
 
     def value(self, x: Tensor) -> float:
         """The sum of the parts' values."""
-        return math.fsum(part.value(own) for part, own in zip(self.parts, self.rows(x), strict=True))
+        return _total(part.value(own) for part, own in zip(self.parts, self.rows(x), strict=True))
 
     def violation(self, x: Tensor) -> float:
         """The largest of the parts' violations."""
@@ -91,7 +96,7 @@ class Stacked:
     def lower_bound(self, witness: tuple[Any, ...] | None) -> float:
         """The sum of the parts' bounds, each at its own witness."""
         each = self.witnesses(witness)
-        return math.fsum(part.lower_bound(own) for part, own in zip(self.parts, each, strict=True))
+        return _total(part.lower_bound(own) for part, own in zip(self.parts, each, strict=True))
 
     def witnesses(self, witness: tuple[Any, ...] | None) -> tuple[Any, ...]:
         """A witness or None for each part. Raises ValueError for anything but None or a tuple of so many."""
@@ -196,8 +201,13 @@ class StackedReconstruction(Stacked):
     def _joint(self, minorants: Sequence[Minorant]) -> float:
         constants = torch.tensor([constant for constant, _ in minorants], dtype=torch.float64)
         scores = torch.cat([own for _, own in minorants])
-        found = strongest([(math.fsum(constants.tolist()), scores)], self.select)
+        found = strongest([(float(constants.sum()), scores)], self.select)
         gains = torch.where(self.select(scores), scores, 0.0).reshape(len(constants), -1).sum(1)
         useful = constants >= gains
         constants, scores = constants * useful, scores * useful.repeat_interleave(len(scores) // len(useful))[:, None]
-        return max(found, strongest([(math.fsum(constants.tolist()), scores)], self.select))
+        return max(found, strongest([(float(constants.sum()), scores)], self.select))
+
+
+def _total(values: Iterable[float]) -> float:
+    """The sum, pairwise: of thousands of groups it keeps its digits, and infinities are no errors."""
+    return float(torch.tensor(list(values), dtype=torch.float64).sum())

@@ -206,6 +206,8 @@ def described(problem: Any) -> str:
         if value is None or isinstance(value, Layer):
             continue
         text = f"array {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
+        if entry.name == "parts":  # the groups of a module, all of one kind
+            text = f"{len(value)} x {described(value[0])}"
         words.append(f"{entry.name}={text}")
     return f"{type(problem).__name__}({', '.join(words)})"
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
 from torch import Tensor
 
+from convexprune.layer import Layer
 from convexprune.solution import Certificate, Status, TracePoint
 
 HEADINGS: Final = (
@@ -43,6 +45,13 @@ class Moments:
     rank: int
     inputs: int
     condition: float  # inf where it is singular
+
+    @classmethod
+    def of(cls, layers: Sequence[Layer]) -> Moments:
+        """Of a module's groups: their ranks add up, and the worst condition stands for all."""
+        spectra = [layer.spectrum() for layer in layers]
+        rank, condition = sum(rank for rank, _ in spectra), max(condition for _, condition in spectra)
+        return cls(max(layer.damping for layer in layers), rank, sum(len(layer.gram) for layer in layers), condition)
 
     def line(self, name: str) -> str:
         """A sentence."""

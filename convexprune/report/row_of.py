@@ -42,7 +42,7 @@ def row_of(layers: Sequence[Layer], stored: Tensor, problem: LayerProblem | None
         certificate=solution.certificate,
         error=float(errors.norm()),
         errors=errors,
-        problem=_described(problem),
+        problem=described(problem),
         iterations=solution.iterations,
         seconds=solution.seconds,
         wanted=_wanted(problem, kept),
@@ -61,12 +61,6 @@ def _title(layers: Sequence[Layer]) -> str:
     return f"{first.module}[{','.join(str(layer.group) for layer in layers)}]"
 
 
-def _described(problem: LayerProblem) -> str:
-    if isinstance(problem, Stacked):
-        return f"{described(problem.parts[0])}, {len(problem.parts)} groups"
-    return described(problem)
-
-
 def _wanted(problem: LayerProblem, kept: Tensor) -> int | None:
     """How many weights the pattern allows; None for a problem that has none."""
     if isinstance(problem, (SparseLeastSquares, StackedReconstruction)):
@@ -82,11 +76,7 @@ def _moments(problem: LayerProblem) -> Moments | None:
     found = [layer for layer in layers if isinstance(layer, Layer)]
     if not known or len(found) < len(layers):
         return None
-    spectra = [layer.spectrum() for layer in found]
-    return Moments(
-        max(layer.damping for layer in found), sum(rank for rank, _ in spectra),
-        sum(len(layer.gram) for layer in found), max(condition for _, condition in spectra),
-    )  # fmt: skip
+    return Moments.of(found)
 
 
 def _grid(kept: Tensor) -> Tensor:
