@@ -178,6 +178,58 @@ def test_what_cannot_go_safely_stays(make, why):
     assert not done.left or why in done.left[0]
 
 
+class Volumes(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv1, self.norm, self.conv2 = nn.Conv3d(2, 6, 3), nn.BatchNorm3d(6), nn.Conv3d(6, 5, 2)
+        self.pool, self.head = nn.AvgPool3d(2), nn.Linear(5, 3)
+
+    def forward(self, x):
+        x = self.pool(F.relu(self.norm(self.conv1(x))))
+        return self.head(F.max_pool3d(self.conv2(x), 2).mean((2, 3, 4)))
+
+
+def test_volumes_shrink_and_compute_the_same():
+    torch.manual_seed(0)
+    model = settled(Volumes())
+    kill(model.conv1, [0, 3])
+    kill(model.conv2, [1], 0.4)
+    small, done = cp.compact(model)
+    assert done.removed == {"conv1": 2, "conv2": 1}
+    assert (small.norm.num_features, small.conv2.in_channels, small.head.in_features) == (4, 4, 4)
+    same(small, model, torch.randn(3, 2, 8, 9, 8))
+
+
+class PartialMean(nn.Module):
+    """As many channels as columns: the head reads columns."""
+
+    def __init__(self, axes):
+        super().__init__()
+        self.conv, self.head, self.axes = nn.Conv2d(3, 5, 1), nn.Linear(5, 2), axes
+
+    def forward(self, x):
+        return self.head(self.conv(x).mean(self.axes))
+
+
+@pytest.mark.parametrize(("axes", "left"), [(2, 5), ((-2,), 5), ((2, 3), 4), ((-1, 2), 4)])
+def test_channels_go_through_a_mean_over_all_positions_only(axes, left):
+    torch.manual_seed(0)
+    model = PartialMean(axes).eval()
+    kill(model.conv, [0], 0.3)
+    small, _ = cp.compact(model)
+    assert small.conv.out_channels == left
+    same(small, model, torch.randn(2, 3, 4, 5))
+
+
+def test_a_kind_that_is_not_followed_is_named():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(2, 4, 1), nn.ConvTranspose2d(4, 3, 2), nn.Conv2d(3, 2, 1)).eval()
+    kill(model[0], [0], 0.0)
+    small, done = cp.compact(model)
+    assert done.left[0] == "1 is a ConvTranspose2d, a kind whose channels are not followed"
+    same(small, model, torch.randn(2, 2, 4, 4))
+
+
 def test_everything_dead_leaves_a_channel():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 2))

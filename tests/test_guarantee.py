@@ -284,7 +284,7 @@ class Functional(nn.Module):
         torch.manual_seed(0)
         self.a, self.b = nn.Linear(6, 6), nn.Linear(6, 6)
         self.norm, self.ln = nn.BatchNorm1d(6), nn.LayerNorm(6)
-        self.function = function
+        self.pool, self.function = nn.MaxPool1d(2, return_indices=True), function
 
     def forward(self, x):
         return self.function(self, x)
@@ -307,6 +307,7 @@ def written_to_a_view(x, change):
         (lambda m, x: m.b(m.ln(m.a(x))), "ln (LayerNorm) is not covered"),
         (lambda m, x: m.b(F.dropout(m.a(x))), "dropout in training in the model (Functional) is not covered"),
         (lambda m, x: F.log_softmax(m.a(x), 1), "log_softmax in the model (Functional) is not covered"),
+        (lambda m, x: torch.add(*m.pool(m.a(x))), "pool (MaxPool1d) is not covered"),
         (lambda m, x: m.a(x) * m.b(x), "mul in the model (Functional) reads two tensors that have changed"),
         (lambda m, x: m.a(m.a(x)), "a (Linear) is called more than once"),
         (lambda m, x: [m.a(x), m.b(x)], "the model does not return one tensor"),

@@ -282,6 +282,22 @@ def test_a_network_with_it_is_pruned_and_its_bound_holds_or_is_refused_by_name(k
             assert network.measured <= network.guaranteed * (1 + 1e-9)
 
 
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("pool", [nn.MaxPool3d(2), nn.MaxPool3d(3, 2, 1), nn.AvgPool3d(2), nn.AvgPool3d((1, 2, 3), 1)])
+def test_the_bound_goes_through_networks_of_volumes(pool, mode):
+    torch.manual_seed(0)
+    norm = nn.BatchNorm3d(6)
+    nn.init.uniform_(norm.weight, -2, 2)
+    model = nn.Sequential(
+        nn.Conv3d(2, 6, 3, padding="same"), norm, nn.ReLU(), pool, nn.ConvTranspose3d(6, 4, 2, 2, groups=2), nn.ReLU(),
+        nn.AdaptiveAvgPool3d(1), nn.Flatten(), nn.Linear(4, 3),
+    ).double().eval()  # fmt: skip
+    build = lambda layer: cp.Reconstruction(layer, cp.Unstructured(0.5))  # noqa: E731
+    _, report = cp.prune(model, [torch.randn(4, 2, 4, 4, 4).double()], build, cp.Fast(), mode)
+    assert report.network.measured <= report.network.guaranteed * (1 + 1e-9), report.network.reason
+    assert report.network.guaranteed <= report.network.rules["spectral"]
+
+
 @pytest.mark.parametrize("kind", BOUNDED, ids=str)
 @settings(max_examples=15)
 @given(st.data())
