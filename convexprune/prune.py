@@ -25,7 +25,7 @@ from convexprune.problem import LayerProblem, Solver
 from convexprune.problems import Reconstruction, Stacked, StackedReconstruction, stacked
 from convexprune.report import Report, Settings
 from convexprune.report.progress import Progress
-from convexprune.report.row import Row
+from convexprune.report.row import TOLERANCE, Row, small
 from convexprune.report.row_of import row_of
 from convexprune.report.shares import Shares
 from convexprune.solution import Solution, Status
@@ -51,7 +51,8 @@ def prune(
     """Prune a model layer by layer: solve a problem for each, write its weights into a copy, judge what was written.
 
     The weights are cast to the model's dtype first and judged then: the certificates speak of what is in the model.
-    A layer whose solver ends INFEASIBLE or NUMERICAL is left as it was, and its row says so.
+    A layer whose solver ends INFEASIBLE or NUMERICAL is left as it was, and so is one whose dense weights satisfy the
+    constraints where the solver's point does not; its row says so.
 
     Args:
         model: the dense network; never changed.
@@ -114,9 +115,11 @@ def walked(walk: Traversal, state: State, solver: Solver | None, tell: Teller, s
             if problem is not None and module not in written:
                 written.append(module)
                 _check_untied(walk.pruned, written)
-            solution = None if problem is None else _written(walk.pruned, groups, problem, solver)
-            used = used or (solution.solver if solution else "")
-            rows.append(row_of(groups, _stored(walk.pruned, groups), problem, solution))
+            solution, refusal = None, ""
+            if problem is not None:
+                solution, refusal = _written(walk.pruned, groups, problem, solver)
+                used = used or solution.solver
+            rows.append(row_of(groups, _stored(walk.pruned, groups), problem, solution, refusal))
     if not used:
         raise ValueError("nothing was pruned: build(layer) returned None for every layer; return a problem for one")
     network = network_error(walk, rows, tell.measured)
@@ -251,13 +254,20 @@ def _asked(state: State, layers: Sequence[Layer]) -> list[tuple[list[Layer], Lay
     return [*found, (dense, None)] if dense else found
 
 
-def _written(pruned: nn.Module, layers: Sequence[Layer], problem: LayerProblem, solver: Solver | None) -> Solution:
-    """Solve, write the weights, and let the problem judge what is in the model now."""
+def _written(
+    pruned: nn.Module, layers: Sequence[Layer], problem: LayerProblem, solver: Solver | None
+) -> tuple[Solution, str]:
+    """Solve, write the weights, and let the problem judge what is in the model now; and why nothing was written."""
     solution = solve(problem, _for_groups(problem, solver) if isinstance(problem, Stacked) else solver)
-    if solution.status not in UNSOLVED:
+    refusal = "" if solution.status not in UNSOLVED else "the solver found no point"
+    if not refusal and solution.certificate.violation > TOLERANCE:
+        dense = problem.violation(_stored(pruned, layers))
+        if dense <= TOLERANCE:
+            refusal = f"its point is off by {small(solution.certificate.violation)}, and the dense weights are feasible"
+    if not refusal:
         for layer, x in zip(layers, torch.split(solution.x, len(solution.x) // len(layers)), strict=True):
             write(pruned, layer.name, x)
-    return rejudged(solution, problem, _stored(pruned, layers))
+    return rejudged(solution, problem, _stored(pruned, layers)), refusal
 
 
 def _for_groups(problem: Stacked, solver: Solver | None) -> Solver:

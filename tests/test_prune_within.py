@@ -145,5 +145,6 @@ class Careless:
 def test_a_goal_that_no_network_meets_is_named():
     torch.manual_seed(15)
     net = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 2))
+    free = lambda layer, epsilon: cp.L1Reconstruction(layer, 0.1)  # noqa: E731
     with pytest.raises(ValueError, match="networks was within an error of 1e-08"):
-        cp.prune_within(net, [torch.randn(12, 4)], cp.Goal(1e-8, rounds=12), solver=Careless())
+        cp.prune_within(net, [torch.randn(12, 4)], cp.Goal(1e-8, rounds=12), free, Careless())

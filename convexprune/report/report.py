@@ -144,8 +144,9 @@ class Report:
         poor = [
             row.moments.line(row.name) for row in self.rows if row.moments and row.moments.rank < row.moments.inputs
         ]
+        refused = tuple(f"left dense: {row.name}: {row.refusal}" for row in self.rows if row.refusal)
         singular = ("singular Gram matrices: " + "; ".join(poor),) if poor else ()
-        return (kept, *covered, *self.network.lines(), *shares, *singular)
+        return (kept, *covered, *refused, *self.network.lines(), *shares, *singular)
 
     @property
     def distortion(self) -> float | None:

@@ -31,8 +31,8 @@ _STOPPED: Final = {
     Status.CONVERGED: "converged",
     Status.MAX_ITER: "iteration limit",
     Status.TIME_LIMIT: "time limit",
-    Status.INFEASIBLE: "infeasible: left dense",
-    Status.NUMERICAL: "numerical trouble: left dense",
+    Status.INFEASIBLE: "infeasible",
+    Status.NUMERICAL: "numerical trouble",
     None: "not asked for: dense",
 }
 
@@ -83,6 +83,8 @@ class Row:
     repairs: bool = False  # whether `error` is that of the residual sum behind the layer, in the layer's units
     module: str = None  # type: ignore[assignment]  # the name of the module that it is in; the layer's unless given
 
+    refusal: str = ""  # why the solver's point was not written, if so
+
     def __post_init__(self) -> None:
         if self.module is None:
             object.__setattr__(self, "module", self.name)
@@ -100,7 +102,13 @@ class Row:
     @property
     def left_dense(self) -> bool:
         """True if the layer was not changed: no problem was stated for it, or the solver found no point."""
-        return self.status in (None, Status.INFEASIBLE, Status.NUMERICAL)
+        return bool(self.refusal) or self.status in (None, Status.INFEASIBLE, Status.NUMERICAL)
+
+    @property
+    def stopped(self) -> str:
+        """Why the solver stopped, and whether the layer was left dense."""
+        left = ": left dense" if self.left_dense and self.status else ""
+        return f"{_STOPPED[self.status]}{left}"
 
     def cells(self) -> tuple[str, ...]:
         """The row as text, in the order of HEADINGS."""
@@ -114,7 +122,7 @@ class Row:
             proof = (gap, feasible, number(self.certificate.value), number(self.certificate.bound))
         return (
             self.name, f"{self.shape[0]} x {self.shape[1]}", f"{self.kept_fraction:.1%}", *proof, number(self.error),
-            _STOPPED[self.status], str(self.iterations) if self.status else "-",
+            self.stopped, str(self.iterations) if self.status else "-",
             f"{self.seconds:.1f} s" if self.status else "-",
         )  # fmt: skip
 

@@ -21,12 +21,15 @@ from convexprune.solution import Solution
 GRID: Final = (300, 800)  # a weight pattern is drawn on at most this many cells
 
 
-def row_of(layers: Sequence[Layer], stored: Tensor, problem: LayerProblem | None, solution: Solution | None) -> Row:
+def row_of(
+    layers: Sequence[Layer], stored: Tensor, problem: LayerProblem | None, solution: Solution | None, refusal: str = ""
+) -> Row:
     """The row of a module, or of some of its groups.
 
     layers    the groups that the problem is about, in the order of their rows
     stored    (M, P): what is in the model now
     problem   None where none was stated
+    refusal   why nothing was written, or ""
     """
     kept = stored[:, : layers[0].weight.shape[1]] != 0
     row = Row(
@@ -48,6 +51,7 @@ def row_of(layers: Sequence[Layer], stored: Tensor, problem: LayerProblem | None
         wanted=_wanted(problem, kept),
         moments=_moments(problem),
         trace=solution.trace,
+        refusal=refusal,
     )
 
 
