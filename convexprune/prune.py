@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from convexprune.allocate import Allocation
 from convexprune.certify.network_error import network_error
-from convexprune.forms import EqualityQuadratic, LassoProblem, SparseLeastSquares
+from convexprune.forms import EqualityQuadratic, GroupedLeastSquares, LassoProblem, SparseLeastSquares
 from convexprune.layer import Layer
 from convexprune.network import Calibration, read, write
 from convexprune.network.coverage import Coverage, check_counted, coverage
@@ -266,7 +266,7 @@ def _row(layer: Layer, stored: Tensor, problem: LayerProblem | None, solution: S
         problem=described(problem),
         iterations=solution.iterations,
         seconds=solution.seconds,
-        wanted=int(problem.select(torch.ones(kept.shape)).sum()) if isinstance(problem, SparseLeastSquares) else None,
+        wanted=int(problem.select(torch.ones(kept.shape)).sum()) if isinstance(problem, GroupedLeastSquares) else None,
         moments=_moments(problem),
         trace=solution.trace,
     )

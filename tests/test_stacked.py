@@ -36,6 +36,7 @@ from convexprune.solve import default_solver, rejudged, solve
 from convexprune.solvers import (
     ADMM,
     CVXPY,
+    ActivationMagnitude,
     Balanced,
     Bounded,
     BranchAndBound,
@@ -558,6 +559,9 @@ def test_magnitude_ranks_the_weights_of_the_module():
     problem = JOINT["fraction"]()
     x = solve(problem, Groupwise(Magnitude())).x[:, :8]
     assert torch.equal(x != 0, problem.select(problem.target.square()))
+    x = solve(problem, Groupwise(ActivationMagnitude())).x[:, :8]
+    power = torch.cat([part.gram.diagonal().expand(2, -1) for part in problem.parts])
+    assert torch.equal(x != 0, problem.select(problem.target.square() * power))
 
 
 def test_small_groups_are_solved_to_the_optimum_and_others_are_not():
