@@ -7,7 +7,7 @@ what need not be kept is not, before the work begins. `network.traversal` then g
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Final
 
 import torch
@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from convexprune.allocate import Allocation
 from convexprune.certify.network_error import network_error
-from convexprune.forms import EqualityQuadratic, GroupedLeastSquares, LassoProblem, SparseLeastSquares
 from convexprune.layer import Layer
 from convexprune.network import Calibration, read, write
 from convexprune.network.coverage import Coverage, check_counted, coverage
@@ -23,18 +22,19 @@ from convexprune.network.forward import check_model
 from convexprune.network.traversal import Traversal
 from convexprune.patterns import Unstructured
 from convexprune.problem import LayerProblem, Solver
-from convexprune.problems import Reconstruction
-from convexprune.report import Report, Settings, described
+from convexprune.problems import Reconstruction, Stacked, StackedReconstruction, stacked
+from convexprune.report import Report, Settings
 from convexprune.report.progress import Progress
-from convexprune.report.row import Moments, Row
+from convexprune.report.row import Row
+from convexprune.report.row_of import row_of
 from convexprune.report.shares import Shares
 from convexprune.solution import Solution, Status
-from convexprune.solve import check_solver, rejudged, solve
+from convexprune.solve import check_solver, default_solver, rejudged, solve
+from convexprune.solvers import Groupwise
 
 UNSOLVED: Final = (Status.INFEASIBLE, Status.NUMERICAL)  # no point worth writing: the layer stays as it was
 Build = Callable[..., LayerProblem | None]  # of a layer, and of its count where there is an allocation
 State = Callable[[Layer], LayerProblem | None]
-GRID: Final = (300, 800)  # a weight pattern is drawn on at most this many cells
 
 
 def prune(
@@ -105,20 +105,18 @@ def walked(walk: Traversal, state: State, solver: Solver | None, tell: Teller, s
     plan = _Plan.of(walk, state)
     if shares is not None:
         check_counted(shares.counts, [module for module, names in walk.names.items() if not {*names} <= {*plan.left}])
-    tell.planned(plan.coverage, sum(map(len, walk.names.values())))
+    tell.planned(plan.coverage, len(walk.modules))
     rows: list[Row] = []
     used, written = "", list(plan.pruned)
-    total = sum(map(len, walk.names.values()))
-    for module, layers in walk.layers(plan.keep):
-        for layer in layers:
-            tell.solving(layer, len(rows), total)
-            problem = state(layer)
+    for done, (module, layers) in enumerate(walk.layers(plan.keep)):
+        tell.solving(module, done, len(walk.modules))
+        for groups, problem in _asked(state, layers):
             if problem is not None and module not in written:
                 written.append(module)
                 _check_untied(walk.pruned, written)
-            solution = None if problem is None else _written(walk.pruned, layer.name, problem, solver)
+            solution = None if problem is None else _written(walk.pruned, groups, problem, solver)
             used = used or (solution.solver if solution else "")
-            rows.append(_row(layer, read(walk.pruned, layer.name), problem, solution))
+            rows.append(row_of(groups, _stored(walk.pruned, groups), problem, solution))
     if not used:
         raise ValueError("nothing was pruned: build(layer) returned None for every layer; return a problem for one")
     network = network_error(walk, rows, tell.measured)
@@ -145,9 +143,9 @@ class Teller:
         """A batch has gone through, as far as this module."""
         self._tell(Progress("capture", module, batch + 1, self.calibration.length))
 
-    def solving(self, layer: Layer, done: int, total: int) -> None:
-        """This layer is next."""
-        self._tell(Progress("solve", layer.name, done, total))
+    def solving(self, module: str, done: int, total: int) -> None:
+        """This module is next."""
+        self._tell(Progress("solve", module, done, total))
 
     def measured(self, batch: int) -> None:
         """A batch was measured."""
@@ -242,45 +240,35 @@ def _check_untied(model: nn.Module, modules: Iterable[str]) -> None:
                 )
 
 
-def _written(pruned: nn.Module, name: str, problem: LayerProblem, solver: Solver | None) -> Solution:
+def _asked(state: State, layers: Sequence[Layer]) -> list[tuple[list[Layer], LayerProblem | None]]:
+    """The groups of a module that get a problem, with that problem; and those that do not."""
+    problems = [state(layer) for layer in layers]
+    stated = [(layer, problem) for layer, problem in zip(layers, problems, strict=True) if problem is not None]
+    dense = [layer for layer, problem in zip(layers, problems, strict=True) if problem is None]
+    found: list[tuple[list[Layer], LayerProblem | None]] = []
+    if stated:
+        found.append(([layer for layer, _ in stated], stacked([problem for _, problem in stated])))
+    return [*found, (dense, None)] if dense else found
+
+
+def _written(pruned: nn.Module, layers: Sequence[Layer], problem: LayerProblem, solver: Solver | None) -> Solution:
     """Solve, write the weights, and let the problem judge what is in the model now."""
-    solution = solve(problem, solver)
+    solution = solve(problem, _for_groups(problem, solver) if isinstance(problem, Stacked) else solver)
     if solution.status not in UNSOLVED:
-        write(pruned, name, solution.x)
-    return rejudged(solution, problem, read(pruned, name))
+        for layer, x in zip(layers, torch.split(solution.x, len(solution.x) // len(layers)), strict=True):
+            write(pruned, layer.name, x)
+    return rejudged(solution, problem, _stored(pruned, layers))
 
 
-def _row(layer: Layer, stored: Tensor, problem: LayerProblem | None, solution: Solution | None) -> Row:
-    kept = stored[:, : layer.weight.shape[1]] != 0
-    shape = kept.shape[0], kept.shape[1]
-    row = Row(layer.name, shape, int(kept.sum()), pattern=_grid(kept), repairs=layer.repairs, module=layer.module)
-    if problem is None or solution is None:
-        return row
-    errors = problem.output_errors(stored)
-    return replace(
-        row,
-        status=solution.status,
-        certificate=solution.certificate,
-        error=float(errors.norm()),
-        errors=errors,
-        problem=described(problem),
-        iterations=solution.iterations,
-        seconds=solution.seconds,
-        wanted=int(problem.select(torch.ones(kept.shape)).sum()) if isinstance(problem, GroupedLeastSquares) else None,
-        moments=_moments(problem),
-        trace=solution.trace,
-    )
+def _for_groups(problem: Stacked, solver: Solver | None) -> Solver:
+    """The solver for the groups of a module, made of the one for a layer."""
+    if solver is not None:
+        return Groupwise(solver)
+    if isinstance(problem, StackedReconstruction):
+        return default_solver(problem)
+    return Groupwise(default_solver(problem.parts[0]))
 
 
-def _moments(problem: LayerProblem) -> Moments | None:
-    """Damping and conditioning of a problem that is stated in its layer's moments."""
-    layer = getattr(problem, "layer", None)
-    if not isinstance(problem, (SparseLeastSquares, EqualityQuadratic, LassoProblem)) or not isinstance(layer, Layer):
-        return None
-    return Moments.of([layer])
-
-
-def _grid(kept: Tensor) -> Tensor:
-    """The kept fraction in each cell of a grid no finer than the weights."""
-    cells = min(kept.shape[0], GRID[0]), min(kept.shape[1], GRID[1])
-    return nn.functional.adaptive_avg_pool2d(kept.float()[None], cells)[0]
+def _stored(pruned: nn.Module, layers: Sequence[Layer]) -> Tensor:
+    """(M, P): the weights of a module's groups as they are in the model now."""
+    return torch.cat([read(pruned, layer.name) for layer in layers])

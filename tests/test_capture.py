@@ -4,8 +4,6 @@ import numpy as np
 import pytest
 import torch
 from benchmark_utils import resnet
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 
@@ -13,7 +11,6 @@ import convexprune.network.moment_accumulator as accumulate
 from convexprune.layer import Layer
 from convexprune.network import Calibration, capture, read, write
 from convexprune.network.capture import Gathering, layers_of
-from convexprune.network.matrices import stack_of
 from convexprune.network.names import choose
 from convexprune.network.survey import survey
 
@@ -53,37 +50,6 @@ class Convolutional(nn.Module):
 def convolutional(seed=0):
     torch.manual_seed(seed)
     return Convolutional(), torch.randn(10, 3, 8, 6)
-
-
-@st.composite
-def convolutions(draw):
-    planes = draw(st.sampled_from([1, 2]))
-    groups = draw(st.sampled_from([1, 2, 3]))
-    numbers = lambda low, high: tuple(draw(st.integers(low, high)) for _ in range(planes))  # noqa: E731
-    kernel, dilation, padding = numbers(1, 3), numbers(1, 2), draw(st.sampled_from(["int", "same", "valid"]))
-    stride = (1,) * planes if padding == "same" else numbers(1, 3)
-    padding = numbers(0, 2) if padding == "int" else padding
-    mode = draw(st.sampled_from(["zeros", "circular", "reflect", "replicate"]))
-    bias = draw(st.booleans())
-    torch.manual_seed(draw(st.integers(0, 99)))
-    kind = nn.Conv1d if planes == 1 else nn.Conv2d
-    module = kind(2 * groups, 3 * groups, kernel, stride, padding, dilation, groups, bias, mode).double()
-    x = torch.randn(draw(st.integers(1, 3)), 2 * groups, *numbers(6, 9), dtype=torch.float64)
-    return module, x
-
-
-@settings(max_examples=50)
-@given(convolutions())
-def test_convolution_is_a_matrix_on_unfolded_rows(case):
-    module, x = case
-    stack = stack_of(module)
-    rows = stack.input_rows(stack.items(x))
-    y = torch.einsum("npgi,goi->npgo", rows, stack.weights())
-    y = y if stack.biases() is None else y + stack.biases()
-    assert relative(y, stack.output_rows(module(x))) < 1e-10
-    assert torch.equal(stack.unpack(stack.weights()), module.weight)
-    unbatched = stack.output_rows(module(x[0]))
-    assert relative(y[:1], unbatched) < 1e-10
 
 
 @pytest.mark.parametrize("shape", [(6,), (4, 6), (4, 5, 6), (2, 3, 4, 6)])

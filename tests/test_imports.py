@@ -32,7 +32,7 @@ ALLOWED = {
     "solve": {"problem", "solution"},
     "datasets": set(),
 }
-HEAVY = {"cvxpy", "matplotlib", "rich", "click", "sklearn", "safetensors", "scipy"}
+HEAVY = {"cvxpy", "matplotlib", "rich", "click", "sklearn", "safetensors", "scipy", "transformers"}
 
 
 def part(path):

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+import convexprune as cp
 from convexprune.network import load, read, save, write
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
@@ -105,6 +106,18 @@ def test_integer_weights_are_refused():
         read(model, "0")
     with pytest.raises(TypeError, match="dequantise"):
         write(model, "0", torch.zeros(3, 5))
+
+
+def test_what_was_read_is_a_copy():
+    model = nn.Sequential(nn.Linear(3, 2, bias=False), nn.Linear(2, 2, bias=False)).double()
+    before = read(model, "0")
+    write(model, "0", torch.zeros(2, 3))
+    assert int((before != 0).sum()) == 6
+    # a measure that tries weights and puts them back: each layer's curve is its own
+    write(model, "0", before)
+    x, options = [torch.randn(9, 3).double()], {"levels": (0.25,), "measure": cp.OutputChange()}
+    both, (second,) = cp.rate_distortion(model, x, **options), cp.rate_distortion(model, x, "1", **options)
+    assert torch.equal(both[1].distortion, second.distortion)
 
 
 class Tied(nn.Module):

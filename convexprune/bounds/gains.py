@@ -150,13 +150,13 @@ class ConvolutionOperator:
         return whole
 
     def _waves(self) -> Tensor:
-        """The matrices of all frequencies (frequencies, out, in / groups)."""
+        """(frequencies, out, in / groups); of two opposite frequencies, which are conjugate, only one."""
         kernel, reach = self._kernel(), self._reach()
         spread = kernel.new_zeros(*kernel.shape[:2], *self.size)
         spread[(slice(None), slice(None), *(slice(0, r, d) for r, d in zip(reach, self.dilation, strict=True)))] = (
             kernel
         )
-        waves: Tensor = torch.fft.fftn(spread, dim=tuple(range(2, kernel.ndim)))
+        waves: Tensor = torch.fft.rfftn(spread, dim=tuple(range(2, kernel.ndim)))
         return waves.flatten(2).permute(2, 0, 1)
 
     def _kernel(self) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from convexprune.layer import ACTIVATIONS, Layer
 from convexprune.network.calibration import Calibration, Mask
-from convexprune.network.forward import Enough, check_model, run, undisturbed
+from convexprune.network.forward import Enough, check_model, run, tensors_in, undisturbed
 from convexprune.network.matrices import Stack, stack_of
 from convexprune.network.moment_accumulator import Account
 from convexprune.network.names import choose, stacks, suggestion
@@ -186,8 +186,11 @@ def told_activations(model: nn.Module, calibration: Calibration) -> Mapping[str,
 
 @contextmanager
 def _hooked(modules: Mapping[str, Stack], hook: Hook) -> Iterator[None]:
-    def after(name: str, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
-        hook(name, modules[name], args[0] if args else kwargs["input"], output)
+    def after(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        if not isinstance(output, Tensor):
+            kind, made = type(module).__name__, type(output).__name__
+            raise TypeError(f"layer {name!r}: a {kind} that returns a {made} is no layer; leave it out of `names`")
+        hook(name, modules[name], next(tensors_in((args, kwargs))), output)
 
     with ExitStack() as handles:
         for name, stack in modules.items():

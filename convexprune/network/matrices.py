@@ -87,12 +87,12 @@ class Stack(ABC):
     @property
     def outputs(self) -> int:
         """The number of outputs, of all groups together."""
-        return math.prod(self.weights().shape[:2])
+        return math.prod(self.pack(self.weight.detach()).shape[:2])
 
     @property
     def width(self) -> int:
         """The number of inputs of one matrix, without the bias."""
-        return self.weights().shape[2]
+        return self.pack(self.weight.detach()).shape[2]
 
     def sample_shape(self, y: Tensor) -> tuple[int, ...]:
         """The dimensions of the output y that count samples, such as (batch, tokens)."""
@@ -104,12 +104,12 @@ class Stack(ABC):
         return [name] if self.groups == 1 else [f"{name}[{g}]" for g in range(self.groups)]
 
     def weights(self) -> Tensor:
-        """(groups, out, in), as stored."""
-        return self.pack(self.weight.detach())
+        """(groups, out, in), a copy of what is stored."""
+        return self.pack(self.weight.detach()).clone()
 
     def biases(self) -> Tensor | None:
-        """(groups, out), as stored."""
-        return None if self.bias is None else self.bias.detach().reshape(self.groups, -1)
+        """(groups, out), a copy of what is stored."""
+        return None if self.bias is None else self.bias.detach().reshape(self.groups, -1).clone()
 
 
 class LinearStack(Stack):

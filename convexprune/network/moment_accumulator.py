@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import weakref
 from collections.abc import Collection, Hashable, Iterator
 from dataclasses import dataclass, field
@@ -14,6 +13,8 @@ from convexprune.moments import InputMoments, TargetMoments
 from convexprune.network.matrices import Stack
 
 _CHUNK = 2**22  # numbers of unfolded input that are held in float64 at once
+CHECKED = 64  # samples on which a module is compared with its matrices
+OFF = 1e-2  # of |x| |w|: more than what half precision rounds
 
 
 @dataclass(eq=False)
@@ -90,7 +91,7 @@ class Account:
         slot, fresh = self._slot(name, stack, x, y)
         if not fresh and dense is None:
             return
-        for rows, wanted, part in self._chunks(name, stack, x, y, mask, slot.generator):
+        for rows, wanted, part in self._chunks(name, stack, x, mask, slot.generator):
             if fresh:
                 self._read_rows(name, slot.stream, rows, x.dtype)
             if dense is not None:
@@ -126,6 +127,7 @@ class Account:
             stream = None
         slots = self.slots.setdefault(name, [])
         if call == len(slots):
+            _check_computed(name, stack, x.detach(), y.detach())
             joined = stream if stream is not None and stream.born == self._batch else self._new_stream(stack)
             slots.append(Slot(name, joined, torch.Generator().manual_seed(self.seed)))
             joined.readers.append(slots[-1])
@@ -143,19 +145,13 @@ class Account:
         return Stream(self._batch, [InputMoments(stack.width) for _ in range(stack.groups)])
 
     def _chunks(
-        self, name: str, stack: Stack, x: Tensor, y: Tensor, mask: Tensor | None, generator: torch.Generator
+        self, name: str, stack: Stack, x: Tensor, mask: Tensor | None, generator: torch.Generator
     ) -> Iterator[tuple[Tensor, Tensor | None, slice]]:
         # (samples, groups, in) rows in float64, chunk by chunk, with the positions taken and the items they are from
         items = stack.items(x.detach())
         if len(items) == 0:
             return
         one = stack.input_rows(items[:1].cpu().double())
-        if one.shape[1] * len(items) != math.prod(stack.sample_shape(y)):
-            raise ValueError(
-                f"layer {name!r}: its output has samples of shape {stack.sample_shape(y)}, but its input makes "
-                f"{len(items)} x {one.shape[1]} rows (an output_size of its own in the call, perhaps); leave the layer "
-                "out of `names`"
-            )
         size = max(1, _CHUNK // max(one.numel(), 1))
         samples = None if mask is None else mask.cpu().reshape(len(items), -1)
         for start in range(0, len(items), size):
@@ -204,6 +200,25 @@ class Account:
             f"layers {', '.join(map(repr, names))} read the same tensor in one batch and not in another; capture each "
             "of them in a call of its own"
         )
+
+
+def _check_computed(name: str, stack: Stack, x: Tensor, y: Tensor) -> None:
+    """Raise where a module does not compute W x + b on the rows that its stack says it reads."""
+    kind = f"layer {name!r}, a {type(stack.module).__name__},"
+    why = "leave it out of `names` (a hook, a forward of this instance, an output_size in the call, a wrong Stack?)"
+    made = stack.output_rows(y)
+    items = max(1, CHECKED // max(made.shape[1], 1))
+    rows = stack.input_rows(stack.items(x)[:items].cpu().double()).flatten(0, 1)
+    made = made[:items].cpu().double().flatten(0, 1)
+    if len(rows) != len(made):
+        raise ValueError(f"{kind} makes {len(made)} samples of outputs from {len(rows)} rows of inputs; {why}")
+    some = slice(None, None, max(1, len(rows) // CHECKED))
+    rows, made, weights, biases = rows[some], made[some], stack.weights().cpu().double(), stack.biases()
+    shift = torch.zeros(()) if biases is None else biases.cpu().double()
+    away = (torch.einsum("sgi,goi->sgo", rows, weights) + shift - made).abs()
+    size = rows.norm(dim=2)[:, :, None] * weights.norm(dim=2) + shift.abs()
+    if bool((made.isfinite() & (away > OFF * size)).any()):  # what is not finite is refused where it is read
+        raise ValueError(f"{kind} does not compute W x + b; {why}")
 
 
 def _take(rows: Tensor, wanted: Tensor | None) -> Tensor:

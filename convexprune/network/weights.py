@@ -45,7 +45,7 @@ class Place:
     group: int
 
     def read(self) -> Tensor:
-        """(M, P), float64 on the CPU: what is stored, the bias as the last column."""
+        """(M, P), float64 on the CPU: a copy of what is stored, the bias as the last column."""
         weight, biases = self.stack.weights()[self.group], self.stack.biases()
         if biases is not None:
             weight = torch.cat([weight, biases[self.group][:, None].to(weight.device)], 1)
@@ -56,14 +56,13 @@ class Place:
 
         Raises ValueError for another shape, and for numbers that are not finite once cast.
         """
-        weights, biases = self.stack.weights().clone(), self.stack.biases()
+        weights, biases = self.stack.weights(), self.stack.biases()
         out, width = weights.shape[1:]
         shape = (out, width + (biases is not None))
         if tuple(x.shape) != shape:
             raise ValueError(f"layer {self.name!r}: x has shape {tuple(x.shape)}, expected {shape}")
         weights[self.group] = self._cast(x[:, :width], weights)
         if biases is not None:
-            biases = biases.clone()
             biases[self.group] = self._cast(x[:, width], biases)
         with torch.no_grad():
             self.stack.weight.copy_(self.stack.unpack(weights))
