@@ -332,12 +332,12 @@ def test_a_users_kind_goes_through_prune_save_and_load(tmp_path, mode):
     model, batches = user_network()
     state = copy.deepcopy(model.state_dict())
     pruned, report = cp.prune(model, batches, lambda layer: cp.Reconstruction(layer, cp.Unstructured(0.5)), mode=mode)
-    assert [row.name for row in report.rows] == ["0", "2[0]", "2[1]", "5"]
+    assert [row.name for row in report.rows] == ["0", "2", "5"]
     assert int((pruned[2].kernel != 0).sum()) == pruned[2].kernel.numel() // 2
     assert report.network.reason == ("" if mode != "parallel" else "2 (Windows): no gain is known of this layer")
     assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
     again = cp.prune(model, batches, lambda layer: cp.Reconstruction(layer, cp.Unstructured(0.5)), names="2")[1]
-    assert [row.module for row in cp.report.Report.from_json(again.to_json()).rows] == ["2", "2"]
+    assert [row.module for row in cp.report.Report.from_json(again.to_json()).rows] == ["2"]
     save(pruned, tmp_path / "pruned.safetensors")
     other, _ = user_network(1)
     load(other, tmp_path / "pruned.safetensors")
@@ -518,8 +518,7 @@ def test_modules_may_have_brackets_in_their_names(mode):
     build = lambda layer: cp.Reconstruction(layer, cp.PerRow(0.5))  # noqa: E731
     pruned, report = cp.prune(model, [x], build, mode=mode)
     groups = ["conv[0]", "conv[1]", "conv[7]", *(f"[[{group}]" for group in range(4)), "fc[0]", "fc[1]"]
-    assert [row.name for row in report.rows] == groups
-    assert list(dict.fromkeys(row.module for row in report.rows)) == ["conv", "conv[7]", "[", "fc[0]", "fc[1]"]
+    assert [row.name for row in report.rows] == ["conv", "conv[7]", "[", "fc[0]", "fc[1]"]
     assert report.network.measured <= report.network.guaranteed
     assert all(int((weight != 0).sum()) < weight.numel() for key, weight in pruned.named_parameters() if "weight" in key
                and not key.startswith("[."))  # fmt: skip
