@@ -32,10 +32,11 @@ from convexprune.report import described
 from convexprune.report.row import Moments
 from convexprune.report.shares import Share, Shares
 from convexprune.solution import Attempt, Certificate, Status
-from convexprune.solve import default_solver, rejudged, solve
+from convexprune.solve import default_solver, solve
 from convexprune.solvers import (
     ADMM,
     CVXPY,
+    ActivationMagnitude,
     Balanced,
     Bounded,
     BranchAndBound,
@@ -558,6 +559,9 @@ def test_magnitude_ranks_the_weights_of_the_module():
     problem = JOINT["fraction"]()
     x = solve(problem, Groupwise(Magnitude())).x[:, :8]
     assert torch.equal(x != 0, problem.select(problem.target.square()))
+    x = solve(problem, Groupwise(ActivationMagnitude())).x[:, :8]
+    power = torch.cat([part.gram.diagonal().expand(2, -1) for part in problem.parts])
+    assert torch.equal(x != 0, problem.select(problem.target.square() * power))
 
 
 def test_small_groups_are_solved_to_the_optimum_and_others_are_not():
@@ -629,39 +633,39 @@ def mobile():
     return model, list(nn.functional.avg_pool2d(images.flatten(0, 1), 3, 1, 1).reshape(images.shape))
 
 
-def pruned_by_modules(model, batches, build, solver=None):
-    """A walk in parallel mode: every module is one problem; module -> its solution, judged as stored."""
-    pruned, found = copy.deepcopy(model), {}
-    for module, layers in itertools.groupby(cp.capture(model, batches), lambda layer: layer.module):
-        group = list(layers)
-        problem = stacked([build(layer) for layer in group])
-        chosen = solver if solver is None or len(group) == 1 else Groupwise(solver)
-        solution = solve(problem, chosen)
-        for layer, rows in zip(group, torch.split(solution.x, len(group[0].weight)), strict=True):
-            write(pruned, layer.name, rows)
-        stored = torch.cat([read(pruned, layer.name) for layer in group])
-        found[module] = problem, rejudged(solution, problem, stored)
-    return pruned, found
-
-
+@pytest.mark.parametrize("mode", ["parallel", "cascade"])
 @pytest.mark.parametrize("solver", [None, Balanced(), Magnitude(), ColumnSweep()])
-def test_a_depthwise_convolution_keeps_its_share_as_a_module(mobile, solver):
+def test_a_depthwise_convolution_keeps_its_share_as_a_module(mobile, solver, mode):
     model, batches = mobile
-    pruned, found = pruned_by_modules(model, batches, lambda layer: Reconstruction(layer, Unstructured(0.3)), solver)
-    assert list(found) == ["0", "2", "4", "6", "9"]
-    for module, (problem, solution) in found.items():
-        weight = pruned.get_submodule(module).weight
-        assert int((weight != 0).sum()) == math.floor(0.3 * weight.numel() + 0.5)
-        assert solution.certificate.violation == 0
-        assert solution.certificate.bound <= solution.certificate.value
-        assert solution.certificate == judge(problem, solution.x, solution.witness)
+    build = lambda layer: Reconstruction(layer, Unstructured(0.3))  # noqa: E731
+    pruned, report = cp.prune(model, batches, build, solver, mode=mode)
+    assert [row.name for row in report.rows] == ["0", "2", "4", "6", "9"]
+    for row in report.rows:
+        weight = pruned.get_submodule(row.name).weight
+        assert int((weight != 0).sum()) == row.kept == row.wanted == math.floor(0.3 * weight.numel() + 0.5)
+        assert row.certificate.violation == 0
+        assert row.certificate.bound <= row.certificate.value
     depthwise = (pruned[2].weight != 0).flatten(1).sum(1)
     assert int(depthwise.sum()) == 43
     assert len(depthwise.unique()) > 2  # and not 3 of 9 in every channel
-    # what the certificate says is what the layer does on the dense network's inputs
-    layers = cp.capture(model, batches, "2")
+    # what the certificate says is what the layer does on the inputs that it was judged on
+    layers = cp.capture(model if mode == "parallel" else pruned, batches, "2", dense=model)
     errors = torch.cat([layer.squared_errors(read(pruned, layer.name)) for layer in layers])
-    assert float(errors.sum()) == pytest.approx(found["2"][1].certificate.value, rel=1e-6)
+    assert float(errors.sum()) == pytest.approx(report.rows[1].certificate.value, rel=1e-6)
+
+
+@pytest.mark.parametrize("solver", [None, ADMM()])
+def test_the_groups_of_a_convex_problem_are_one_row(mobile, solver):
+    model, batches = mobile
+    pruned, report = cp.prune(model, batches, lambda layer: NetTrim(layer, 0.1), solver, names="6")
+    (row,) = report.rows
+    layers = cp.capture(model, batches, "6", keep_inputs=True)
+    problem = stacked([NetTrim(layer, 0.1) for layer in layers])
+    certificate = judge(problem, torch.cat([read(pruned, layer.name) for layer in layers]))
+    assert (row.name, row.status) == ("6", Status.CONVERGED)
+    assert row.certificate.value == pytest.approx(certificate.value)
+    assert row.certificate.violation == certificate.violation <= 1e-5
+    assert 0 <= row.certificate.relative_gap < 1e-3
 
 
 def test_a_module_loses_less_than_its_groups_each_under_its_own_count(mobile):
