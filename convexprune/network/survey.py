@@ -58,20 +58,34 @@ class Survey:
 
     def add(self, steps: Record, batch: Any) -> None:
         """Take in what a batch did."""
-        layers = [step for step in steps.steps if step.layer in self.stacks]
+        self._shapes.add(tuple(tuple(tensor.shape[1:]) for tensor in tensors_in(batch)))
+        if len(self._shapes) > 1:
+            self.uneven = "the batches have samples of several shapes, and the bound knows those of the first"
+        if not self._records:
+            self._records.append(steps)
+        elif self.record.like(steps):
+            return  # nothing new
+        elif not self.uneven:
+            self.uneven = (
+                "the batches do not all take the same way through the model, and the bound knows that of the first"
+            )
+        self._take(steps)
+
+    def _take(self, steps: Record) -> None:
+        """The layers of a batch that went another way than those before."""
         counts: dict[str, int] = {}
         reads: dict[str, list[Any]] = {}
-        for step in layers:
-            assert step.layer is not None
-            counts[step.layer] = counts.get(step.layer, 0) + 1
-            reads.setdefault(step.layer, []).append((step.reads[:1], self.stacks[step.layer].unfolding))
+        for step in steps.steps:
+            if step.layer in self.stacks:
+                assert step.layer is not None
+                counts[step.layer] = counts.get(step.layer, 0) + 1
+                reads.setdefault(step.layer, []).append((step.reads[:1], self.stacks[step.layer].unfolding))
         self._put_in_order(list(counts))
-        self.calls = counts if not self._records or self.calls == counts else None
+        self.calls = counts if steps is self.record or self.calls == counts else None
         for name in counts:
             partners = {other for other in counts if reads[other] == reads[name]}
             self._partners[name] = partners & self._partners.get(name, partners)
             self.rectified[name] = self.rectified.get(name, True) and activation(steps, name) == "relu"
-        self._compare(steps, batch)
 
     def _put_in_order(self, called: list[str]) -> None:
         """A module that no batch before has called comes behind the one that is called before it."""
@@ -82,17 +96,6 @@ class Survey:
             else:
                 self.order.insert(place, name)
                 place += 1
-
-    def _compare(self, steps: Record, batch: Any) -> None:
-        self._shapes.add(tuple(tuple(tensor.shape[1:]) for tensor in tensors_in(batch)))
-        if not self._records:
-            self._records.append(steps)
-        elif len(self._shapes) > 1:
-            self.uneven = "the batches have samples of several shapes, and the bound knows those of the first"
-        elif not self.uneven and not self.record.like(steps):
-            self.uneven = (
-                "the batches do not all take the same way through the model, and the bound knows that of the first"
-            )
 
 
 def survey(
