@@ -19,21 +19,21 @@ from torch import Tensor, nn
 
 from convexprune.allocate.allocation import Allocation
 from convexprune.certify.network_error import network_error
-from convexprune.forms import EqualityQuadratic, LassoProblem, SparseLeastSquares
+from convexprune.forms import EqualityQuadratic, LassoProblem, SparseLeastSquares, declared
 from convexprune.layer import Layer
 from convexprune.network import capture, count_calls, read, write
 from convexprune.network.forward import check_model, tensors_in, undisturbed
 from convexprune.network.recording import record
 from convexprune.network.residual import summed
 from convexprune.patterns import Unstructured
-from convexprune.problem import LayerProblem, Solver
+from convexprune.problem import LayerProblem, Solver, check_problem, check_solver
 from convexprune.problems import Reconstruction
 from convexprune.report import Report, Settings, described
 from convexprune.report.progress import Progress
 from convexprune.report.row import Moments, Row
 from convexprune.report.shares import Shares
 from convexprune.solution import Solution, Status
-from convexprune.solve import check_solver, rejudged, solve
+from convexprune.solve import rejudged, solve
 
 MODES: Final = ("parallel", "cascade", "residual")
 UNSOLVED: Final = (Status.INFEASIBLE, Status.NUMERICAL)  # no point worth writing: the layer stays as it was
@@ -100,16 +100,17 @@ def prune(
     state = _stated(build, shares)
     rows: list[Row] = []
     rectified: dict[str, bool] = {}
-    used = ""
+    used: dict[str, None] = {}  # in order, each once
     owners: dict[int, str] = {}
     for total, layer in _layers(mode, model, pruned, batches, names, options, tell):
         tell(Progress("solve", layer.name, len(rows), total))
         problem = state(layer)
         rectified[layer.name.partition("[")[0]] = layer.activation == "relu"
         if problem is not None:
+            check_problem(problem, LayerProblem)
             _check_untied(pruned, layer.name, owners)
         solution = None if problem is None else _written(pruned, layer.name, problem, solver)
-        used = used or (solution.solver if solution else "")
+        used |= {solution.solver: None} if solution else {}
         rows.append(_row(layer, read(pruned, layer.name), problem, solution))
     if not used:
         raise ValueError("nothing was pruned: build(layer) returned None for every layer; return a problem for one")
@@ -119,7 +120,7 @@ def prune(
     )
     data, samples = _fingerprint(batches)
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
-    settings = Settings(mode, used, samples, data, dtype, seed, torch.get_num_threads(), torch.__version__)
+    settings = Settings(mode, "; ".join(used), samples, data, dtype, seed, torch.get_num_threads(), torch.__version__)
     return pruned, Report(tuple(rows), network, settings, shares)
 
 
@@ -211,16 +212,22 @@ def _row(layer: Layer, stored: Tensor, problem: LayerProblem | None, solution: S
         problem=described(problem),
         iterations=solution.iterations,
         seconds=solution.seconds,
-        wanted=int(problem.select(torch.ones(kept.shape)).sum()) if isinstance(problem, SparseLeastSquares) else None,
+        wanted=_wanted(problem, shape),
         moments=_moments(problem),
         trace=solution.trace,
     )
 
 
+def _wanted(problem: Any, shape: tuple[int, int]) -> int | None:
+    """How many weights a problem's pattern allows."""
+    return int(problem.select(torch.ones(shape)).sum()) if SparseLeastSquares in declared(problem) else None
+
+
 def _moments(problem: LayerProblem) -> Moments | None:
     """Damping and conditioning of a problem that is stated in its layer's moments."""
     layer = getattr(problem, "layer", None)
-    if not isinstance(problem, (SparseLeastSquares, EqualityQuadratic, LassoProblem)) or not isinstance(layer, Layer):
+    stated = {SparseLeastSquares, EqualityQuadratic, LassoProblem}.intersection(declared(problem))
+    if not stated or not isinstance(layer, Layer):
         return None
     rank, condition = layer.spectrum()
     return Moments(layer.damping, rank, len(layer.gram), condition)

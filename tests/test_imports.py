@@ -27,7 +27,7 @@ ALLOWED = {
     "solvers": BOTTOM,
     "bounds": BOTTOM,
     "network": {"layer", "moments", "whole_file"},
-    "solve": {"problem", "solution"},
+    "solve": {"forms", "problem", "solution"},
     "datasets": set(),
 }
 HEAVY = {"cvxpy", "matplotlib", "rich", "click", "sklearn", "safetensors", "scipy"}

@@ -272,7 +272,7 @@ def test_solvers_refuse_what_they_cannot_take():
     for solver in (ExactOBS(), SwapSearch(), Best(), BranchAndBound()):
         with pytest.raises(TypeError, match="whole blocks"):
             solve(blocks, solver)
-    with pytest.raises(TypeError, match="takes SparseLeastSquares problems; NetTrim is none"):
+    with pytest.raises(TypeError, match="takes SparseLeastSquares problems; NetTrim is of the form BallProblem"):
         solve(NetTrim(random_layer(), epsilon=0.1), Magnitude())
     with pytest.raises(ValueError, match="up to 30 inputs"):
         solve(Reconstruction(random_layer(0, inputs=31), Unstructured(0.5)), BranchAndBound())

@@ -17,6 +17,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from convexprune.forms import PerspectiveProblem
 from convexprune.layer import Layer
 from convexprune.patterns import Pattern, Support, excess, select
 from convexprune.problem import Formulation
@@ -25,7 +26,7 @@ CONSTANT = 1e-13  # a variance that small, relative to the second moment, is the
 
 
 @dataclass(frozen=True, eq=False)
-class Reconstruction:
+class Reconstruction(PerspectiveProblem):
     """Least squares with a support in `pattern`.
 
     always      (M, N) bool: weights that must stay in the support
