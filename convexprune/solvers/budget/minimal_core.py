@@ -34,6 +34,7 @@ class MinimalCore:
     """
 
     takes: ClassVar[type] = KnapsackProblem
+    starts: ClassVar[bool] = False
 
     time_limit: float | None = None
 

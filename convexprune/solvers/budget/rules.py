@@ -29,6 +29,7 @@ class Rule:
     """A rule as a solver; no witness but the price 0."""
 
     takes: ClassVar[type] = KnapsackProblem
+    starts: ClassVar[bool] = False
 
     @abstractmethod
     def targets(self, curves: Sequence[Curve]) -> Callable[[float], Tensor]:

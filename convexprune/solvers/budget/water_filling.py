@@ -25,6 +25,7 @@ class WaterFilling:
     """The optimum of an `ErrorBudget`, exact, in the time of a sort; its price is the witness."""
 
     takes: ClassVar[type] = BudgetProblem
+    starts: ClassVar[bool] = False
 
     def solve(self, problem: BudgetProblem, start: Tensor | None = None) -> Attempt:
         """The start is not used."""

@@ -35,6 +35,7 @@ class BranchAndBound:
     """
 
     takes: ClassVar[type] = SparseLeastSquares
+    starts: ClassVar[bool] = False
     max_inputs: int = 30
     time_limit: float | None = None
 

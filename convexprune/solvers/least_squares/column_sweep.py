@@ -32,6 +32,7 @@ class ColumnSweep:
     """
 
     takes: ClassVar[type] = SparseLeastSquares
+    starts: ClassVar[bool] = False
 
     damping: float = 0.01
     block: int = 128

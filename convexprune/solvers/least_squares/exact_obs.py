@@ -60,6 +60,7 @@ class ExactOBS:
     """
 
     takes: ClassVar[type] = SparseLeastSquares
+    starts: ClassVar[bool] = False
 
     memory: float = 2e9
     device: str = "cpu"

@@ -19,6 +19,7 @@ class Magnitude:
     """Scores W_ij^2; the pattern decides among whom they compete. `Refit(Magnitude())` adapts what stays."""
 
     takes: ClassVar[type] = SparseLeastSquares
+    starts: ClassVar[bool] = False
 
     def solve(self, problem: SparseLeastSquares, start: Tensor | None = None) -> Attempt:
         """The start is not used."""
@@ -34,6 +35,7 @@ class ActivationMagnitude:
     """
 
     takes: ClassVar[type] = SparseLeastSquares
+    starts: ClassVar[bool] = False
 
     def solve(self, problem: SparseLeastSquares, start: Tensor | None = None) -> Attempt:
         """The start is not used."""

@@ -32,6 +32,7 @@ class Fast:
     """
 
     takes: ClassVar[type] = SparseLeastSquares
+    starts: ClassVar[bool] = False
 
     flops: float = 5e9
     polish: int = 8
@@ -59,6 +60,7 @@ class Balanced:
     """
 
     takes: ClassVar[type] = SparseLeastSquares
+    starts: ClassVar[bool] = False
 
     grow: float = 1.05
     rounds: int = 1
@@ -87,6 +89,7 @@ class Best:
     """
 
     takes: ClassVar[type] = SparseLeastSquares
+    starts: ClassVar[bool] = False
 
     grow: float = 1.15
     rounds: int = 12

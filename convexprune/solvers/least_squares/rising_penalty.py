@@ -41,6 +41,7 @@ class RisingPenalty:
     """
 
     takes: ClassVar[type] = SparseLeastSquares
+    starts: ClassVar[bool] = False
 
     grow: float = 1.0
     rho: float = 0.1

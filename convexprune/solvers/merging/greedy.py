@@ -67,6 +67,7 @@ class GreedyMerging:
     """
 
     takes: ClassVar[type] = MergingProblem
+    starts: ClassVar[bool] = False
 
     neighbours: int = 16
     device: str = "cpu"
