@@ -17,8 +17,8 @@ from convexprune.distill import Distilled, distill
 from convexprune.layer import Layer
 from convexprune.merge import merge
 from convexprune.network import MaskKeeper, capture, compact, load, reestimate_batch_norm, save, sensitivities
-from convexprune.patterns import NM, Blocks, PerRow, Support, Unstructured
-from convexprune.problem import judge
+from convexprune.patterns import NM, Blocks, Channels, Pattern, PerRow, Support, Unstructured
+from convexprune.problem import Formulation, LayerProblem, Problem, Solver, judge
 from convexprune.problems import (
     ErrorBudget,
     L1Reconstruction,
@@ -30,7 +30,7 @@ from convexprune.problems import (
 )
 from convexprune.prune import prune
 from convexprune.prune_within import Goal, prune_within
-from convexprune.solution import Certificate, Solution, Status
+from convexprune.solution import Attempt, Certificate, Solution, Status
 from convexprune.solve import solve
 from convexprune.solvers import (
     ADMM,
@@ -74,6 +74,7 @@ __all__ = [
     "NM",
     "ActivationMagnitude",
     "Allocation",
+    "Attempt",
     "Balanced",
     "Best",
     "BestOf",
@@ -81,6 +82,7 @@ __all__ = [
     "Bounded",
     "BranchAndBound",
     "Certificate",
+    "Channels",
     "ClosedForm",
     "ColumnSweep",
     "Curve",
@@ -91,6 +93,7 @@ __all__ = [
     "ExactOBS",
     "Exchange",
     "Fast",
+    "Formulation",
     "GlobalMagnitude",
     "Goal",
     "GreedyMerging",
@@ -98,6 +101,7 @@ __all__ = [
     "LagrangianPrice",
     "Layer",
     "LayerError",
+    "LayerProblem",
     "LayerwiseOBS",
     "Magnitude",
     "MaskKeeper",
@@ -106,12 +110,15 @@ __all__ = [
     "NeuronMerging",
     "OptimalBrainSurgeon",
     "OutputChange",
+    "Pattern",
     "PerRow",
+    "Problem",
     "Reconstruction",
     "Refit",
     "RisingPenalty",
     "SecondOrder",
     "Solution",
+    "Solver",
     "SparsityAllocation",
     "Status",
     "Support",

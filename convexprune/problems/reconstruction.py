@@ -19,7 +19,8 @@ from torch import Tensor
 
 from convexprune.forms import PerspectiveProblem
 from convexprune.layer import Layer
-from convexprune.patterns import Pattern, Support, excess, select
+from convexprune.layout import Layout, check_pattern
+from convexprune.patterns import Pattern, excess, select
 from convexprune.problem import Formulation
 
 CONSTANT = 1e-13  # a variance that small, relative to the second moment, is the rounding of a constant
@@ -57,6 +58,7 @@ class Reconstruction(PerspectiveProblem):
                 f"boolean mask {shape}"
             )
         try:
+            check_pattern(self.pattern, shape, self.kernel)
             self.select(torch.zeros(shape, dtype=torch.float64))
         except ValueError as error:
             raise ValueError(f"layer {self.layer.name!r}: {error}") from error
@@ -168,18 +170,16 @@ class Reconstruction(PerspectiveProblem):
             raise ValueError(f"layer {self.layer.name!r}: its Gram matrix is singular; use layer.damped(1e-6) or so")
         root = (vectors * values.sqrt()).numpy()
         out, width = self.target.shape
-        cells = self._cells()
-        x, kept = cp.Variable(self.shape, name="x"), cp.Variable(int(cells.max()) + 1, boolean=True, name="kept")
+        layout = Layout.of(self.pattern, (out, width), self.kernel)
+        x, kept = cp.Variable(self.shape, name="x"), cp.Variable(layout.never.numel(), boolean=True, name="kept")
         weight = x[:, :width]
-        spread = kept[cells.flatten().numpy()]
+        spread = kept[layout.cell.flatten().numpy()]
         limit = self._limits().flatten().numpy()
         flat = cp.reshape(weight, (out * width,), order="C")
         constraints = [cp.abs(flat) <= cp.multiply(limit, spread)]
-        if isinstance(self.pattern, Support):
-            constraints.append(spread == self.pattern.mask.flatten().numpy().astype(float))
-        else:
-            grouped = cp.reshape(kept, (self._groups, (int(cells.max()) + 1) // self._groups), order="C")
-            constraints.append(cp.sum(grouped, axis=1) <= self.pattern.quota((out, width), self.kernel))
+        constraints.append(cp.sum(cp.reshape(kept, layout.never.shape, order="C"), axis=1) <= layout.quota)
+        if bool(layout.never.any()):
+            constraints.append(kept[layout.never.flatten().nonzero()[:, 0].numpy()] == 0)
         if self.always is not None:
             constraints.append(spread[self.always.flatten().nonzero()[:, 0].numpy()] == 1)
         scaled = cp.multiply(self._root[:, None].numpy(), x)
@@ -242,16 +242,6 @@ class Reconstruction(PerspectiveProblem):
             raise ValueError(f"witness has shape {tuple(witness.shape)}, expected {tuple(self.target.shape)}")
         v = witness.detach().cpu().double()[:, :width]
         return v if bool(torch.isfinite(v).all()) else None
-
-    @property
-    def _groups(self) -> int:
-        return len(self.pattern.folded(torch.zeros_like(self.target), self.kernel))
-
-    def _cells(self) -> Tensor:
-        """(M, N): the cell that each weight belongs to, numbered group by group."""
-        shape = (self.target.shape[0], self.target.shape[1])
-        numbers = torch.arange(self.pattern.folded(torch.zeros_like(self.target), self.kernel).numel())
-        return self.pattern.unfolded(numbers.reshape(self._groups, -1), shape, self.kernel)
 
     def _limits(self) -> Tensor:
         """(M, N): how large a weight W can be where value <= energies."""
