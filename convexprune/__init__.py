@@ -28,7 +28,7 @@ from convexprune.network import (
     save,
     sensitivities,
 )
-from convexprune.patterns import NM, Blocks, Pattern, PerRow, Support, Unstructured
+from convexprune.patterns import NM, Blocks, Channels, Pattern, PerRow, Support, Unstructured
 from convexprune.problem import Formulation, LayerProblem, Problem, Solver, judge
 from convexprune.problems import (
     ErrorBudget,
@@ -98,6 +98,7 @@ __all__ = [
     "BranchAndBound",
     "Calibration",
     "Certificate",
+    "Channels",
     "ClosedForm",
     "ColumnSweep",
     "Compaction",

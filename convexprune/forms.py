@@ -1,230 +1,293 @@
-"""The forms that problems take: what a solver may ask of one."""
+"""The forms that problems take, what a solver may ask of each, and the one rule of who takes what.
+
+A problem declares its form by name, among its own bases: `class L1Reconstruction(LassoProblem)`. It promises to be
+that minimisation, all of it and nothing more; `takes` of a solver names the forms that it solves.
+
+    declared(problem) = the forms among type(problem).__bases__, and those that they refine
+
+What a parent declares does not count: a subclass may have added a term or a constraint, which a solver of the form
+would not see. One that is still of the form names it again: `class Mine(L1Reconstruction, LassoProblem)`. A form, in
+turn, is a class with `Form` among its own bases.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from abc import abstractmethod
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from convexprune.problem import Problem
+from convexprune.problem import Problem, Solver, check_problem, check_solver, stated
 
 if TYPE_CHECKING:
     from convexprune.curve import Curve
     from convexprune.patterns import Pattern
 
 
-@runtime_checkable
-class BallProblem(Protocol):
+class Form(Problem):
+    """What makes a class a form, when it stands among its own bases."""
+
+
+def declared(problem: object) -> tuple[type, ...]:
+    """The forms of a problem by the rule above, each before those that it refines."""
+    return _declared(type(problem))
+
+
+def taken(solver: Any) -> tuple[type, ...]:
+    """The forms that a solver says it takes; none if it takes any problem."""
+    takes = getattr(solver, "takes", ())
+    return takes if isinstance(takes, tuple) else (takes,)
+
+
+def adapted(solver: Any, problem: Problem) -> Solver:
+    """The solver as it runs on a problem.
+
+    Raises TypeError for what is no solver or does not take the problem, and what the solver raises of it.
+    """
+    check_solver(solver)
+    takes = taken(solver)
+    fitting = [form for form in declared(problem) if form in takes]
+    if takes and not fitting:
+        names = " or ".join(form.__name__ for form in takes)
+        raise TypeError(f"{type(solver).__name__} takes {names} problems; {undeclared(problem, takes[0])}")
+    for form in fitting:
+        check_problem(problem, form)
+    return solver.adapted(problem) if hasattr(solver, "adapted") else solver  # type: ignore[no-any-return]
+
+
+def undeclared(problem: object, wanted: type) -> str:
+    """Why a problem is not of the wanted form, and how it would say that it is: a clause for an error."""
+    name, own = type(problem).__name__, declared(problem)
+    if own:
+        return f"{name} is of the form {own[0].__name__}"
+    for parent in type(problem).__mro__[1:]:
+        forms = () if Form in parent.__bases__ else _declared(parent)
+        if forms:
+            return (
+                f"{name} declares no form. Its parent {parent.__name__} is of the form {forms[0].__name__}, but a "
+                f"subclass may minimise something else; if {name} does not, name the form among its own bases: "
+                f"class {name}({parent.__name__}, {forms[0].__name__})"
+            )
+    return f"{name} declares no form; if it is of one, name it among its bases, as in class {name}({wanted.__name__})"
+
+
+def _declared(kind: type) -> tuple[type, ...]:
+    own = (base for base in kind.__bases__ if Form in base.__bases__)
+    return tuple(dict.fromkeys(form for base in own for form in base.__mro__ if Form in form.__bases__))
+
+
+class BallProblem(Form):
     """Minimise ||x||_1 over || (X x^T - Y)_active ||_F <= radius and X x^T <= ceiling elsewhere."""
 
-    @property
+    @stated
     def inputs(self) -> Tensor:
         """X (n, P)."""
 
-    @property
+    @stated
     def outputs(self) -> Tensor:
         """Y (n, M), float64; zero where inactive."""
 
-    @property
+    @stated
     def active(self) -> Tensor:
         """(n, M) bool: the entries that the ball covers."""
 
-    @property
+    @stated
     def ceiling(self) -> Tensor:
         """V, float64, (n, M) or broadcastable to it; read only where inactive."""
 
-    @property
+    @stated
     def radius(self) -> float:
         """The ball's radius."""
 
 
-@runtime_checkable
-class LassoProblem(Protocol):
+class LassoProblem(Form):
     """Minimise 1/2 tr(x G x^T) - <C, x> + lam ||x||_1 + constant."""
 
-    @property
+    @stated
     def gram(self) -> Tensor:
         """G (P, P), float64."""
 
-    @property
+    @stated
     def cross(self) -> Tensor:
         """C (M, P), float64."""
 
-    @property
+    @stated
     def lam(self) -> float:
         """The weight of the L1 norm."""
 
 
-@runtime_checkable
-class GroupedLeastSquares(Problem, Protocol):
-    """Sparse least squares of the M neurons of a module, in groups that have each a Gram matrix of its own.
-
-    A solver works on W (M, N), the groups one below the other; `completed` makes the problem's point of it.
-    """
-
-    @property
-    def parts(self) -> tuple[SparseLeastSquares, ...]:
-        """Each group by itself; only the problem itself where all neurons are one group."""
-
-    @property
-    def target(self) -> Tensor:
-        """(M, N), float64: the dense weights."""
-
-    @property
-    def pattern(self) -> Pattern:
-        """Which supports are allowed."""
-
-    @property
-    def kernel(self) -> int:
-        """The number of kernel positions behind each input channel; 1 if linear."""
-
-    @property
-    def always(self) -> Tensor | None:
-        """(M, N) bool: weights that must stay in the support."""
-
-    def select(self, scores: Tensor, grow: float = 1.0) -> Tensor:
-        """(M, N) bool: the allowed support with the largest sum of scores (M, N) >= 0, or one `grow` times larger."""
-
-    def completed(self, weight: Tensor) -> Tensor:
-        """(M, P), float64: the weights with the best bias as the last column, if the layer has one."""
-
-
-@runtime_checkable
-class SparseLeastSquares(GroupedLeastSquares, Protocol):
-    """Minimise tr(W G W^T) - 2 <C, W> + sum(energies) over W (M, N) with a support in the pattern."""
-
-    @property
-    def gram(self) -> Tensor:
-        """G (N, N), float64."""
-
-    @property
-    def cross(self) -> Tensor:
-        """C (M, N), float64."""
-
-    @property
-    def energies(self) -> Tensor:
-        """(M,), float64: the value at W = 0, one for each neuron."""
-
-
-@runtime_checkable
-class StackedProblem(Problem, Protocol):
+class StackedProblem(Form):
     """A module's groups, each with a problem of its own; a point is their points, one below the other."""
 
-    @property
+    @stated
     def parts(self) -> tuple[Problem, ...]:
         """Each group by itself."""
 
 
-@runtime_checkable
-class SharedPattern(GroupedLeastSquares, Protocol):
-    """Sparse least squares whose groups share a pattern."""
+class GroupedLeastSquares(StackedProblem, Form):
+    """Sparse least squares of the M neurons of a module, in groups that have each a Gram matrix of its own.
+
+    A solver works on W (M, N), the groups one below the other; `completed` makes the problem's point of it. With one
+    Gram matrix for all neurons it is `SparseLeastSquares`.
+    """
+
+    @stated
+    def parts(self) -> tuple[SparseLeastSquares, ...]:
+        """Each group by itself; only the problem itself where all neurons are one group."""
+
+    @stated
+    def target(self) -> Tensor:
+        """(M, N), float64: the dense weights."""
+
+    @stated
+    def pattern(self) -> Pattern:
+        """Which supports are allowed."""
+
+    @stated
+    def kernel(self) -> int:
+        """The number of kernel positions behind each input channel; 1 if linear."""
+
+    @stated
+    def always(self) -> Tensor | None:
+        """(M, N) bool: weights that must stay in the support."""
+
+    @abstractmethod
+    def select(self, scores: Tensor, grow: float = 1.0) -> Tensor:
+        """(M, N) bool: the allowed support with the largest sum of scores (M, N) >= 0, or one `grow` times larger."""
+
+    @abstractmethod
+    def completed(self, weight: Tensor) -> Tensor:
+        """(M, P), float64: the weights with the best bias as the last column, if the layer has one."""
+
+
+class SparseLeastSquares(GroupedLeastSquares, Form):
+    """Minimise tr(W G W^T) - 2 <C, W> + sum(energies) over W (M, N) with a support in the pattern."""
 
     @property
+    def parts(self) -> tuple[SparseLeastSquares, ...]:
+        """Itself: all neurons share one Gram matrix."""
+        return (self,)
+
+    @stated
+    def gram(self) -> Tensor:
+        """G (N, N), float64."""
+
+    @stated
+    def cross(self) -> Tensor:
+        """C (M, N), float64."""
+
+    @stated
+    def energies(self) -> Tensor:
+        """(M,), float64: the value at W = 0, one for each neuron."""
+
+
+class SharedPattern(GroupedLeastSquares, Form):
+    """Sparse least squares whose groups share a pattern."""
+
+    @stated
     def spans(self) -> bool:
         """Whether the groups compete for one count; else `parts` say all that the pattern does."""
 
+    @abstractmethod
     def divided(self, mask: Tensor) -> tuple[SparseLeastSquares, ...]:
         """The groups, each with the share of the count that a support (M, N) bool of the module gives it."""
 
 
-@runtime_checkable
-class PerspectiveProblem(SparseLeastSquares, Protocol):
+class PerspectiveProblem(SparseLeastSquares, Form):
     """Sparse least squares whose `lower_bound` takes a witness (v, d) of the perspective bound: v (M, N), d (N,)."""
 
-    @property
+    @stated
     def diagonal(self) -> Tensor:
         """(N,): a d >= 0 with G - diag(d) positive semidefinite, from which to look for a better one."""
 
 
-@runtime_checkable
-class EqualityQuadratic(Problem, Protocol):
+class EqualityQuadratic(Form):
     """Minimise tr(x G x^T) - 2 <C, x> + energy over x (M, P) that is zero where `removed`."""
 
-    @property
+    @stated
     def gram(self) -> Tensor:
         """G (P, P), float64."""
 
-    @property
+    @stated
     def cross(self) -> Tensor:
         """C (M, P), float64."""
 
-    @property
+    @stated
     def removed(self) -> Tensor:
         """(M, P) bool."""
 
 
-@runtime_checkable
-class KnapsackProblem(Problem, Protocol):
+class KnapsackProblem(Form):
     """Choose one level for each of G groups: least summed distortion at a summed cost within the budget."""
 
-    @property
+    @stated
     def curves(self) -> tuple[Curve, ...]:
         """One for each layer."""
 
-    @property
+    @stated
     def groups(self) -> tuple[tuple[int, ...], ...]:
         """The curves that choose together, by their numbers."""
 
-    @property
+    @stated
     def budget(self) -> float:
         """In the unit of the costs."""
 
-    @property
+    @stated
     def room(self) -> float:
         """The budget, with what rounding may add to a sum of costs that are no integers: what solvers compare with."""
 
-    @property
+    @stated
     def cheapest(self) -> float:
         """What the cheapest choice costs."""
 
-    @property
+    @stated
     def table(self) -> tuple[Any, Any]:
         """Cost and distortion (G, K) of the undominated levels by rising cost, padded with inf."""
 
+    @abstractmethod
     def point(self, choice: Any) -> Tensor:
         """(L, 1): the point of a choice (G,) among those levels."""
 
 
-@runtime_checkable
-class BudgetProblem(Problem, Protocol):
+class BudgetProblem(Form):
     """Share a goal among L layers: minimise sum_l n_l log(cap_l / e_l) with sum_l g_l e_l <= goal and e_l <= cap_l."""
 
-    @property
+    @stated
     def gains(self) -> Tensor:
         """(L,) >= 0, float64: g."""
 
-    @property
+    @stated
     def sizes(self) -> Tensor:
         """(L,) > 0, float64: n."""
 
-    @property
+    @stated
     def caps(self) -> Tensor:
         """(L,) > 0, float64."""
 
-    @property
+    @stated
     def goal(self) -> float:
         """> 0."""
 
 
-class MergingProblem(Problem, Protocol):
+class MergingProblem(Form):
     """Choose survivors among n neurons, and whom each other joins; see NeuronMerging."""
 
-    @property
+    @stated
     def features(self) -> Tensor:
         """(n, d), float64: rows whose squared distances are those of the neurons."""
 
-    @property
+    @stated
     def importance(self) -> Tensor:
         """(n,): <a_j^2>."""
 
-    @property
+    @stated
     def outgoing(self) -> Tensor:
         """(out, n), float64."""
 
-    @property
+    @stated
     def keep(self) -> int | None:
-        """At most so many survivors, or"""
+        """At most so many survivors; None where `max_saliency` is given."""
 
-    @property
+    @stated
     def max_saliency(self) -> float | None:
-        """the largest sum of saliencies, with as few survivors as can be."""
+        """The largest sum of saliencies, with as few survivors as can be; None where `keep` is given."""

@@ -1,7 +1,8 @@
 """What "sparse" means: which sets of kept weights a pattern allows, and the best of them for given scores.
 
-Every pattern divides the cells of a layer (single weights, or blocks of them) into groups of one size and keeps the
-same number in each group; what is kept is counted exactly and ties go to the lower index.
+Every pattern divides the cells of a layer (single weights, blocks or channels of them) into groups of one size and
+keeps the same number in each group; what is kept is counted exactly and ties go to the lower index. Three methods say
+it all, so that a pattern of one's own works as these do; `layout` reads from them where the cells lie.
 """
 
 from __future__ import annotations
@@ -25,10 +26,10 @@ class Pattern(Protocol):
         """How many cells each group keeps; raises ValueError where the pattern does not fit the shape."""
 
     def folded(self, values: Tensor, kernel: int = 1) -> Tensor:
-        """(groups, cells): the values (M, N) of each cell, added up over a block."""
+        """(groups, cells): the values (M, N) >= 0 of each cell, added up; below 0 if it can never be kept."""
 
     def unfolded(self, cells: Tensor, shape: tuple[int, int], kernel: int = 1) -> Tensor:
-        """(M, N): the inverse of `folded`, a block's value at each of its weights."""
+        """(M, N): the inverse of `folded`, a cell's value at each of its weights."""
 
 
 @dataclass(frozen=True)
@@ -141,6 +142,34 @@ class Blocks:
         return tiles.repeat_interleave(self.size[0], 0).repeat_interleave(self.size[1], 1)
 
 
+@dataclass(frozen=True)
+class Channels:
+    """Whole input channels, for all neurons and kernel positions; `keep` of them: a fraction in [0, 1], or a count.
+
+    `compact` then takes those that nothing reads any more out of the network. Behind a Flatten each input of a layer
+    is a channel of its own.
+    """
+
+    keep: float | int
+
+    def __post_init__(self) -> None:
+        _check_keep(self.keep)
+
+    def quota(self, shape: tuple[int, int], kernel: int = 1) -> int:
+        """The count of channels."""
+        if shape[1] % kernel:
+            raise ValueError(f"{shape[1]} inputs are no whole channels of {kernel} kernel positions")
+        return _count(self.keep, shape[1] // kernel, "the layer's channels")
+
+    def folded(self, values: Tensor, kernel: int = 1) -> Tensor:
+        """(1, N / kernel)."""
+        return values.reshape(len(values), -1, kernel).sum((0, 2))[None]
+
+    def unfolded(self, cells: Tensor, shape: tuple[int, int], kernel: int = 1) -> Tensor:
+        """(M, N)."""
+        return cells[0].repeat_interleave(kernel).expand(shape)
+
+
 @dataclass(frozen=True, eq=False)
 class Support:
     """The weights where `mask` (M, N) is True, and no others."""
@@ -158,7 +187,7 @@ class Support:
         return int(self.mask.sum())
 
     def folded(self, values: Tensor, kernel: int = 1) -> Tensor:
-        """(1, M N): -1 outside the mask, which no score can be."""
+        """(1, M N): -1 outside the mask."""
         return torch.where(self.mask.to(values.device), values, -1).reshape(1, -1)
 
     def unfolded(self, cells: Tensor, shape: tuple[int, int], kernel: int = 1) -> Tensor:
@@ -174,7 +203,7 @@ def select(
     `always` (M, N) bool marks weights that stay whatever their score; they count as kept. Ties go to the lower index.
     `grow` > 1 keeps that many times the pattern's count, rounded: a support to start from and to shrink.
 
-    Raises ValueError where `always` holds more than the pattern keeps, or scores are NaN.
+    Raises ValueError where `always` holds more than the pattern keeps or what it can never keep, or scores are NaN.
     """
     shape = (scores.shape[0], scores.shape[1])
     quota = pattern.quota(shape, kernel)
@@ -186,6 +215,8 @@ def select(
         crowded = int(fixed.sum(1).max())
         if crowded > quota:
             raise ValueError(f"{crowded} weights of a group must stay, but {pattern} keeps only {quota}")
+        if bool((pattern.unfolded(cells < 0, shape, kernel) & always).any()):
+            raise ValueError(f"`always` marks weights that {pattern} can never keep; leave them out of it")
         cells = torch.where(fixed, math.inf, cells)
     chosen = _largest(cells, min(round(quota * grow), cells.shape[1])) & (cells >= 0)
     return pattern.unfolded(chosen, shape, kernel)
@@ -193,11 +224,15 @@ def select(
 
 def excess(pattern: Pattern, mask: Tensor, kernel: int = 1) -> int:
     """How many cells a mask (M, N) bool keeps beyond what the pattern allows; 0 when it is allowed."""
-    quota = pattern.quota((mask.shape[0], mask.shape[1]), kernel)
-    if isinstance(pattern, Support):
-        return int((mask & ~pattern.mask.to(mask.device)).sum())
-    held = (pattern.folded(mask.to(torch.int64), kernel) > 0).sum(1)
-    return int((held - quota).clamp(min=0).sum())
+    shape = mask.shape[0], mask.shape[1]
+    held = (pattern.folded(mask.double(), kernel) > 0).sum(1)
+    over = int((held - pattern.quota(shape, kernel)).clamp(min=0).sum())
+    never = pattern.folded(torch.ones_like(mask, dtype=torch.float64), kernel) < 0
+    if bool(never.any()):
+        numbers = torch.arange(never.numel(), device=mask.device).reshape(never.shape)
+        held_never = pattern.unfolded(never, shape, kernel) & mask
+        over += len(torch.unique(pattern.unfolded(numbers, shape, kernel)[held_never]))
+    return over
 
 
 def joined(patterns: Sequence[Pattern]) -> Pattern | None:

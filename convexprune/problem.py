@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+from abc import abstractmethod
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
@@ -10,32 +12,52 @@ from torch import Tensor
 from convexprune.solution import Attempt, Certificate
 
 if TYPE_CHECKING:
+    from abc import abstractproperty
     from collections.abc import Callable
 
     import cvxpy as cp
+
+    stated = abstractproperty
+else:
+
+    class stated:
+        """What a problem has to state: as a field, a property or a cached property.
+
+        An abstract property would be found by @dataclass and taken for the field's default; this one is not found.
+        """
+
+        def __init__(self, describe: Callable[[Any], Any]) -> None:
+            self.__doc__, self.name = describe.__doc__, describe.__name__
+
+        def __get__(self, problem: Any, kind: type) -> Any:
+            raise AttributeError(f"{kind.__name__} does not state its {self.name}")
 
 
 @runtime_checkable
 class Problem(Protocol):
     """A minimisation that can judge any point. It trusts no solver: every figure is recomputed in float64."""
 
-    @property
+    @stated
     def shape(self) -> tuple[int, int]:
         """(M, P) of a point x."""
 
-    @property
+    @stated
     def dense(self) -> Tensor:
         """(M, P), float64: the dense layer as a point."""
 
+    @abstractmethod
     def value(self, x: Tensor) -> float:
         """The objective at x."""
 
+    @abstractmethod
     def violation(self, x: Tensor) -> float:
         """How far x is from feasible, relative; 0 exactly when it is feasible."""
 
+    @abstractmethod
     def lower_bound(self, witness: Any) -> float:
         """A number <= value(x) for every feasible x, for any witness at all; None gives the trivial bound."""
 
+    @abstractmethod
     def to_cvxpy(self) -> Formulation:
         """The same problem, readable, for CVXPY."""
 
@@ -44,6 +66,7 @@ class Problem(Protocol):
 class LayerProblem(Problem, Protocol):
     """A problem over the weights of a layer, which `prune` can write back."""
 
+    @abstractmethod
     def output_errors(self, x: Tensor) -> Tensor:
         """(M,), float64: upper bounds of || act(X x_m) - act(Y_m) || for each output m over the calibration samples."""
 
@@ -60,13 +83,68 @@ class Formulation:
 class Solver(Protocol):
     """A small frozen object whose options are its fields.
 
-    One that takes only some problems says so in a class attribute `takes`, one of `convexprune.forms`.
+    Three attributes are read where a solver has them; without them it takes any problem, may use a start, and runs
+    as it is:
+
+    takes             the forms of the problems that it solves: one of `convexprune.forms`, or a tuple of them
+    starts            False: it cannot begin from a start, and `solve` refuses to give it one
+    adapted(problem)  the solver that runs on this problem, itself or another; raises ValueError or TypeError for what
+                      it cannot take, before the work begins
     """
 
     def solve(self, problem: Any, start: Tensor | None = None) -> Attempt:
-        """Propose a point; `start` (M, P) is where to begin, if the algorithm can use it."""
+        """Propose a point; `start` (M, P) is where to begin."""
 
 
 def judge(problem: Problem, x: Tensor, witness: Any = None) -> Certificate:
     """The problem's verdict on x, whoever proposed it."""
     return Certificate(problem.value(x), problem.lower_bound(witness), problem.violation(x))
+
+
+def check_problem(problem: Any, kind: type = Problem) -> None:
+    """Raises TypeError for what is no problem of a kind (`Problem`, `LayerProblem`, a form), naming what it lacks.
+
+    Nothing of the problem is evaluated: a property may be dear.
+    """
+    if isinstance(problem, type):
+        raise TypeError(f"the problem is the class {problem.__name__}; give an object of it: {problem.__name__}(...)")
+    lacking = [name for name in _members(kind) if not _has(problem, name)]
+    if lacking:
+        name = type(problem).__name__
+        known: dict[type, str] = {Problem: "a problem", LayerProblem: "a problem over the weights of a layer"}
+        what = known.get(kind, f"a {kind.__name__}")
+        hint = "; state one of it, such as Reconstruction(layer, Unstructured(0.5))" if name == "Layer" else ""
+        raise TypeError(f"{name} is not {what}: it lacks {', '.join(lacking)}{hint}")
+
+
+def check_solver(solver: Any) -> Solver:
+    """The solver; raises TypeError for what is none: a name, a class."""
+    if isinstance(solver, type):
+        raise TypeError(f"the solver is the class {solver.__name__}; give an object of it: {solver.__name__}()")
+    if not callable(getattr(solver, "solve", None)):
+        raise TypeError(
+            f"{solver!r} is not a solver, which has a method solve(problem, start); give one such as ADMM()"
+        )
+    return solver  # type: ignore[no-any-return]
+
+
+def can_start(solver: Any) -> bool:
+    """Whether a solver can begin from a start, as far as it says."""
+    return bool(getattr(solver, "starts", True))
+
+
+def _members(kind: type) -> list[str]:
+    """What a problem of a kind has to have, by name."""
+    return [name for each in reversed(kind.__mro__) for name, value in vars(each).items() if _open(value)]
+
+
+def _has(problem: Any, name: str) -> bool:
+    missing = object()
+    found = inspect.getattr_static(problem, name, missing)
+    # what is not found may still come of a __getattr__
+    return hasattr(problem, name) if found is missing else not _open(found)
+
+
+def _open(value: Any) -> bool:
+    """Whether it only says that something has to be there."""
+    return isinstance(value, stated) or getattr(value, "__isabstractmethod__", False)

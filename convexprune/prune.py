@@ -15,13 +15,14 @@ from torch import Tensor, nn
 
 from convexprune.allocate import Allocation
 from convexprune.certify.network_error import network_error
+from convexprune.forms import adapted
 from convexprune.layer import Layer
 from convexprune.network import Calibration, read, write
 from convexprune.network.coverage import Coverage, check_counted, coverage
 from convexprune.network.forward import check_model
 from convexprune.network.traversal import Traversal
 from convexprune.patterns import Unstructured
-from convexprune.problem import LayerProblem, Solver
+from convexprune.problem import LayerProblem, Solver, check_problem, check_solver
 from convexprune.problems import Reconstruction, Stacked, StackedReconstruction, stacked
 from convexprune.report import Report, Settings
 from convexprune.report.progress import Progress
@@ -29,7 +30,7 @@ from convexprune.report.row import TOLERANCE, Row, small
 from convexprune.report.row_of import row_of
 from convexprune.report.shares import Shares
 from convexprune.solution import Solution, Status
-from convexprune.solve import check_solver, default_solver, rejudged, solve
+from convexprune.solve import default_solver, rejudged, solve
 from convexprune.solvers import Groupwise
 
 UNSOLVED: Final = (Status.INFEASIBLE, Status.NUMERICAL)  # no point worth writing: the layer stays as it was
@@ -103,12 +104,13 @@ def walked(walk: Traversal, state: State, solver: Solver | None, tell: Teller, s
 
     Raises what `prune` raises.
     """
-    plan = _Plan.of(walk, state)
+    plan = _Plan.of(walk, state, solver)
     if shares is not None:
         check_counted(shares.counts, [module for module, names in walk.names.items() if not {*names} <= {*plan.left}])
     tell.planned(plan.coverage, len(walk.modules))
     rows: list[Row] = []
-    used, written = "", list(plan.pruned)
+    used: dict[str, None] = {}  # in order, each once
+    written = list(plan.pruned)
     for done, (module, layers) in enumerate(walk.layers(plan.keep)):
         tell.solving(module, done, len(walk.modules))
         for groups, problem in _asked(state, layers):
@@ -118,14 +120,14 @@ def walked(walk: Traversal, state: State, solver: Solver | None, tell: Teller, s
             solution, refusal = None, ""
             if problem is not None:
                 solution, refusal = _written(walk.pruned, groups, problem, solver)
-                used = used or solution.solver
+                used[solution.solver] = None
             rows.append(row_of(groups, _stored(walk.pruned, groups), problem, solution, refusal))
     if not used:
         raise ValueError("nothing was pruned: build(layer) returned None for every layer; return a problem for one")
     network = network_error(walk, rows, tell.measured)
     fingerprint, dtype = walk.calibration.fingerprint, next(walk.model.parameters()).dtype
     settings = Settings(
-        walk.mode, used, fingerprint.samples, fingerprint.text, str(dtype).removeprefix("torch."),
+        walk.mode, "; ".join(used), fingerprint.samples, fingerprint.text, str(dtype).removeprefix("torch."),
         walk.calibration.seed, torch.get_num_threads(), torch.__version__,
     )  # fmt: skip
     return Report(tuple(rows), network, settings, shares, plan.coverage)
@@ -204,12 +206,17 @@ class _Plan:
     left: tuple[str, ...]
 
     @classmethod
-    def of(cls, walk: Traversal, state: State) -> _Plan:
-        """Ask the recipe; raises ValueError where two of the modules that get a problem are tied."""
+    def of(cls, walk: Traversal, state: State, solver: Solver | None) -> _Plan:
+        """Ask the recipe.
+
+        Raises ValueError where two of the modules that get a problem are tied, TypeError for what is no problem, and
+        what the solver raises of a problem that it does not take.
+        """
         pruned: list[str] = []
         keep: set[str] = set()
         left: list[str] = []
         for module, outlines in walk.outlines():
+            stated: list[LayerProblem] = []
             for outline in outlines:
                 try:
                     problem = state(outline)
@@ -219,15 +226,35 @@ class _Plan:
                 if problem is None:
                     left.append(outline.name)
                 else:
-                    pruned.append(module)
-                    if getattr(problem, "needs_samples", True):
-                        keep.add(module)
-        pruned = list(dict.fromkeys(pruned))
+                    stated.append(_checked(problem, outline.name))
+            if stated:
+                pruned.append(module)
+                _check_solvable(module, stated, solver)
+            if any(getattr(problem, "needs_samples", True) for problem in stated):
+                keep.add(module)
         _check_untied(walk.pruned, pruned)
         if walk.calibration.keep_inputs is not None:
             keep = set(walk.modules) if walk.calibration.keep_inputs else set()
         covered = coverage(walk.model, walk.modules, walk.chosen.stacks)
         return cls(tuple(pruned), frozenset(keep), covered, tuple(left))
+
+
+def _checked(problem: Any, name: str) -> LayerProblem:
+    """What the recipe states of a layer; raises TypeError for what is no problem over its weights."""
+    try:
+        check_problem(problem, LayerProblem)
+    except TypeError as error:
+        raise TypeError(f"layer {name!r}: {error}") from error
+    return problem  # type: ignore[no-any-return]
+
+
+def _check_solvable(module: str, problems: Sequence[LayerProblem], solver: Solver | None) -> None:
+    """Raises what the solver raises of the problems of a module's groups, with the module's name."""
+    try:
+        problem = stacked(problems)
+        adapted(_solver_for(problem, solver), problem)
+    except (TypeError, ValueError, MemoryError) as error:
+        raise type(error)(f"layer {module!r}: {error}") from error
 
 
 def _check_untied(model: nn.Module, modules: Iterable[str]) -> None:
@@ -246,7 +273,11 @@ def _check_untied(model: nn.Module, modules: Iterable[str]) -> None:
 def _asked(state: State, layers: Sequence[Layer]) -> list[tuple[list[Layer], LayerProblem | None]]:
     """The groups of a module that get a problem, with that problem; and those that do not."""
     problems = [state(layer) for layer in layers]
-    stated = [(layer, problem) for layer, problem in zip(layers, problems, strict=True) if problem is not None]
+    stated = [
+        (layer, _checked(problem, layer.name))
+        for layer, problem in zip(layers, problems, strict=True)
+        if problem is not None
+    ]
     dense = [layer for layer, problem in zip(layers, problems, strict=True) if problem is None]
     found: list[tuple[list[Layer], LayerProblem | None]] = []
     if stated:
@@ -258,7 +289,7 @@ def _written(
     pruned: nn.Module, layers: Sequence[Layer], problem: LayerProblem, solver: Solver | None
 ) -> tuple[Solution, str]:
     """Solve, write the weights, and let the problem judge what is in the model now; and why nothing was written."""
-    solution = solve(problem, _for_groups(problem, solver) if isinstance(problem, Stacked) else solver)
+    solution = solve(problem, _solver_for(problem, solver))
     refusal = "" if solution.status not in UNSOLVED else "the solver found no point"
     if not refusal and solution.certificate.violation > TOLERANCE:
         dense = problem.violation(_stored(pruned, layers))
@@ -270,8 +301,10 @@ def _written(
     return rejudged(solution, problem, _stored(pruned, layers)), refusal
 
 
-def _for_groups(problem: Stacked, solver: Solver | None) -> Solver:
-    """The solver for the groups of a module, made of the one for a layer."""
+def _solver_for(problem: LayerProblem, solver: Solver | None) -> Solver:
+    """The solver for a problem; for the groups of a module it is made of the one for a layer."""
+    if not isinstance(problem, Stacked):
+        return default_solver(problem) if solver is None else solver
     if solver is not None:
         return Groupwise(solver)
     if isinstance(problem, StackedReconstruction):

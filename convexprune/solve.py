@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import time
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from convexprune.problem import Problem, Solver, judge
+from convexprune.forms import LassoProblem, adapted, declared, undeclared
+from convexprune.problem import Problem, Solver, can_start, check_problem, judge
 from convexprune.solution import Attempt, Certificate, Solution, Status
 
 if TYPE_CHECKING:
@@ -19,31 +20,32 @@ _defaults: dict[type, Callable[[], Solver]] = {}
 
 
 def set_default(kind: type, factory: Callable[[], Solver]) -> None:
-    """Name the solver that problems of this type get when the caller names none."""
+    """Name the solver that problems get when the caller names none: of a form, or of exactly this class."""
     _defaults[kind] = factory
 
 
 def default_solver(problem: Problem) -> Solver:
-    """The solver that `solve(problem)` uses."""
-    for kind in type(problem).__mro__:
+    """The solver that `solve(problem)` uses: that of the problem's own class, else that of the form it declares."""
+    for kind in (type(problem), *declared(problem)):
         if kind in _defaults:
             return _defaults[kind]()
-    raise TypeError(f"no default solver for {type(problem).__name__}; name one: solve(problem, solver)")
+    why = undeclared(problem, LassoProblem)
+    raise TypeError(f"no default solver for {type(problem).__name__}: name one, solve(problem, solver). {why}")
 
 
 def solve(problem: Problem, solver: Solver | None = None, *, start: Tensor | None = None) -> Solution:
     """Solve a problem and certify the answer: the point is judged by the problem, in float64, never by the solver.
 
     `start` (M, P) is a point to begin from. Without `solver` the problem's default, our best, is used.
+
+    Raises TypeError for what is no problem or no solver, and where the solver does not take the problem; ValueError
+    for a start that does not fit, and where the solver cannot begin from one.
     """
-    if not isinstance(problem, Problem):
-        raise TypeError(f"{type(problem).__name__} is not a problem: it lacks value, violation, lower_bound or shape")
-    if start is not None and tuple(start.shape) != problem.shape:
-        raise ValueError(f"start has shape {tuple(start.shape)}, expected {problem.shape}")
-    solver = default_solver(problem) if solver is None else check_solver(solver)
-    takes = getattr(solver, "takes", Problem)
-    if not isinstance(problem, takes):
-        raise TypeError(f"{type(solver).__name__} takes {takes.__name__} problems; {type(problem).__name__} is none")
+    check_problem(problem)
+    shape = (problem.shape[0], problem.shape[1])
+    solver = adapted(default_solver(problem) if solver is None else solver, problem)
+    if start is not None:
+        _check_start(start, shape, solver)
     begun = time.perf_counter()
     try:
         with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):  # of the caller's
@@ -56,12 +58,10 @@ def solve(problem: Problem, solver: Solver | None = None, *, start: Tensor | Non
         kind = f"an Attempt of a {type(attempt.x).__name__}" if isinstance(attempt, Attempt) else type(attempt).__name__
         raise TypeError(f"{type(solver).__name__} returned {kind}; return Attempt(x, witness, status, iterations)")
     x, status = attempt.x.detach().cpu().double(), attempt.status
-    if tuple(x.shape) != problem.shape:
-        bias = problem.shape[0], problem.shape[1] - 1
+    if tuple(x.shape) != shape:
+        bias = shape[0], shape[1] - 1
         hint = " (the last column is the bias)" if tuple(x.shape) == bias else ""
-        raise ValueError(
-            f"{type(solver).__name__} returned a point of shape {tuple(x.shape)}, not {problem.shape}{hint}"
-        )
+        raise ValueError(f"{type(solver).__name__} returned a point of shape {tuple(x.shape)}, not {shape}{hint}")
     if bool(torch.isfinite(x).all()):
         certificate = judge(problem, x, attempt.witness)
     else:
@@ -72,17 +72,20 @@ def solve(problem: Problem, solver: Solver | None = None, *, start: Tensor | Non
     )
 
 
-def check_solver(solver: Solver) -> Solver:
-    """The solver; raises TypeError for what is none: a name, a class."""
-    if isinstance(solver, type):
-        raise TypeError(f"the solver is the class {solver.__name__}; give an object of it: {solver.__name__}()")
-    if not callable(getattr(solver, "solve", None)):
-        raise TypeError(
-            f"{solver!r} is not a solver, which has a method solve(problem, start); give one such as ADMM()"
-        )
-    return solver
-
-
 def rejudged(solution: Solution, problem: Problem, x: Tensor) -> Solution:
     """The solution with another point, judged anew: what `prune` writes is what its certificate speaks of."""
     return replace(solution, x=x, certificate=judge(problem, x, solution.witness))
+
+
+def _check_start(start: Any, shape: tuple[int, int], solver: Solver) -> None:
+    if not isinstance(start, Tensor):
+        raise TypeError(f"start is a {type(start).__name__}; give a tensor of shape {shape}")
+    if tuple(start.shape) != shape:
+        raise ValueError(f"start has shape {tuple(start.shape)}, expected {shape}")
+    if not bool(torch.isfinite(start).all()):
+        raise ValueError("start holds NaN or inf; give a point of finite numbers")
+    if not can_start(solver):
+        raise ValueError(
+            f"{type(solver).__name__} cannot begin from a start; leave `start` out, or name a solver that can: "
+            "ADMM or WorkingSet for a convex problem, SwapSearch for a reconstruction, Exchange for a merging"
+        )

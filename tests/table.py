@@ -3,7 +3,7 @@
 import torch
 from instances import cascade_layer, random_layer
 
-from convexprune.patterns import NM, Blocks, PerRow, Support, Unstructured
+from convexprune.patterns import NM, Blocks, Channels, PerRow, Support, Unstructured
 from convexprune.problems import L1Reconstruction, NetTrim, OptimalBrainSurgeon, Reconstruction
 from convexprune.solvers import (
     ADMM,
@@ -76,8 +76,8 @@ PATTERNS = {
     "two_of_four": lambda: NM(2, 4),
     "support": lambda: Support(some(0.5, shape=(5, 8))),
     "blocks": lambda: Blocks((1, 2), 0.5),
+    "channels": lambda: Channels(3),
 }
-ONE_AT_A_TIME = ["unstructured", "per_row", "two_of_four", "support"]
 LAYERS = {
     "plain": lambda: random_layer(20, bias=False, **SMALL),
     "bias": lambda: random_layer(21, **SMALL),
@@ -94,14 +94,14 @@ RECONSTRUCTORS = {
     "admm": (ADMM, [*PATTERNS]),
     "rising_penalty": (RisingPenalty, [*PATTERNS]),
     "fast": (Fast, [*PATTERNS]),
-    "exact_obs": (ExactOBS, ONE_AT_A_TIME),
-    "swap_search": (SwapSearch, ONE_AT_A_TIME),
-    "then": (lambda: Then(RisingPenalty(grow=1.3), SwapSearch()), ONE_AT_A_TIME),
-    "balanced": (Balanced, ONE_AT_A_TIME),
-    "best": (Best, ONE_AT_A_TIME),
-    "best_of": (lambda: BestOf(Fast(), ExactOBS()), ONE_AT_A_TIME),
+    "exact_obs": (ExactOBS, [*PATTERNS]),
+    "swap_search": (SwapSearch, [*PATTERNS]),
+    "then": (lambda: Then(RisingPenalty(grow=1.3), SwapSearch()), [*PATTERNS]),
+    "balanced": (Balanced, [*PATTERNS]),
+    "best": (Best, [*PATTERNS]),
+    "best_of": (lambda: BestOf(Fast(), ExactOBS()), [*PATTERNS]),
     "bounded": (lambda: Bounded(Fast()), [*PATTERNS]),
-    "branch_and_bound": (BranchAndBound, ONE_AT_A_TIME),
+    "branch_and_bound": (BranchAndBound, [*PATTERNS]),
 }
 RECONSTRUCTIONS = [(solver, pattern) for solver, (_, patterns) in RECONSTRUCTORS.items() for pattern in patterns]
 

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from instances import random_layer
-from table import LAYERS, ONE_AT_A_TIME, PATTERNS, reconstruction
+from table import LAYERS, PATTERNS, reconstruction
 
 from convexprune.layer import Layer
 from convexprune.patterns import Blocks, PerRow, Unstructured
@@ -33,7 +33,7 @@ def optimum(layer, pattern):
     return problem, solve(problem, BranchAndBound()).certificate.value
 
 
-@pytest.mark.parametrize("pattern", ONE_AT_A_TIME)
+@pytest.mark.parametrize("pattern", PATTERNS)
 @pytest.mark.parametrize("layer", LAYERS)
 @LAW
 @given(seed=SEEDS, log_scale=st.floats(-3, 3), log_diagonal=st.floats(-3, 3))
@@ -55,8 +55,7 @@ def test_nor_of_a_witness_near_the_best(layer, pattern, seed, log_scale):
     mask = problem.select(normal(seed + 1, problem.target.shape).square())
     points = [best_on_support(problem.gram, problem.cross, mask, problem.target)]
     least = problem.value(problem.completed(points[0]))
-    if pattern in ONE_AT_A_TIME:
-        least = min(least, optimum(layer, pattern)[1])
+    least = min(least, optimum(layer, pattern)[1])
     for scale in (0.9, 1.0, 1.1):
         moved = v + 10**log_scale * v.abs().max() * normal(seed, v.shape)
         assert problem.lower_bound((moved, scale * d)) <= least + 1e-12 * problem.layer.energy

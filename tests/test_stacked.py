@@ -14,7 +14,7 @@ from table import PATTERNS, RECONSTRUCTIONS, RECONSTRUCTORS, some
 from torch import nn
 
 import convexprune as cp
-from convexprune.forms import GroupedLeastSquares
+from convexprune.forms import GroupedLeastSquares, SharedPattern, StackedProblem, declared
 from convexprune.layer import Layer
 from convexprune.network import read, write
 from convexprune.patterns import NM, Blocks, PerRow, Support, Unstructured, counted, joined, spans
@@ -217,6 +217,32 @@ def test_what_is_no_stack_is_refused():
 
 
 @dataclass(frozen=True, eq=False)
+class Fined(Reconstruction):
+    """A reconstruction that pays for its weights: no longer of the form."""
+
+    def value(self, x):
+        return super().value(x) + 0.1 * float(x.square().sum())
+
+    def lower_bound(self, witness):
+        return 0.0
+
+
+def test_a_subclass_that_minimises_something_else_is_not_taken_for_a_reconstruction():
+    """The bound of a StackedReconstruction is the parts' perspective bound, which does not know of the fine."""
+    parts = [Fined(random_layer(seed), Unstructured(0.5)) for seed in range(2)]
+    assert type(stacked(parts)) is Stacked
+    with pytest.raises(TypeError, match=r"Fined declares no form\. Its parent Reconstruction is of the form Persp"):
+        StackedReconstruction(tuple(parts))
+    with pytest.raises(TypeError, match="Balanced takes GroupedLeastSquares problems; Fined declares no form"):
+        solve(stacked(parts), Groupwise(Balanced()))
+
+
+def test_the_forms_of_a_stack():
+    assert declared(STACKS["net_trim"]()) == (StackedProblem,)
+    assert declared(JOINT["fraction"]()) == (SharedPattern, GroupedLeastSquares, StackedProblem)
+
+
+@dataclass(frozen=True, eq=False)
 class Liar:
     """Claims to have converged, whatever it returns."""
 
@@ -318,19 +344,21 @@ KNOWN = {}
 
 
 def best_value(name):
-    """The optimum of a small problem; of blocks, the best of all choices of them."""
+    """The optimum of a small problem."""
     if name not in KNOWN:
-        problem = JOINT[name]()
-        if name != "blocks":
-            KNOWN[name] = solve(problem, BranchAndBound()).certificate.value
-        else:
-            cells = problem.pattern.folded(problem.target, problem.kernel).shape[1]
-            keep = problem.pattern.quota(tuple(problem.target.shape), problem.kernel)
-            KNOWN[name] = min(
-                value_on(problem, problem.pattern.unfolded(torch.tensor([[c in kept for c in range(cells)]]), (6, 8)))
-                for kept in itertools.combinations(range(cells), keep)
-            )
+        KNOWN[name] = solve(JOINT[name](), BranchAndBound()).certificate.value
     return KNOWN[name]
+
+
+def test_the_optimum_over_blocks_is_the_best_of_all_choices_of_them():
+    problem = JOINT["blocks"]()
+    cells = problem.pattern.folded(problem.target, problem.kernel).shape[1]
+    keep = problem.pattern.quota(tuple(problem.target.shape), problem.kernel)
+    least = min(
+        value_on(problem, problem.pattern.unfolded(torch.tensor([[c in kept for c in range(cells)]]), (6, 8)))
+        for kept in itertools.combinations(range(cells), keep)
+    )
+    assert best_value("blocks") == pytest.approx(least)
 
 
 def value_on(problem, mask):
@@ -398,7 +426,7 @@ def test_every_solver_solves_a_module(solver, name):
         assert bool(kept[problem.always].all())
 
 
-@pytest.mark.parametrize("name", [name for name in JOINT if name != "blocks"])
+@pytest.mark.parametrize("name", JOINT)
 @pytest.mark.parametrize("solver", [Balanced(), cp.Best(), ExactOBS(), Groupwise(Bounded(Balanced()))])
 def test_heuristics_are_near_the_optimum(solver, name):
     problem = JOINT[name]()
@@ -508,6 +536,9 @@ def test_products_with_each_neurons_own_matrix(seed):
     which = torch.randperm(12, generator=torch.Generator().manual_seed(seed))[:7]
     torch.testing.assert_close(grams[which].product(weights[which]), each[which])
     left, right = (torch.randint(5, (7, k), generator=torch.Generator().manual_seed(seed + k)) for k in (2, 3))
+    bundles = normal(seed + 2, (12, 3, 5))
+    each = torch.stack([rows @ matrices[i // 3] for i, rows in enumerate(bundles)])
+    torch.testing.assert_close(grams.product(bundles), each)
     blocks = grams[which].blocks(left, right)
     for row, i in enumerate(which.tolist()):
         assert torch.equal(blocks[row], matrices[i // 3][left[row]][:, right[row]])
@@ -547,7 +578,7 @@ def test_groupwise_is_written_as_it_is_called_and_takes_a_lone_problem():
     assert solve(problem, Groupwise(Magnitude())).x.equal(solve(problem, Magnitude()).x)
     with pytest.raises(ValueError, match="exact is -1"):
         Groupwise(Magnitude(), exact=-1)
-    with pytest.raises(TypeError, match="Groupwise takes StackedProblem problems; NetTrim is none"):
+    with pytest.raises(TypeError, match="Groupwise takes StackedProblem problems; NetTrim is of the form BallProblem"):
         solve(NetTrim(random_layer(), 0.1), Groupwise(ADMM()))
     with pytest.raises(TypeError, match="takes SparseLeastSquares problems"):
         solve(JOINT["fraction"](), ColumnSweep())
@@ -568,6 +599,7 @@ def test_small_groups_are_solved_to_the_optimum_and_others_are_not():
     problem = JOINT["fraction"]()
     assert default_solver(problem) == Groupwise(Balanced(), exact=10)
     assert solve(problem).certificate.value == pytest.approx(best_value("fraction"))
+    assert solve(problem).solver == repr(BranchAndBound(max_inputs=10))
     larger = reconstructions(Unstructured(0.3), out=2, inputs=11)
     assert torch.equal(solve(larger).x, solve(larger, Balanced()).x)
     blocks = JOINT["blocks"]()
@@ -666,6 +698,41 @@ def test_the_groups_of_a_convex_problem_are_one_row(mobile, solver):
     assert row.certificate.value == pytest.approx(certificate.value)
     assert row.certificate.violation == certificate.violation <= 1e-5
     assert 0 <= row.certificate.relative_gap < 1e-3
+
+
+@pytest.mark.parametrize("solver", [None, cp.Best(), ExactOBS(), ColumnSweep(), Magnitude()])
+def test_the_groups_of_a_convolution_lose_whole_channels_each(mobile, solver):
+    model, batches = mobile
+    pruned, report = cp.prune(model, batches, lambda layer: Reconstruction(layer, cp.Channels(4)), solver, names="6")
+    (row,) = report.rows
+    assert (row.name, row.certificate.violation) == ("6", 0)
+    held = (pruned[6].weight != 0).reshape(4, 6, 6, 9).any(3)
+    assert held.any(1).sum(1).tolist() == [4] * 4  # the same channels for all rows of a group
+    assert torch.equal(held.any(1), held.all(1))
+
+
+@pytest.mark.parametrize(
+    ("solver", "said"),
+    [
+        (BranchAndBound(max_inputs=8), "layer '2': BranchAndBound is for up to 8 inputs, this layer has 9"),
+        (ClosedForm(), "layer '2': ClosedForm takes EqualityQuadratic problems; Reconstruction is of the form"),
+        (Groupwise(ADMM(eps_rel=1e-9)), r"layer '2': ADMM\(eps_rel=1e-09\): eps_rel does not apply"),
+        (cp.Bounded(Magnitude()), None),
+    ],
+)
+def test_groups_that_cannot_be_solved_are_refused_before_the_work_begins(mobile, solver, said):
+    model, batches = mobile
+    events = []
+    run = lambda: cp.prune(  # noqa: E731
+        model, batches, lambda layer: Reconstruction(layer, Unstructured(0.3)), solver, names="2",
+        progress=events.append,
+    )  # fmt: skip
+    if said is None:
+        assert run()[1].rows[0].certificate.violation == 0
+    else:
+        with pytest.raises((TypeError, ValueError), match=said):
+            run()
+        assert "plan" not in [event.stage for event in events]
 
 
 def test_a_module_loses_less_than_its_groups_each_under_its_own_count(mobile):

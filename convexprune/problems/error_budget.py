@@ -17,11 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from convexprune.forms import BudgetProblem
 from convexprune.problem import Formulation
 
 
 @dataclass(frozen=True, eq=False)
-class ErrorBudget:
+class ErrorBudget(BudgetProblem):
     """One error for each of L layers, as large as the network's goal allows.
 
     gains   (L,) >= 0: g_l

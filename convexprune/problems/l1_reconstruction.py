@@ -16,12 +16,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from convexprune.forms import LassoProblem
 from convexprune.layer import Layer
 from convexprune.problem import Formulation
 
 
 @dataclass(frozen=True, eq=False)
-class L1Reconstruction:
+class L1Reconstruction(LassoProblem):
     """The lasso of a layer; `lam` > 0 is in the units of E[y x].
 
     Raises ValueError for a lam that is not a finite number > 0.

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
+from convexprune.forms import BallProblem
 from convexprune.layer import Layer
 from convexprune.moments import affine
 from convexprune.problem import Formulation
@@ -29,7 +30,7 @@ BLOCK = 8192  # rows of X converted to float64 at a time
 
 
 @dataclass(frozen=True, eq=False)
-class NetTrim:
+class NetTrim(BallProblem):
     """The parallel Net-Trim problem of a layer; `NetTrim.cascade` states the cascade one.
 
     layer    captured with its inputs

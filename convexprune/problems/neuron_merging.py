@@ -22,6 +22,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from convexprune.forms import MergingProblem
 from convexprune.problem import Formulation
 
 BLOCK = 2**25  # numbers in a block of distances
@@ -29,7 +30,7 @@ LARGEST = 400  # neurons whose integer program is written down
 
 
 @dataclass(frozen=True, eq=False)
-class NeuronMerging:
+class NeuronMerging(MergingProblem):
     """Merge the neurons of a layer.
 
     incoming      (n, in): a neuron's weights, its bias as the last column

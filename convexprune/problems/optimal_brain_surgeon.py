@@ -22,12 +22,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from convexprune.forms import EqualityQuadratic
 from convexprune.layer import Layer
 from convexprune.problem import Formulation
 
 
 @dataclass(frozen=True, eq=False)
-class OptimalBrainSurgeon:
+class OptimalBrainSurgeon(EqualityQuadratic):
     """The equality-constrained quadratic of a layer; `removed` is a boolean mask (M, N), or (M, P) with the bias last.
 
     Raises ValueError for a mask of another shape or type.

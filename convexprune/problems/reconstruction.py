@@ -20,8 +20,10 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
+from convexprune.forms import PerspectiveProblem
 from convexprune.layer import Layer
-from convexprune.patterns import Pattern, Support, excess, select
+from convexprune.layout import Layout, check_pattern
+from convexprune.patterns import Pattern, excess, select
 from convexprune.problem import Formulation
 
 if TYPE_CHECKING:
@@ -32,7 +34,7 @@ CONSTANT = 1e-13  # a variance that small, relative to the second moment, is the
 
 
 @dataclass(frozen=True, eq=False)
-class Reconstruction:
+class Reconstruction(PerspectiveProblem):
     """Least squares with a support in `pattern`.
 
     always      (M, N) bool: weights that must stay in the support
@@ -65,6 +67,7 @@ class Reconstruction:
                 f"boolean mask {shape}"
             )
         try:
+            check_pattern(self.pattern, shape, self.kernel)
             self.select(torch.zeros(shape, dtype=torch.float64))
         except ValueError as error:
             raise ValueError(f"layer {self.layer.name!r}: {error}") from error
@@ -78,11 +81,6 @@ class Reconstruction:
     def dense(self) -> Tensor:
         """(M, P): the dense layer's weights, the bias as the last column."""
         return self.layer.affine_weight
-
-    @property
-    def parts(self) -> tuple[Reconstruction]:
-        """Itself: all neurons share one Gram matrix."""
-        return (self,)
 
     @property
     def target(self) -> Tensor:
@@ -237,9 +235,6 @@ class Reconstruction:
         v = witness.detach().cpu().double()[:, :width]
         return v if bool(torch.isfinite(v).all()) else None
 
-    def _cells(self) -> Tensor:
-        return _numbered(self.pattern, (self.target.shape[0], self.target.shape[1]), self.kernel)[0]
-
     def _limits(self) -> Tensor:
         """(M, N): how large a weight W can be where value <= energies."""
         inverse = torch.linalg.inv(self.gram)
@@ -280,17 +275,15 @@ def mixed_integer(parts: Sequence[Reconstruction], pattern: Pattern, always: Ten
     squares = [_squares(part) for part in parts]  # raises before anything is built
     limit = torch.cat([part._limits() for part in parts]).flatten().numpy()
     out, width = sum(len(part.target) for part in parts), parts[0].target.shape[1]
-    cells, groups = _numbered(pattern, (out, width), parts[0].kernel)
-    count = int(cells.max()) + 1
-    x, kept = cp.Variable((out, parts[0].shape[1]), name="x"), cp.Variable(count, boolean=True, name="kept")
-    spread = kept[cells.flatten().numpy()]
+    layout = Layout.of(pattern, (out, width), parts[0].kernel)
+    x = cp.Variable((out, parts[0].shape[1]), name="x")
+    kept = cp.Variable(layout.never.numel(), boolean=True, name="kept")
+    spread = kept[layout.cell.flatten().numpy()]
     flat = cp.reshape(x[:, :width], (out * width,), order="C")
     constraints = [cp.abs(flat) <= cp.multiply(limit, spread)]
-    if isinstance(pattern, Support):
-        constraints.append(spread == pattern.mask.flatten().numpy().astype(float))
-    else:
-        grouped = cp.reshape(kept, (groups, count // groups), order="C")
-        constraints.append(cp.sum(grouped, axis=1) <= pattern.quota((out, width), parts[0].kernel))
+    constraints.append(cp.sum(cp.reshape(kept, layout.never.shape, order="C"), axis=1) <= layout.quota)
+    if bool(layout.never.any()):
+        constraints.append(kept[layout.never.flatten().nonzero()[:, 0].numpy()] == 0)
     if always is not None:
         constraints.append(spread[always.flatten().nonzero()[:, 0].numpy()] == 1)
     ends = itertools.accumulate((len(part.target) for part in parts), initial=0)
@@ -321,13 +314,6 @@ def _squares(part: Reconstruction) -> Callable[[cp.Expression], cp.Expression]:
         return cp.sum_squares(scaled @ factor) - 2 * cp.sum(cp.multiply(cross, scaled)) + energy
 
     return square
-
-
-def _numbered(pattern: Pattern, shape: tuple[int, int], kernel: int) -> tuple[Tensor, int]:
-    """(M, N): the cell that each weight belongs to, numbered group by group; and how many groups there are."""
-    folded = pattern.folded(torch.zeros(shape, dtype=torch.float64), kernel)
-    numbers = torch.arange(folded.numel()).reshape(folded.shape)
-    return pattern.unfolded(numbers, shape, kernel), len(folded)
 
 
 def _least_eigenvalue(matrix: Tensor) -> float:

@@ -19,11 +19,12 @@ from torch import Tensor
 
 from convexprune import knapsack
 from convexprune.curve import Curve
+from convexprune.forms import KnapsackProblem
 from convexprune.problem import Formulation
 
 
 @dataclass(frozen=True, eq=False, init=False)
-class SparsityAllocation:
+class SparsityAllocation(KnapsackProblem):
     """One level for each layer, at the least summed distortion that the budget allows.
 
     curves  one for each layer; curves of the same `tie` take the same level

@@ -11,11 +11,12 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
 
+from convexprune.forms import SharedPattern, SparseLeastSquares, StackedProblem, declared, undeclared
 from convexprune.patterns import Pattern, counted, excess, joined, select, spans
 from convexprune.problem import Formulation, LayerProblem
 from convexprune.problems.reconstruction import Minorant, Reconstruction, mixed_integer, strongest
@@ -31,14 +32,14 @@ def stacked(problems: Sequence[LayerProblem]) -> LayerProblem:
     """
     if len(problems) == 1:
         return problems[0]
-    parts = tuple(problem for problem in problems if isinstance(problem, Reconstruction))
+    parts = tuple(problem for problem in problems if _is_reconstruction(problem))
     if parts and len(parts) == len(problems) and joined([part.pattern for part in parts]) is not None:
         return StackedReconstruction(parts)
     return Stacked(tuple(problems))
 
 
 @dataclass(frozen=True, eq=False)
-class Stacked:
+class Stacked(StackedProblem):
     """Problems over the layers of a module's groups, each by itself.
 
     parts  of one kind and shape (M, P)
@@ -118,14 +119,15 @@ class Stacked:
 
 
 @dataclass(frozen=True, eq=False)
-class StackedReconstruction(Stacked):
+class StackedReconstruction(Stacked, SharedPattern):
     """Reconstructions of a module's groups under one pattern over all their weights.
 
         minimise  sum_g  tr(V_g G_g V_g^T) - 2 <C_g, V_g> + energy_g   over V = (V_1; ...; V_G) in the pattern
 
     A witness is None, or a tuple with v, (v, d) or None for each part, as of `Reconstruction`.
 
-    Raises ValueError where the parts have no pattern in common, and as `Stacked`.
+    Raises ValueError where the parts have no pattern in common, TypeError where one is no reconstruction or, as a
+    subclass, may minimise something else, and as `Stacked`.
     """
 
     parts: tuple[Reconstruction, ...] = field(repr=False)
@@ -133,6 +135,10 @@ class StackedReconstruction(Stacked):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        for part in self.parts:
+            if not _is_reconstruction(part):
+                why = undeclared(part, SparseLeastSquares)
+                raise TypeError(f"StackedReconstruction is made of Reconstruction problems; {why}")
         pattern = joined([part.pattern for part in self.parts])
         if pattern is None:
             raise ValueError("the groups have different patterns, which no pattern of the module says; see `stacked`")
@@ -206,6 +212,11 @@ class StackedReconstruction(Stacked):
         useful = constants >= gains
         constants, scores = constants * useful, scores * useful.repeat_interleave(len(scores) // len(useful))[:, None]
         return max(found, strongest([(float(constants.sum()), scores)], self.select))
+
+
+def _is_reconstruction(problem: Any) -> TypeGuard[Reconstruction]:
+    """Whether it minimises what `Reconstruction` does: a subclass says so by naming the form."""
+    return isinstance(problem, Reconstruction) and SparseLeastSquares in declared(problem)
 
 
 def _total(values: Iterable[float]) -> float:

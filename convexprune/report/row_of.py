@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Final
+from typing import Any, Final
 
 import torch
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
 
-from convexprune.forms import EqualityQuadratic, LassoProblem, SparseLeastSquares
+from convexprune.forms import EqualityQuadratic, GroupedLeastSquares, LassoProblem, SparseLeastSquares, declared
 from convexprune.layer import Layer
 from convexprune.problem import LayerProblem
-from convexprune.problems import Stacked, StackedReconstruction
+from convexprune.problems import Stacked
 from convexprune.report.report import described
 from convexprune.report.row import Moments, Row
 from convexprune.solution import Solution
@@ -65,9 +65,9 @@ def _title(layers: Sequence[Layer]) -> str:
     return f"{first.module}[{','.join(str(layer.group) for layer in layers)}]"
 
 
-def _wanted(problem: LayerProblem, kept: Tensor) -> int | None:
+def _wanted(problem: Any, kept: Tensor) -> int | None:
     """How many weights the pattern allows; None for a problem that has none."""
-    if isinstance(problem, (SparseLeastSquares, StackedReconstruction)):
+    if GroupedLeastSquares in declared(problem):
         return int(problem.select(torch.ones(kept.shape)).sum())
     return None
 
@@ -76,7 +76,7 @@ def _moments(problem: LayerProblem) -> Moments | None:
     """Damping and conditioning of a problem that is stated in its layers' moments."""
     parts = problem.parts if isinstance(problem, Stacked) else (problem,)
     layers = [getattr(part, "layer", None) for part in parts]
-    known = isinstance(parts[0], (SparseLeastSquares, EqualityQuadratic, LassoProblem))
+    known = not {SparseLeastSquares, EqualityQuadratic, LassoProblem}.isdisjoint(declared(parts[0]))
     found = [layer for layer in layers if isinstance(layer, Layer)]
     if not known or len(found) < len(layers):
         return None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import warnings
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 import torch
 
@@ -33,11 +33,13 @@ class CVXPY:
 
     `max_iter` and `time_limit` (seconds) are translated to the solver's own names, `verbose` is CVXPY's; every other
     option goes to the solver as it is. Points come back as the solver left them: an entry that ought to be zero
-    may be 1e-9. CVXPY's solvers begin where they like, so `start` is not used.
+    may be 1e-9. CVXPY's solvers begin where they like: it cannot begin from a start.
 
     Raises ValueError for a solver that is not installed (which ones are, it says) and for an option that the solver
     does not know, TypeError for a problem that it cannot take.
     """
+
+    starts: ClassVar[bool] = False
 
     solver: str
     options: tuple[tuple[str, Any], ...]

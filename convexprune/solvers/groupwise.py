@@ -13,10 +13,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from convexprune.forms import GroupedLeastSquares, SharedPattern, StackedProblem
-from convexprune.problem import Problem, Solver
+from convexprune.forms import GroupedLeastSquares, SharedPattern, StackedProblem, adapted, declared, taken
+from convexprune.problem import Problem, Solver, can_start, check_solver
 from convexprune.solution import Attempt, Status
 from convexprune.solvers.least_squares.branch_and_bound import BranchAndBound
+from convexprune.solvers.least_squares.elimination import layout_of
 from convexprune.solvers.least_squares.rising_penalty import RisingPenalty
 from convexprune.solvers.least_squares.scaling import Scaled
 
@@ -40,28 +41,41 @@ class Groupwise:
     exact: int = 0
 
     def __post_init__(self) -> None:
+        check_solver(self.inner)
         if self.exact < 0:
             raise ValueError(f"exact is {self.exact}; it must be a number of inputs >= 0")
 
+    @property
+    def starts(self) -> bool:
+        """Whether the inner solver can begin from a start."""
+        return can_start(self.inner)
+
+    def adapted(self, problem: StackedProblem) -> Solver:
+        """The solver that takes all groups at once, if there is one; else itself, where the inner one takes each."""
+        if self._small(problem):
+            return adapted(BranchAndBound(max_inputs=self.exact), problem)
+        if not set(taken(self.inner)).isdisjoint(declared(problem)):
+            return adapted(self.inner, problem)
+        for part in problem.parts:
+            adapted(self.inner, part)
+        return self
+
     def solve(self, problem: StackedProblem, start: Tensor | None = None) -> Attempt:
         """Propose a point; each group begins at its rows of `start` (M, P)."""
-        whole = self._whole(problem)
-        if whole is not None:
+        if (whole := self.adapted(problem)) is not self:
             return whole.solve(problem, start)
         parts = problem.parts
         if isinstance(problem, SharedPattern) and problem.spans:
             parts = problem.divided(_support(problem))
         starts = [None] * len(parts) if start is None else torch.split(start, len(start) // len(parts))
-        return _together(parts, [self.inner.solve(part, own) for part, own in zip(parts, starts, strict=True)])
+        each = zip(parts, starts, strict=True)
+        return _together(parts, [adapted(self.inner, part).solve(part, own) for part, own in each])
 
-    def _whole(self, problem: StackedProblem) -> Solver | None:
-        """The solver that takes all groups at once, if there is one."""
-        if isinstance(problem, GroupedLeastSquares) and problem.target.shape[1] <= self.exact:
-            cells = problem.pattern.folded(torch.zeros_like(problem.target), problem.kernel)
-            if cells.numel() == problem.target.numel():  # no blocks
-                return BranchAndBound(max_inputs=self.exact)
-        takes = getattr(self.inner, "takes", None)
-        return self.inner if takes is not None and isinstance(problem, takes) else None
+    def _small(self, problem: StackedProblem) -> bool:
+        """Whether it is a reconstruction that is solved to the optimum."""
+        if not isinstance(problem, GroupedLeastSquares) or GroupedLeastSquares not in declared(problem):
+            return False
+        return problem.target.shape[1] <= self.exact and layout_of(problem).single
 
 
 def _support(problem: GroupedLeastSquares) -> Tensor:

@@ -30,6 +30,7 @@ class DynamicProgramming:
     """
 
     takes: ClassVar[type] = KnapsackProblem
+    starts: ClassVar[bool] = False
 
     buckets: int | None = 10_000
 

@@ -22,6 +22,7 @@ class LagrangianPrice:
     """Near-optimal in a few passes over the curves; its price, the witness, gives the linear relaxation's bound."""
 
     takes: ClassVar[type] = KnapsackProblem
+    starts: ClassVar[bool] = False
 
     def solve(self, problem: KnapsackProblem, start: Tensor | None = None) -> Attempt:
         """The start is not used. Status INFEASIBLE if the budget is below the cheapest choice."""

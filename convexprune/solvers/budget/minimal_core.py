@@ -45,6 +45,7 @@ class MinimalCore:
     """
 
     takes: ClassVar[type] = KnapsackProblem
+    starts: ClassVar[bool] = False
 
     time_limit: float | None = None
 

@@ -29,6 +29,7 @@ class Rule:
     """A rule as a solver; it gives no witness."""
 
     takes: ClassVar[type] = KnapsackProblem
+    starts: ClassVar[bool] = False
 
     @abstractmethod
     def targets(self, curves: Sequence[Curve]) -> Callable[[float], Tensor]:

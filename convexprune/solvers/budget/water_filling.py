@@ -25,6 +25,7 @@ class WaterFilling:
     """The exact optimum of an `ErrorBudget`, in the time of a sort; the price is the witness."""
 
     takes: ClassVar[type] = BudgetProblem
+    starts: ClassVar[bool] = False
 
     def solve(self, problem: BudgetProblem, start: Tensor | None = None) -> Attempt:
         """The start is not used."""

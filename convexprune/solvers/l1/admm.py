@@ -6,12 +6,13 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, Final
 
 import torch
 from torch import Tensor
 
-from convexprune.forms import GroupedLeastSquares
-from convexprune.problem import Problem, judge
+from convexprune.forms import BallProblem, GroupedLeastSquares, LassoProblem, declared
+from convexprune.problem import Problem, Solver, judge
 from convexprune.solution import Attempt, Certificate, Status, TracePoint
 from convexprune.solvers.l1.splitting import Splitting, splitting
 from convexprune.solvers.l1.working_set import WorkingSet
@@ -22,13 +23,16 @@ ADAPT = 10  # steps between two changes of rho
 SETTLED = 400  # rho stays as it is from here on: ADMM converges for any fixed rho, not for one that keeps moving
 DIVERGED = 1e4  # a lower bound this many times the dense layer's value: no feasible point is anywhere near
 
+SHARED: Final = ("max_iter", "time_limit", "device", "dtype")  # options that RisingPenalty has as well
+GIVEN: Final = ("eps_abs", "eps_rel", "device")  # options of the finish that are ADMM's own
+
 
 @dataclass(frozen=True)
 class ADMM:
     """Over-relaxed ADMM with adaptive rho that ends in a sparse and feasible point.
 
-    For a problem with a sparsity pattern, which is not convex: `RisingPenalty` with the same max_iter, time_limit,
-    device and dtype; the other options do not apply.
+    For a problem with a sparsity pattern, which is not convex, it is `RisingPenalty` with the same max_iter,
+    time_limit, device and dtype, and any other option that is not at its default raises ValueError.
 
     eps_abs, eps_rel  stop when the certificate has violation <= eps_abs and relative gap <= eps_rel
     max_iter          first-order steps
@@ -36,8 +40,11 @@ class ADMM:
     device, dtype     where and in what the first-order steps run; verdicts are always float64
     alpha             over-relaxation, in (0, 2)
     handover          the relative gap and violation at which the finish takes over
-    finish            the Newton-type finish, or None to stop at ADMM's own accuracy
+    finish            the Newton-type finish, with ADMM's eps_abs, eps_rel and device; or None to stop at ADMM's own
+                      accuracy
     """
+
+    takes: ClassVar[tuple[type, ...]] = (BallProblem, LassoProblem, GroupedLeastSquares)
 
     eps_abs: float = 1e-6
     eps_rel: float = 1e-5
@@ -59,16 +66,23 @@ class ADMM:
             raise ValueError(f"max_iter is {self.max_iter}; it must be at least 1")
         if self.dtype not in (torch.float32, torch.float64):
             raise ValueError(f"dtype is {self.dtype}; the steps run in torch.float32 or torch.float64")
+        self._check_finish()
 
-    def solve(self, problem: Problem, start: Tensor | None = None) -> Attempt:
+    def adapted(self, problem: Problem) -> Solver:
+        """With the finish as it will run; `RisingPenalty` for a problem with a sparsity pattern."""
+        if GroupedLeastSquares in declared(problem):
+            return self._rising()
+        if self.finish is None:
+            return self
+        return replace(self, finish=replace(self.finish, **{name: getattr(self, name) for name in GIVEN}))
+
+    def solve(self, problem: Any, start: Tensor | None = None) -> Attempt:
         """Propose a point (M, P) and a witness; `start` is a warm start."""
-        if isinstance(problem, GroupedLeastSquares):
-            return RisingPenalty(
-                max_iter=self.max_iter, time_limit=self.time_limit, device=self.device, dtype=self.dtype
-            ).solve(problem)
+        if GroupedLeastSquares in declared(problem):
+            return self._rising().solve(problem, start)
         begun = time.perf_counter()
         deadline = math.inf if self.time_limit is None else begun + self.time_limit
-        trivial = _zero_if_feasible(problem)
+        trivial = _zero_if_feasible(problem) if BallProblem in declared(problem) else None
         if trivial is not None:
             return trivial
         split = splitting(problem, start, self.alpha, torch.device(self.device), self.dtype)
@@ -96,6 +110,27 @@ class ADMM:
             return run.attempt(Status.CONVERGED)
         return run.attempt(Status.MAX_ITER)
 
+    def _rising(self) -> RisingPenalty:
+        for name, default in vars(ADMM()).items():
+            if name not in SHARED and getattr(self, name) != default:
+                raise ValueError(
+                    f"ADMM({name}={getattr(self, name)!r}): {name} does not apply to a problem with a sparsity "
+                    "pattern, where ADMM is RisingPenalty; leave it out, or name RisingPenalty with its own options"
+                )
+        return RisingPenalty(**{name: getattr(self, name) for name in SHARED})
+
+    def _check_finish(self) -> None:
+        if self.finish is None:
+            if self.handover != ADMM.handover:
+                raise ValueError(f"handover is {self.handover}, but there is no finish to hand over to; leave it out")
+            return
+        if not isinstance(self.finish, WorkingSet):
+            raise TypeError(f"finish is {self.finish!r}; give a WorkingSet(), or None")
+        for name in GIVEN:
+            own = getattr(self.finish, name)
+            if own not in (getattr(WorkingSet, name), getattr(self, name)):
+                raise ValueError(f"finish has {name}={own!r}, but ADMM's {name} counts: ADMM({name}={own!r})")
+
     def _verdict(self, problem: Problem, certificate: Certificate) -> Status | None:
         if not math.isfinite(certificate.value):
             return Status.NUMERICAL
@@ -108,7 +143,7 @@ class ADMM:
     def _finished(self, problem: Problem, split: Splitting, run: _Run, deadline: float) -> bool:
         """Hand over to the finish; whether its certificate meets the rule."""
         assert self.finish is not None
-        finish = replace(self.finish, eps_abs=self.eps_abs, eps_rel=self.eps_rel, device=self.device)
+        finish = replace(self.finish, **{name: getattr(self, name) for name in GIVEN})
         offset = time.perf_counter() - run.begun
         finer = finish.refine(problem, split.point.cpu().double(), split.witness, deadline)
         run.adopt(finer, offset)

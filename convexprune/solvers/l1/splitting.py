@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from convexprune.forms import BallProblem, LassoProblem
-from convexprune.problem import Problem
+from convexprune.forms import BallProblem, LassoProblem, declared
 
 BALANCE = 3.0  # residuals further apart than this factor change rho
 UNEQUAL = 30.0  # columns with so many times the typical energy get a weight of their own
@@ -32,15 +31,10 @@ class Splitting(Protocol):
         """The dual witness the multipliers give."""
 
 
-def splitting(
-    problem: Problem, start: Tensor | None, alpha: float, device: torch.device, dtype: torch.dtype
-) -> Splitting:
-    """The splitting that fits a problem."""
-    if isinstance(problem, BallProblem):
-        return BallSplitting(problem, start, alpha, device, dtype)
-    if isinstance(problem, LassoProblem):
-        return LassoSplitting(problem, start, alpha, device, dtype)
-    raise TypeError(f"ADMM takes L1 problems over a ball or a lasso, not {type(problem).__name__}")
+def splitting(problem: Any, start: Tensor | None, alpha: float, device: torch.device, dtype: torch.dtype) -> Splitting:
+    """The splitting of the form that a problem declares, a ball or a lasso."""
+    kind = BallSplitting if BallProblem in declared(problem) else LassoSplitting
+    return kind(problem, start, alpha, device, dtype)
 
 
 class BallSplitting:
@@ -63,9 +57,8 @@ class BallSplitting:
         self.weight = 0.05 * _energies(gram.diagonal())[:, None]
         kernel = gram.double() + torch.diag(self.weight[:, 0].double())
         self.kernel = torch.cholesky_inverse(torch.linalg.cholesky(kernel)).to(dtype)
-        dense = problem.dense if isinstance(problem, Problem) else None
-        size = float(dense.abs().mean()) if dense is not None else 1.0
-        self.rho = 0.1 / (float(self.weight.min()) * (size or 1.0))
+        size = float(problem.dense.abs().mean()) or 1.0
+        self.rho = 0.1 / (float(self.weight.min()) * size)
         shape = (self.inputs.shape[1], self.outputs.shape[1])
         self.S = torch.zeros(shape, dtype=dtype, device=device) if start is None else start.T.to(device, dtype).clone()
         self.U, self.B = self.S.clone(), torch.zeros_like(self.S)

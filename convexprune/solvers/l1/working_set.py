@@ -11,11 +11,12 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from convexprune.forms import BallProblem, LassoProblem
+from convexprune.forms import BallProblem, LassoProblem, declared
 from convexprune.problem import Problem, judge
 from convexprune.solution import Attempt, Certificate, Status, TracePoint
 from convexprune.solvers.l1.working_set_state import BallView, LassoView, Limits
@@ -38,6 +39,8 @@ class WorkingSet:
     device            where the batches are solved: "cpu", "cuda", ... always in float64
     """
 
+    takes: ClassVar[tuple[type, ...]] = (BallProblem, LassoProblem)
+
     eps_abs: float = 1e-6
     eps_rel: float = 1e-6
     max_iter: int = 60
@@ -52,19 +55,15 @@ class WorkingSet:
         return self.refine(problem, problem.dense if start is None else start, None)
 
     def refine(
-        self, problem: Problem, point: Tensor, witness: Tensor | None, deadline: float = math.inf,
+        self, problem: Any, point: Tensor, witness: Tensor | None, deadline: float = math.inf,
     ) -> Attempt:  # fmt: skip
         """Finish from a point (M, P) and a dual witness that another method has found."""
         if self.time_limit is not None:
             deadline = min(deadline, time.perf_counter() + self.time_limit)
         limits = Limits(self.eps_abs, self.max_iter, self.margin, self.memory, torch.device(self.device))
-        if isinstance(problem, BallProblem):
-            view: BallView | LassoView = BallView(problem, point, witness, limits)
-        elif isinstance(problem, LassoProblem):
-            view = LassoView(problem, point, limits)
-        else:
-            raise TypeError(f"WorkingSet takes L1 problems over a ball or a lasso, not {type(problem).__name__}")
-        return self._rounds(problem, view, deadline)
+        if BallProblem in declared(problem):
+            return self._rounds(problem, BallView(problem, point, witness, limits), deadline)
+        return self._rounds(problem, LassoView(problem, point, limits), deadline)
 
     def _rounds(self, problem: Problem, view: BallView | LassoView, deadline: float) -> Attempt:
         begun, steps = time.perf_counter(), 0

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import ClassVar, Final
 
 import torch
 from torch import Tensor
 
-from convexprune.forms import PerspectiveProblem
-from convexprune.problem import Solver
+from convexprune.forms import PerspectiveProblem, adapted
+from convexprune.problem import Problem, Solver, can_start, check_solver
 from convexprune.solution import Attempt
 from convexprune.solvers.least_squares.perspective import Relaxation, centred
 from convexprune.solvers.least_squares.spd_inverse import NotDefinite
+
+SINGULAR: Final = "no better bound: the Gram matrix is singular; use layer.damped(1e-6) or so"
 
 
 @dataclass(frozen=True)
@@ -21,7 +23,7 @@ class Bounded:
 
     In turns: ADMM solves the relaxation for a diagonal d, then d moves to where the relaxation's gradient, with a
     barrier that keeps G - diag(d) positive definite, is largest; `rounds` times, with `steps` of ADMM each. Where G is
-    singular no d > 0 exists and the witness is the inner solver's: damp the layer.
+    singular no d > 0 exists and the witness is the inner solver's, as the note then says: damp the layer.
     """
 
     takes: ClassVar[type] = PerspectiveProblem
@@ -30,8 +32,18 @@ class Bounded:
     steps: int = 40
 
     def __post_init__(self) -> None:
+        check_solver(self.inner)
         if self.rounds < 0 or self.steps < 1:
             raise ValueError(f"rounds is {self.rounds} and steps {self.steps}; they must be >= 0 and >= 1")
+
+    @property
+    def starts(self) -> bool:
+        """Whether the inner solver can begin from a start."""
+        return can_start(self.inner)
+
+    def adapted(self, problem: Problem) -> Bounded:
+        """With the inner solver as it will run."""
+        return replace(self, inner=adapted(self.inner, problem))
 
     def solve(self, problem: PerspectiveProblem, start: Tensor | None = None) -> Attempt:
         """The inner solver's attempt with a witness of its own."""
@@ -40,7 +52,7 @@ class Bounded:
         live = diagonal > 0
         begun = problem.diagonal
         if not bool((begun[live] > 0).all()) or not bool(live.any()):
-            return attempt
+            return replace(attempt, note=f"{attempt.note}; {SINGULAR}" if attempt.note else SINGULAR)
         scale = torch.where(live, diagonal, 1.0).sqrt()
         d = torch.where(live, 0.5 * begun / scale.square(), 0.5)
         relaxation = Relaxation.of(problem, scale, 2 * float(d.mean()))

@@ -3,7 +3,8 @@
 For one neuron, f(k) = the least value with k weights. A node has decided some inputs, in or out; with the undecided
 ones all in, least squares gives a lower bound of everything below it, and thousands of nodes are solved in one batch.
 The neurons meet only in their counts: for a pattern over the whole layer an exact dynamic program over the neurons
-divides the budget.
+divides the budget. Where groups join neurons in any other way, all of them are searched as one. Of a pattern with
+cells of many weights, read cell for input, and bundle of neurons that keep and drop together for neuron.
 Source: Furnival, Wilson, Technometrics 1974 (leaps and bounds).
 """
 
@@ -11,16 +12,17 @@ from __future__ import annotations
 
 import math
 import time
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from convexprune.forms import GroupedLeastSquares, SparseLeastSquares
-from convexprune.patterns import Support
+from convexprune.layout import Grid, Layout
 from convexprune.solution import Attempt, Status
-from convexprune.solvers.least_squares.elimination import groups_of
+from convexprune.solvers.least_squares.elimination import gridded
 from convexprune.solvers.least_squares.on_support import refitted, ridge_of
 from convexprune.solvers.least_squares.spd_inverse import NotDefinite
 
@@ -29,32 +31,40 @@ BATCH = 4096  # nodes that are solved together
 
 @dataclass(frozen=True)
 class BranchAndBound:
-    """An oracle for layers of up to `max_inputs` inputs: its point is optimal where the status is CONVERGED.
+    """An oracle for small layers: its point is optimal where the status is CONVERGED.
 
     The certificate does not say so (a problem's bound knows nothing of the search): compare values with it.
+
+    max_inputs  how many cells may be searched together: the inputs of a neuron, the blocks beside one another, all
+                cells of the layer where groups join neurons and are not the whole layer
+
+    Raises ValueError for a larger layer, TypeError for a pattern with cells that are not some rows times some inputs.
     """
 
     takes: ClassVar[type] = GroupedLeastSquares
+    starts: ClassVar[bool] = False
+
     max_inputs: int = 30
     time_limit: float | None = None
 
+    def adapted(self, problem: Any) -> BranchAndBound:
+        """Itself, where the layer is small enough and the cells of the pattern make a grid."""
+        layout, grid = gridded(problem, "BranchAndBound")
+        together = grid.group.shape[1] if layout.groups == 1 or grid.apart is not None else grid.group.numel()
+        if together > self.max_inputs and not layout.forced:
+            what = "inputs" if layout.single and together == grid.group.shape[1] else "cells that are chosen together"
+            raise ValueError(
+                f"BranchAndBound is for up to {self.max_inputs} inputs, this layer has {together} {what}; use Best"
+            )
+        return self
+
     def solve(self, problem: GroupedLeastSquares, start: Tensor | None = None) -> Attempt:
-        """The best support of all. Raises ValueError for a larger layer, TypeError for patterns of blocks."""
-        out, width = problem.target.shape
-        if width > self.max_inputs:
-            raise ValueError(f"BranchAndBound is for up to {self.max_inputs} inputs, this layer has {width}; use Best")
-        group = groups_of(problem.pattern, (out, width), problem.kernel)
+        """The best support of all."""
+        self.adapted(problem)
+        layout, grid = gridded(problem, "BranchAndBound")
         deadline = math.inf if self.time_limit is None else time.perf_counter() + self.time_limit
-        always = torch.zeros(out, width, dtype=torch.bool) if problem.always is None else problem.always
-        quota = problem.pattern.quota((out, width), problem.kernel)
         try:
-            if isinstance(problem.pattern, Support):
-                mask, nodes = problem.pattern.mask, 1
-            else:
-                rows = [(part, m) for part in problem.parts for m in range(len(part.target))]
-                neurons = [_Neuron(*row, always[m], deadline) for m, row in enumerate(rows)]
-                mask = _joined(neurons, quota) if group is None else _apart(neurons, group, quota)
-                nodes = sum(neuron.nodes for neuron in neurons)
+            mask, nodes = _chosen(problem, layout, grid, deadline)
             weights = refitted(problem, mask)
         except NotDefinite:
             return Attempt(problem.completed(problem.target), None, Status.NUMERICAL, 0)
@@ -62,57 +72,53 @@ class BranchAndBound:
         return Attempt(problem.completed(weights), None, Status.TIME_LIMIT if late else Status.CONVERGED, nodes)
 
 
-class _Neuron:
-    """The search of one neuron; supports are boolean rows, values are least-squares values less the energy."""
+def _chosen(problem: GroupedLeastSquares, layout: Layout, grid: Grid, deadline: float) -> tuple[Tensor, int]:
+    """(M, N) bool: the best support, and how many nodes it took."""
+    if layout.forced:
+        return problem.select(torch.ones_like(problem.target)), 1
+    bundles = _bundles(problem, grid, deadline)
+    if layout.groups == 1:
+        mask = _joined(bundles, layout.quota)
+    elif grid.apart is not None:
+        each = zip(bundles, grid.apart, strict=True)
+        mask = torch.stack([bundle.best(group, layout.quota) for bundle, group in each])
+    else:
+        together = _Together(bundles, deadline)
+        mask = together.best(grid.group.flatten(), layout.quota).reshape(grid.group.shape)
+    return grid.spread(mask), sum(bundle.nodes for bundle in bundles)
 
-    def __init__(self, problem: SparseLeastSquares, neuron: int, always: Tensor, deadline: float) -> None:
-        diagonal = problem.gram.diagonal()
-        live = diagonal > 1e-12 * diagonal.max()
-        scale = torch.where(live, diagonal, 1.0).sqrt()
-        unit = torch.where(live[:, None] & live, problem.gram / (scale[:, None] * scale), 0.0)
-        unit.diagonal().fill_(1.0)
-        self.gram = unit + ridge_of(unit) * torch.eye(len(unit), dtype=torch.float64)
-        self.cross = torch.where(live, problem.cross[neuron] / scale, 0.0)
-        self.always, self.deadline, self.nodes = always, deadline, 0
-        self.values = torch.full((len(scale) + 1,), math.inf, dtype=torch.float64)
-        self.masks = torch.zeros(len(scale) + 1, len(scale), dtype=torch.bool)
 
+def _bundles(problem: GroupedLeastSquares, grid: Grid, deadline: float) -> list[_Bundle]:
+    always = torch.zeros_like(grid.allowed) if problem.always is None else grid.holding(problem.always)
+    rows, real = grid.members
+    height = len(grid.rows) // len(problem.parts)
+    return [
+        _Bundle(
+            problem.parts[int(rows[at, 0]) // height], rows[at, real[at]] % height, grid.inputs,
+            always[at], grid.allowed[at], deadline,
+        )
+        for at in range(len(grid.group))
+    ]  # fmt: skip
+
+
+class _Search(ABC):
+    """A search among supports, which are boolean rows (C,) of cells; `always` and `allowed` (C,) are given."""
+
+    def __init__(self, always: Tensor, allowed: Tensor, deadline: float) -> None:
+        self.always, self.allowed, self.deadline = always, allowed, deadline
+
+    @abstractmethod
     def value(self, masks: Tensor) -> Tensor:
-        """(B,): -c_S^T (G_SS)^-1 c_S for masks (B, N)."""
-        self.nodes += len(masks)
-        held = masks.double()
-        blocks = self.gram * held[:, :, None] * held[:, None, :] + torch.diag_embed(1 - held)
-        right = (self.cross * held)[..., None]
-        half = torch.linalg.solve_triangular(torch.linalg.cholesky(blocks), right, upper=False)
-        found: Tensor = -half.square().sum((1, 2))
-        return found
-
-    def every_count(self, most: int) -> None:
-        """Fill `values` and `masks` for every count up to `most`: by trying all, where they are few, else a search."""
-        if 2 ** int((~self.always).sum()) <= BATCH:
-            return self._try_all(most)
-        group = torch.zeros(len(self.cross), dtype=torch.long)
-        for count in range(int(self.always.sum()), most + 1):
-            mask = self.best(group, count)
-            self.masks[count], self.values[count] = mask, self.value(mask[None])[0]
-
-    def _try_all(self, most: int) -> None:
-        free = (~self.always).nonzero()[:, 0]
-        masks = self.always.repeat(2 ** len(free), 1)
-        masks[:, free] = (torch.arange(len(masks))[:, None] >> torch.arange(len(free)) & 1).bool()
-        values, counts = self.value(masks), masks.sum(1)
-        for count in range(int(self.always.sum()), most + 1):
-            least = torch.where(counts == count, values, math.inf).argmin()
-            self.masks[count], self.values[count] = masks[least], values[least]
+        """(B,): least-squares values, less the energy, for masks (B, C)."""
 
     def best(self, group: Tensor, quota: int) -> Tensor:
-        """(N,) bool: the best support with at most `quota` inputs of each group."""
+        """(C,) bool: the best support with at most `quota` cells of each group (C,)."""
         best = self._greedy(group, quota)
         least = float(self.value(best[None])[0])
-        # a node: inputs decided in, inputs still possible, and its bound; the most damaging input is decided first.
+        # a node: cells decided in, cells still possible, and its bound; the most damaging cell is decided first.
         # Depth first and in batches, so that memory stays small: those with the best bounds are on top of the stack
-        order = [each for each in self._order().tolist() if not bool(self.always[each])]
-        root = torch.ones_like(self.always)[None]
+        order = [each for each in self._order().tolist() if bool(self.allowed[each] & ~self.always[each])]
+        root = self.allowed[None]
         stack = [(0, self.always[None], root, self.value(root))]
         stack = stack if float(stack[0][3]) < least else []
         while stack and time.perf_counter() < self.deadline:
@@ -129,14 +135,14 @@ class _Neuron:
         return best
 
     def _children(
-        self, input_: int, inside: Tensor, possible: Tensor, bounds: Tensor, group: Tensor, quota: int
+        self, cell: int, inside: Tensor, possible: Tensor, bounds: Tensor, group: Tensor, quota: int
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """The nodes with one more input decided: in, then out."""
+        """The nodes with one more cell decided: in, then out."""
         with_, without = inside.clone(), possible.clone()
-        with_[:, input_], without[:, input_] = True, False
+        with_[:, cell], without[:, cell] = True, False
         inside, before = torch.cat([with_, inside]), torch.cat([possible, possible])
         possible, bounds = torch.cat([possible, without]), torch.cat([bounds, bounds])
-        # a group whose quota is reached takes no more: its undecided inputs are out
+        # a group whose quota is reached takes no more: its undecided cells are out
         full = _counts(inside, group)
         possible = torch.where((full >= quota)[:, group], inside, possible)
         fits = (full <= quota).all(1) & (inside <= possible).all(1)
@@ -147,14 +153,13 @@ class _Neuron:
         return inside, possible, bounds
 
     def _order(self) -> Tensor:
-        """Inputs whose absence costs most come first: the branch without them dies early."""
-        width = len(self.cross)
-        without = ~torch.eye(width, dtype=torch.bool)
+        """Cells whose absence costs most come first: the branch without them dies early."""
+        without = self.allowed & ~torch.eye(len(self.allowed), dtype=torch.bool)
         return self.value(without).argsort(descending=True)
 
     def _greedy(self, group: Tensor, quota: int) -> Tensor:
         """Backward elimination: a support to beat."""
-        mask = torch.ones_like(self.always)
+        mask = self.allowed
         while bool((crowded := _counts(mask[None], group)[0] > quota).any()):
             may = (mask & crowded[group] & ~self.always).nonzero()[:, 0]
             trials = mask.repeat(len(may), 1)
@@ -163,36 +168,102 @@ class _Neuron:
         return mask
 
 
+class _Bundle(_Search):
+    """The search of one bundle of neurons."""
+
+    def __init__(
+        self,
+        problem: SparseLeastSquares,
+        rows: Tensor,
+        inputs: Tensor,
+        always: Tensor,
+        allowed: Tensor,
+        deadline: float,
+    ) -> None:
+        super().__init__(always, allowed, deadline)
+        diagonal = problem.gram.diagonal()
+        live = diagonal > 1e-12 * diagonal.max()
+        scale = torch.where(live, diagonal, 1.0).sqrt()
+        unit = torch.where(live[:, None] & live, problem.gram / (scale[:, None] * scale), 0.0)
+        unit.diagonal().fill_(1.0)
+        self.gram = unit + ridge_of(unit) * torch.eye(len(unit), dtype=torch.float64)
+        self.cross = torch.where(live, problem.cross[rows] / scale, 0.0)  # (h, N)
+        self.inputs, self.nodes = inputs, 0
+        self.values = torch.full((len(self.allowed) + 1,), math.inf, dtype=torch.float64)
+        self.masks = torch.zeros(len(self.allowed) + 1, len(self.allowed), dtype=torch.bool)
+
+    def value(self, masks: Tensor) -> Tensor:
+        """(B,): -tr c_S^T (G_SS)^-1 c_S for masks (B, K)."""
+        self.nodes += len(masks)
+        held = masks[:, self.inputs].double()
+        blocks = self.gram * held[:, :, None] * held[:, None, :] + torch.diag_embed(1 - held)
+        right = (self.cross * held[:, None]).mT
+        half = torch.linalg.solve_triangular(torch.linalg.cholesky(blocks), right, upper=False)
+        found: Tensor = -half.square().sum((1, 2))
+        return found
+
+    def every_count(self, most: int) -> None:
+        """Fill `values` and `masks` for every count up to `most`: by trying all, where they are few, else a search."""
+        counts = range(int(self.always.sum()), min(most, int(self.allowed.sum())) + 1)
+        if 2 ** int((self.allowed & ~self.always).sum()) <= BATCH:
+            return self._try_all(counts)
+        group = torch.zeros(len(self.allowed), dtype=torch.long)
+        for count in counts:
+            mask = self.best(group, count)
+            self.masks[count], self.values[count] = mask, self.value(mask[None])[0]
+
+    def _try_all(self, counts: range) -> None:
+        free = (self.allowed & ~self.always).nonzero()[:, 0]
+        masks = self.always.repeat(2 ** len(free), 1)
+        masks[:, free] = (torch.arange(len(masks))[:, None] >> torch.arange(len(free)) & 1).bool()
+        values, held = self.value(masks), masks.sum(1)
+        for count in counts:
+            least = torch.where(held == count, values, math.inf).argmin()
+            self.masks[count], self.values[count] = masks[least], values[least]
+
+
+class _Together(_Search):
+    """The search of all bundles as one; the cells of the first come first."""
+
+    def __init__(self, bundles: list[_Bundle], deadline: float) -> None:
+        always, allowed = (torch.cat([getattr(each, name) for each in bundles]) for name in ("always", "allowed"))
+        super().__init__(always, allowed, deadline)
+        self.bundles = bundles
+
+    def value(self, masks: Tensor) -> Tensor:
+        """(B,): the sum over the bundles, whose values depend on their own cells alone."""
+        total = torch.zeros(len(masks), dtype=torch.float64)
+        for bundle, own in zip(self.bundles, masks.chunk(len(self.bundles), 1), strict=True):
+            supports, which = torch.unique(own, dim=0, return_inverse=True)
+            total += bundle.value(supports)[which]
+        return total
+
+
 def _counts(masks: Tensor, group: Tensor) -> Tensor:
-    """(B, groups): how many inputs of each group the masks (B, N) hold."""
+    """(B, groups): how many cells of each group the masks (B, C) hold."""
     counts = torch.zeros(len(masks), int(group.max()) + 1, dtype=torch.long)
     return counts.index_add_(1, group, masks.long())
 
 
-def _apart(neurons: list[_Neuron], group: Tensor, quota: int) -> Tensor:
-    """(M, N) bool: each neuron by itself."""
-    return torch.stack([neuron.best(group, quota) for neuron in neurons])
-
-
-def _joined(neurons: list[_Neuron], budget: int) -> Tensor:
-    """(M, N) bool: the division of the budget with the least sum of values, by dynamic programming over the neurons."""
-    for neuron in neurons:
-        neuron.every_count(min(budget, len(neuron.cross)))
+def _joined(bundles: list[_Bundle], budget: int) -> Tensor:
+    """(B, K) bool: the division of the budget with the least sum of values, by dynamic programming over the bundles."""
+    for bundle in bundles:
+        bundle.every_count(budget)
     best = torch.zeros(1, dtype=torch.float64)
     choices = []
-    for neuron in neurons:
-        counts = neuron.values.isfinite().nonzero()[:, 0]
+    for bundle in bundles:
+        counts = bundle.values.isfinite().nonzero()[:, 0]
         longest = min(len(best) - 1 + int(counts.max()), budget)
         table = torch.full((len(counts), longest + 1), math.inf, dtype=torch.float64)
         for row, count in enumerate(counts.tolist()):
             reach = min(len(best), longest + 1 - count)
             if reach > 0:
-                table[row, count : count + reach] = best[:reach] + neuron.values[count]
+                table[row, count : count + reach] = best[:reach] + bundle.values[count]
         best, which = table.min(0)
         choices.append(counts[which])
     at, masks = int(best.argmin()), []
-    for neuron, chosen in zip(reversed(neurons), reversed(choices), strict=True):
+    for bundle, chosen in zip(reversed(bundles), reversed(choices), strict=True):
         count = int(chosen[at])
-        masks.append(neuron.masks[count])
+        masks.append(bundle.masks[count])
         at -= count
     return torch.stack(masks[::-1])

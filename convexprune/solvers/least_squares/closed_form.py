@@ -26,6 +26,7 @@ class ClosedForm:
     """The exact minimiser; where G is singular, the one nearest to the dense weights (see `support`)."""
 
     takes: ClassVar[type] = EqualityQuadratic
+    starts: ClassVar[bool] = False
 
     def solve(self, problem: EqualityQuadratic, start: Tensor | None = None) -> Attempt:
         """The minimiser is its own witness. The start is not used."""

@@ -9,6 +9,7 @@ Source: Frantar, Alistarh, ICML 2023 (SparseGPT), Algorithm 1.
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -16,8 +17,10 @@ import torch
 from torch import Tensor
 
 from convexprune.forms import SparseLeastSquares
-from convexprune.patterns import NM, Pattern, PerRow, Unstructured, select
+from convexprune.layout import Layout, ranks
+from convexprune.patterns import PerRow, Unstructured, select
 from convexprune.solution import Attempt, Status
+from convexprune.solvers.least_squares.elimination import layout_of
 from convexprune.solvers.least_squares.scaling import Scaled
 from convexprune.solvers.least_squares.spd_inverse import NotDefinite
 
@@ -26,12 +29,16 @@ from convexprune.solvers.least_squares.spd_inverse import NotDefinite
 class ColumnSweep:
     """SparseGPT's scheme.
 
+    Inputs are taken in blocks, whose masks are chosen together: those of a group of the pattern, as in N:M, or `block`
+    inputs where that is fewer, each block with its share of a group's count. The mask of whole blocks or channels, of a
+    given support and with weights that must stay is chosen at once.
+
     damping  added to H, as a fraction of its mean diagonal: part of the method, which is unstable without it
-    block    inputs whose masks are chosen together, each block with its share of the count; of N:M each group by
-             itself. Patterns that do not divide into blocks of inputs are chosen for the whole layer at once
+    block    the most inputs of a block
     """
 
     takes: ClassVar[type] = SparseLeastSquares
+    starts: ClassVar[bool] = False
 
     damping: float = 0.01
     block: int = 128
@@ -55,17 +62,9 @@ class ColumnSweep:
         except NotDefinite:
             return Attempt(problem.completed(problem.target), None, Status.NUMERICAL, 0)
         weights = scaled.optimum.T.contiguous()  # (N, M): an input's weights lie together
-        mask = _whole_mask(problem, weights, factor)
-        width = len(weights)
-        block = problem.pattern.m if isinstance(problem.pattern, NM) and mask is None else self.block
-        for begin in range(0, width, block):
-            end = min(begin + block, width)
-            if mask is None:
-                scores = (weights[begin:end] / factor.diagonal()[begin:end, None]).square()
-                keep = _block_mask(problem.pattern, scores, begin, width)
-            else:
-                keep = mask[begin:end]
-            errors = _sweep(weights[begin:end], keep, factor[begin:end, begin:end])
+        masks = _Masks(problem, weights, factor.diagonal())
+        for begin, end in masks.blocks(self.block):
+            errors = _sweep(weights[begin:end], masks.of(weights, begin, end), factor[begin:end, begin:end])
             weights[end:] -= factor[begin:end, end:].T @ errors
         return Attempt(problem.completed(scaled.restored(weights.T)), None, Status.CONVERGED, 1)
 
@@ -80,27 +79,69 @@ def _sweep(weights: Tensor, keep: Tensor, factor: Tensor) -> Tensor:
     return errors
 
 
-def _whole_mask(problem: SparseLeastSquares, weights: Tensor, factor: Tensor) -> Tensor | None:
-    """(N, M) bool: the mask of the whole layer where the pattern does not divide into blocks of inputs, else None."""
-    pattern = problem.pattern
-    if problem.always is None and (
-        isinstance(pattern, (Unstructured, PerRow)) or (isinstance(pattern, NM) and problem.kernel == 1)
-    ):
-        return None
-    scores = (weights / factor.diagonal()[:, None]).square().T
-    return problem.select(scores.cpu()).to(weights.device).T
+class _Masks:
+    """The masks of blocks of inputs, which are asked for in order; see `ColumnSweep`."""
+
+    def __init__(self, problem: SparseLeastSquares, weights: Tensor, diagonal: Tensor) -> None:
+        layout = layout_of(problem)
+        self.quota, self.size, self.width = layout.quota, layout.never.shape[1], len(weights)
+        self.group, self.diagonal = layout.group.to(weights.device), diagonal
+        self.seen = torch.zeros(layout.groups, dtype=torch.long, device=weights.device)
+        self.mask = None
+        self.cuts = [0, self.width]
+        if layout.single and not bool(layout.never.any()) and problem.always is None:
+            self.cuts = _cuts(layout)
+        else:
+            self.mask = problem.select(self._scores(weights, 0, self.width).cpu()).to(weights.device).T
+
+    def blocks(self, most: int) -> list[tuple[int, int]]:
+        """From which input to which: between two cuts, or at most so many of these."""
+        return [
+            (begin, min(begin + most, end))
+            for start, end in itertools.pairwise(self.cuts)
+            for begin in range(start, end, most)
+        ]
+
+    def of(self, weights: Tensor, begin: int, end: int) -> Tensor:
+        """(b, M) bool: what stays of a block, for the weights (N, M) now."""
+        if self.mask is not None:
+            return self.mask[begin:end]
+        scores, group = self._scores(weights, begin, end), self.group[:, begin:end]
+        return (self._whole if {begin, end} <= set(self.cuts) else self._part)(scores, group).T
+
+    def _scores(self, weights: Tensor, begin: int, end: int) -> Tensor:
+        """(M, b)."""
+        return (weights[begin:end] / self.diagonal[begin:end, None]).square().T
+
+    def _whole(self, scores: Tensor, group: Tensor) -> Tensor:
+        """(M, b) bool, of a block of whole groups: the quota of each."""
+        flat = group.flatten()
+        if bool((flat[1:] >= flat[:-1]).all()):  # one group lies behind the other
+            return select(PerRow(self.quota), scores.reshape(-1, self.size)).reshape(scores.shape)
+        return (ranks(scores.flatten(), flat) < self.quota).reshape(scores.shape)
+
+    def _part(self, scores: Tensor, group: Tensor) -> Tensor:
+        """(M, b) bool, of a part of the groups: their count up to its end less that up to its beginning.
+
+        So the counts of all parts add up exactly.
+        """
+        held = torch.bincount(group.flatten(), minlength=len(self.seen))
+        keep = self.quota * (self.seen + held) // self.size - self.quota * self.seen // self.size
+        self.seen += held
+        own = group[:, 0]
+        most = int(keep[own[0]])
+        if bool((group == own[0]).all()):
+            return select(Unstructured(most), scores)
+        if bool((group == own[:, None]).all() & (held[own] == scores.shape[1]).all() & (keep[own] == most).all()):
+            return select(PerRow(most), scores)
+        return (ranks(scores.flatten(), group.flatten()) < keep[group.flatten()]).reshape(scores.shape)
 
 
-def _block_mask(pattern: Pattern, scores: Tensor, begin: int, width: int) -> Tensor:
-    """(b, M) bool for scores (b, M): the pattern's mask of a block of inputs.
-
-    Counts are those of the inputs up to the block's end less those up to its beginning, so that they add up exactly.
-    """
-    end, out = begin + len(scores), scores.shape[1]
-    if isinstance(pattern, NM):
-        return select(pattern, scores.T).T
-    cells = width * out if isinstance(pattern, Unstructured) else width
-    quota = pattern.quota((out, width))
-    before, after = (quota * (at * cells // width) // cells for at in (begin, end))
-    kind = Unstructured if isinstance(pattern, Unstructured) else PerRow
-    return select(kind(after - before), scores.T).T
+def _cuts(layout: Layout) -> list[int]:
+    """The places between inputs, and both ends, that no group of single weights reaches across."""
+    width = layout.cell.shape[1]
+    inputs = torch.arange(width).expand_as(layout.cell).flatten()
+    own = torch.empty_like(inputs).scatter_(0, layout.cell.flatten(), inputs).reshape(layout.never.shape)
+    begun, ended = (torch.bincount(ends + 1, minlength=width + 1) for ends in (own.amin(1), own.amax(1)))
+    across = (begun - ended).cumsum(0)[1:width]
+    return [0, *((across == 0).nonzero()[:, 0] + 1).tolist(), width]

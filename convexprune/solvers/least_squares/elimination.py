@@ -1,4 +1,4 @@
-"""Exact greedy elimination down to a pattern: of the weights that may leave, the one that costs least goes next."""
+"""Exact greedy elimination down to a pattern: of the cells that may leave, the one that costs least goes next."""
 
 from __future__ import annotations
 
@@ -7,68 +7,107 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from convexprune.patterns import NM, Pattern, PerRow, Support, Unstructured, kth_smallest
+from convexprune.forms import GroupedLeastSquares
+from convexprune.layout import Grid, Layout, ranks
+from convexprune.patterns import kth_smallest
+from convexprune.solvers.least_squares.spd_inverse import NotDefinite
 from convexprune.solvers.least_squares.support_inverses import SupportInverses
 
-REPRICE = 4  # removals of a neuron between two looks at the layer's price
+REPRICE = 4  # removals of a bundle between two looks at the groups' prices
 
 
-def groups_of(pattern: Pattern, shape: tuple[int, int], kernel: int) -> Tensor | None:
-    """(N,): the group of each input where a pattern binds every neuron by itself; None where it binds the layer.
+def gridded(problem: GroupedLeastSquares, solver: str) -> tuple[Layout, Grid]:
+    """The layout of a problem's pattern, and its grid. Raises TypeError in the name of a solver where it has none."""
+    layout = layout_of(problem)
+    grid = grid_of(problem, layout)
+    if grid is None:
+        raise TypeError(
+            f"{solver} takes patterns whose cells are single weights, or some rows of a group times some inputs; those "
+            f"of {problem.pattern} are not. Balanced, Best, Fast, RisingPenalty, ADMM, ColumnSweep, LayerwiseOBS, "
+            "Magnitude, ActivationMagnitude and Refit take it"
+        )
+    return layout, grid
 
-    Raises TypeError for a pattern whose weights cannot leave one at a time.
+
+def grid_of(problem: GroupedLeastSquares, layout: Layout) -> Grid | None:
+    """The grid of a layout; None where there is none, or where a bundle has rows of groups with other Gram matrices."""
+    grid, groups = layout.grid, len(problem.parts)
+    if grid is None or groups == 1 or grid.single:
+        return grid
+    index, real = grid.members
+    owner = index // (len(grid.rows) // groups)
+    return grid if bool(((owner == owner[:, :1]) | ~real).all()) else None
+
+
+def layout_of(problem: GroupedLeastSquares) -> Layout:
+    """The layout of a problem's pattern."""
+    return Layout.of(problem.pattern, (problem.target.shape[0], problem.target.shape[1]), problem.kernel)
+
+
+def shrink_apart(part: SupportInverses, group: Tensor, quota: int) -> None:
+    """Bring every group of every bundle down to `quota`; `group` (R, K) numbers the groups of each bundle from 0."""
+    held = torch.zeros(len(part.index), int(group.max()) + 1, dtype=torch.long, device=group.device)
+    held.scatter_add_(1, group, part.mask.long())
+    while bool((held > quota).any()):
+        crowded = (held > quota).gather(1, group.gather(1, part.index))
+        cheapest, slots = torch.where(crowded, part.costs, torch.inf).min(1)
+        chosen = torch.isfinite(cheapest)
+        if not bool(chosen.any()):
+            raise NotDefinite("no cell of a crowded group has a finite cost")
+        gone = group.gather(1, part.index.gather(1, slots[:, None]))
+        part.leave(slots, chosen)
+        held.scatter_add_(1, gone, -chosen[:, None].long())
+    part.settle()
+
+
+def shrink_together(parts: Sequence[SupportInverses], surplus: Tensor, groups: Sequence[Tensor] | None = None) -> None:
+    """Remove `surplus` (G,) cells of each group from all parts together, the cheapest first.
+
+    `groups` has the group (R, K) of each cell of each part; None where there is one group.
+
+    Every bundle loses one cell below its group's price at a time; the price is that at which the surplus would be gone
+    by today's costs. Removals make the rest dearer, so this is the order of one removal at a time, but for ties.
     """
-    if isinstance(pattern, (Unstructured, Support)):
-        return None
-    if isinstance(pattern, PerRow):
-        return torch.zeros(shape[1], dtype=torch.long)
-    if isinstance(pattern, NM):
-        cells = pattern.folded(torch.arange(shape[1])[None], kernel)
-        group = torch.arange(len(cells))[:, None].expand_as(cells)
-        return pattern.unfolded(group, (1, shape[1]), kernel)[0]
-    raise TypeError(
-        f"{pattern} keeps or drops whole blocks; Magnitude, ActivationMagnitude, ADMM and Refit take it, "
-        "algorithms that remove one weight at a time do not"
-    )
-
-
-def shrink_layer(parts: Sequence[SupportInverses], surplus: int) -> None:
-    """Remove `surplus` weights of all parts together, the cheapest first.
-
-    Every neuron below the price loses one weight at a time; the price is that at which the surplus would be gone by
-    today's costs. Removals make the rest dearer, so this is the order of one removal at a time, but for ties.
-    """
-    while surplus > 0:
-        costs = torch.cat([part.costs.flatten() for part in parts])
-        price = kth_smallest(costs[None], surplus)[0]
-        for part in parts:
+    left = surplus.clone()
+    while bool((left > 0).any()):
+        before = left.clone()
+        prices = _prices(parts, left, groups)
+        for at, part in enumerate(parts):
             for _ in range(REPRICE):
-                surplus -= _leave_below(part, price, surplus)
+                _leave_below(part, prices, left, None if groups is None else groups[at])
+        if torch.equal(left, before):
+            raise NotDefinite("no cell of a crowded group has a finite cost")
     for part in parts:
         part.settle()
 
 
-def _leave_below(part: SupportInverses, price: Tensor, most: int) -> int:
-    """One removal in each neuron whose cheapest weight costs at most `price`; how many there were."""
-    cheapest, slots = part.costs.min(1)
-    chosen = (cheapest <= price) & torch.isfinite(cheapest)
-    count = int(chosen.sum())
-    if count > most:
-        least = torch.topk(cheapest, most, largest=False).indices
-        chosen, count = torch.zeros_like(chosen).index_fill_(0, least, True), most
-    if count:
-        part.leave(slots, chosen)
-    return count
+def _prices(parts: Sequence[SupportInverses], surplus: Tensor, groups: Sequence[Tensor] | None) -> Tensor:
+    """(G,): the cost below which the surplus of each group lies; -inf where there is none."""
+    costs = torch.cat([part.costs.flatten() for part in parts])
+    if groups is None:
+        return kth_smallest(costs[None], int(surplus))[0]
+    own = torch.cat([group.gather(1, part.index).flatten() for group, part in zip(groups, parts, strict=True)])
+    inside = ranks(-costs, own) < surplus[own]
+    empty = costs.new_full(surplus.shape, -torch.inf)
+    return empty.scatter_reduce(0, own[inside], costs[inside], "amax")
 
 
-def shrink_groups(part: SupportInverses, group: Tensor, quota: int) -> None:
-    """Bring every group of every neuron down to `quota`; `group` (N,) says which group an input belongs to."""
-    held = torch.zeros(len(part.index), int(group.max()) + 1, dtype=torch.long, device=group.device)
-    held.index_add_(1, group, part.mask.long())
-    while bool((held > quota).any()):
-        crowded = (held > quota).gather(1, group[part.index])
-        cheapest, slots = torch.where(crowded, part.costs, torch.inf).min(1)
-        chosen = torch.isfinite(cheapest)
+def _leave_below(part: SupportInverses, prices: Tensor, left: Tensor, group: Tensor | None) -> None:
+    """One removal in each bundle whose cheapest cell costs at most its group's price; `left` (G,) is brought down."""
+    costs = part.costs
+    if group is None:
+        cheapest, slots = costs.min(1)
+        chosen, own = (cheapest <= prices) & torch.isfinite(cheapest), torch.zeros_like(slots)
+    else:
+        held = group.gather(1, part.index)
+        cheapest, slots = torch.where((costs <= prices[held]) & (left > 0)[held], costs, torch.inf).min(1)
+        chosen, own = torch.isfinite(cheapest), held.gather(1, slots[:, None])[:, 0]
+    counts = torch.bincount(own[chosen], minlength=len(left))
+    if bool((counts > left).any()):  # of more than may leave, the cheapest do
+        which = chosen.nonzero()[:, 0]
+        which = which[ranks(-cheapest[which], own[which]) < left[own[which]]]
+        chosen = torch.zeros_like(chosen).index_fill_(0, which, True)
+        counts = torch.bincount(own[which], minlength=len(left))
+    if bool(counts.any()):
         part.leave(slots, chosen)
-        held.scatter_add_(1, group[part.index.gather(1, slots[:, None])], -chosen[:, None].long())
-    part.settle()
+        left -= counts

@@ -1,22 +1,23 @@
-"""Exact greedy elimination from all weights down: the weight whose loss costs least goes next, the others adapt.
+"""Exact greedy elimination from all weights down: the cell whose loss costs least goes next, the others adapt.
 
-Each neuron is taken apart by itself and its removals are recorded, in order and with their costs; merging the records
-by cost gives the greedy order of the whole layer, so that one run serves every sparsity.
+A cell is what the pattern keeps or drops: a weight, a block, a channel. Each neuron (each bundle of neurons that keep
+and drop together) is taken apart by itself and its removals are recorded, in order and with their costs; merging the
+records by cost gives the greedy order of the whole layer, so that one run serves every sparsity.
 Source: Frantar, Singh, Alistarh, NeurIPS 2022 (ExactOBS); a neuron's order is that of Hassibi, Stork 1993.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from convexprune.forms import GroupedLeastSquares
-from convexprune.patterns import Support
+from convexprune.layout import Grid
 from convexprune.solution import Attempt, Status
-from convexprune.solvers.least_squares.elimination import groups_of, shrink_groups
+from convexprune.solvers.least_squares.elimination import gridded, shrink_apart, shrink_together
 from convexprune.solvers.least_squares.on_support import refitted
 from convexprune.solvers.least_squares.scaling import Scaled
 from convexprune.solvers.least_squares.support_inverses import SupportInverses
@@ -24,19 +25,19 @@ from convexprune.solvers.least_squares.support_inverses import SupportInverses
 
 @dataclass(frozen=True, eq=False)
 class Traces:
-    """Every neuron's removals in order.
+    """The removals of every bundle in order: of every neuron, where cells are single weights.
 
-    order  (M, N)  the input that leaves at each step; -1 where nothing was left to remove
-    cost   (M, N)  by how much the neuron's value rises at that step; inf there
+    order  (B, K)  the cell (the input) that leaves at each step; -1 where nothing was left to remove
+    cost   (B, K)  by how much the bundle's value rises at that step; inf there
     """
 
     order: Tensor
     cost: Tensor
 
     def support(self, keep: int) -> Tensor:
-        """(M, N) bool: the greedy support with `keep` weights in the whole layer.
+        """(B, K) bool: the greedy support with `keep` cells in the whole layer.
 
-        The layer's cheapest next removal is always taken; since a neuron's order is fixed, that is a merge of the
+        The layer's cheapest next removal is always taken; since a bundle's order is fixed, that is a merge of the
         records by their running maximum.
         """
         out, width = self.order.shape
@@ -46,9 +47,9 @@ class Traces:
             return mask
         level = torch.cummax(self.cost, 1).values.flatten()
         taken = torch.zeros(out * width, dtype=torch.bool)
-        taken[torch.argsort(level, stable=True)[:drop]] = True  # stable: within a neuron, its own order
-        neurons, steps = taken.reshape(out, width).nonzero(as_tuple=True)
-        mask[neurons, self.order[neurons, steps]] = False
+        taken[torch.argsort(level, stable=True)[:drop]] = True  # stable: within a bundle, its own order
+        bundles, steps = taken.reshape(out, width).nonzero(as_tuple=True)
+        mask[bundles, self.order[bundles, steps]] = False
         return mask
 
 
@@ -56,67 +57,110 @@ class Traces:
 class ExactOBS:
     """Greedy elimination with inverses that are kept up to date.
 
-    memory  bytes for the inverses: neurons are taken in turns that fit
+    memory  bytes for the inverses: neurons are taken in turns that fit. A pattern with several groups that join neurons
+            needs all of them at once
+
+    Raises TypeError for a pattern with cells that are not some rows times some inputs, MemoryError where a pattern
+    joins neurons whose inverses do not fit.
     """
 
     takes: ClassVar[type] = GroupedLeastSquares
+    starts: ClassVar[bool] = False
 
     memory: float = 2e9
     device: str = "cpu"
     dtype: torch.dtype = torch.float32
 
+    def adapted(self, problem: Any) -> ExactOBS:
+        """Itself, where the cells of the problem's pattern make a grid and the memory is enough."""
+        layout, grid = gridded(problem, "ExactOBS")
+        if not (layout.forced or layout.groups == 1 or grid.apart is not None):
+            need = len(grid.group) * self._bytes(problem)
+            if need > self.memory:
+                raise MemoryError(
+                    f"{problem.pattern} joins neurons, whose inverses need {need / 1e9:.1f} GB together, more than "
+                    f"memory={self.memory / 1e9:.1f} GB; raise it, or use SwapSearch or Best"
+                )
+        return self
+
     def solve(self, problem: GroupedLeastSquares, start: Tensor | None = None) -> Attempt:
         """Least squares on the greedy support. Everything begins at the full support; `start` is not used."""
-        shape = (problem.target.shape[0], problem.target.shape[1])
-        group = groups_of(problem.pattern, shape, problem.kernel)
-        if isinstance(problem.pattern, Support):
-            mask = problem.select(torch.ones(shape, dtype=torch.float64))
-        elif group is None:
-            mask = self.traces(problem).support(problem.pattern.quota(shape, problem.kernel))
+        layout, grid = gridded(problem, "ExactOBS")
+        if layout.forced:
+            mask = problem.select(torch.ones_like(problem.target))
+        elif layout.groups == 1:
+            mask = grid.spread(self.traces(problem).support(layout.quota))
         else:
-            mask = self._grouped(problem, group, problem.pattern.quota(shape, problem.kernel))
+            mask = grid.spread(self._grouped(problem, grid, layout.quota))
         return Attempt(problem.completed(refitted(problem, mask)), None, Status.CONVERGED, int((~mask).sum()))
 
     def traces(self, problem: GroupedLeastSquares) -> Traces:
-        """The whole record of every neuron; weights in `problem.always` leave last."""
-        scaled = Scaled.of(problem, self.device, self.dtype)
-        width = scaled.dense.shape[1]
-        live = scaled.grams.rows(scaled.live).cpu()
-        dead = (~live).sum(1)
-        first = torch.arange(width) < dead[:, None]  # inputs that are constantly zero leave before any other
-        order = torch.where(first, live.to(torch.int8).argsort(dim=1, stable=True), -1)
-        cost = torch.where(first, 0.0, torch.inf).double()
-        for rows in self._turns(scaled):
-            part = self._whole(problem, scaled, rows)
-            for step in range(width - int(dead[rows].min())):
+        """The whole record of every bundle; cells with a weight in `problem.always` leave last."""
+        walk = _Walk(problem, self)
+        order = torch.full(walk.full.shape, -1)
+        cost = torch.full(walk.full.shape, torch.inf, dtype=torch.float64)
+        for bundles in self._turns(problem, len(order)):
+            part = walk.whole(bundles)
+            # what carries nothing, or can never be kept, leaves first
+            full = walk.full[bundles]
+            begun = (~full).sum(1)
+            first = torch.arange(full.shape[1]) < begun[:, None]
+            order[bundles] = torch.where(first, full.long().argsort(dim=1, stable=True), -1)
+            cost[bundles] = torch.where(first, 0.0, torch.inf).double()
+            for step in range(int(full.sum(1).max())):
                 cheapest, slots = part.costs.min(1)
                 chosen = torch.isfinite(cheapest)
                 if not bool(chosen.any()):
                     break
-                inputs = part.index.gather(1, slots[:, None])[:, 0]
-                left, went = chosen.cpu(), rows[chosen.cpu()]
-                order[went, dead[went] + step] = inputs.cpu()[left]
-                cost[went, dead[went] + step] = cheapest.cpu().double()[left]
+                cells = part.index.gather(1, slots[:, None])[:, 0]
+                which, at = bundles[chosen.cpu()], (begun + step)[chosen.cpu()]
+                order[which, at] = cells[chosen].cpu()
+                cost[which, at] = cheapest[chosen].cpu().double()
                 part.leave(slots, chosen)
         return Traces(order, cost)
 
-    def _grouped(self, problem: GroupedLeastSquares, group: Tensor, quota: int) -> Tensor:
-        scaled = Scaled.of(problem, self.device, self.dtype)
-        mask = torch.zeros_like(problem.target, dtype=torch.bool)
-        for rows in self._turns(scaled):
-            part = self._whole(problem, scaled, rows)
-            shrink_groups(part, group.to(scaled.dense.device), quota)
-            mask[rows] = part.mask.cpu()
+    def _grouped(self, problem: GroupedLeastSquares, grid: Grid, quota: int) -> Tensor:
+        """(B, K) bool."""
+        walk, apart = _Walk(problem, self), grid.apart
+        if apart is None:
+            part = walk.whole(torch.arange(len(grid.group)))
+            group = grid.group.to(part.index.device)
+            counts = torch.bincount(group[part.mask], minlength=int(group.max()) + 1)
+            shrink_together([part], (counts - quota).clamp(min=0), [group])
+            return part.mask.cpu()
+        mask = torch.zeros_like(grid.allowed)
+        for bundles in self._turns(problem, len(mask)):
+            part = walk.whole(bundles)
+            shrink_apart(part, apart[bundles].to(part.index.device), quota)
+            mask[bundles] = part.mask.cpu()
         return mask
 
-    def _turns(self, scaled: Scaled) -> list[Tensor]:
-        out, width = scaled.dense.shape
-        most = max(1, int(self.memory / (3 * scaled.dense.element_size() * width * width)))
-        return [torch.arange(begin, min(begin + most, out)) for begin in range(0, out, most)]
+    def _bytes(self, problem: GroupedLeastSquares) -> int:
+        """What the inverses of one bundle take."""
+        return 3 * torch.finfo(self.dtype).bits // 8 * problem.target.shape[1] ** 2
 
-    def _whole(self, problem: GroupedLeastSquares, scaled: Scaled, rows: Tensor) -> SupportInverses:
-        rows = rows.to(scaled.dense.device)
-        grams = scaled.grams[rows]
-        pinned = None if problem.always is None else problem.always.to(rows.device)[rows]
-        full, ridge = grams.rows(scaled.live), grams.rows(scaled.ridge)
-        return SupportInverses(grams, scaled.cross[rows], full, ridge, pinned=pinned)
+    def _turns(self, problem: GroupedLeastSquares, count: int) -> list[Tensor]:
+        """The bundles in turns that fit the memory."""
+        return list(torch.split(torch.arange(count), max(1, int(self.memory / self._bytes(problem)))))
+
+
+class _Walk:
+    """What an elimination begins with: everything that carries something and may be kept."""
+
+    def __init__(self, problem: GroupedLeastSquares, options: ExactOBS) -> None:
+        self.scaled = Scaled.of(problem, options.device, options.dtype)
+        self.grid = grid = gridded(problem, "ExactOBS")[1]
+        self.full = grid.allowed & grid.holding(self.scaled.grams.rows(self.scaled.live).cpu())
+        self.pinned = None if problem.always is None else grid.holding(problem.always)
+        self.there = grid.to(self.scaled.dense.device)
+        self.grams = self.scaled.grams[self.there.members[0][:, 0]]
+        self.cross = self.there.bundled(self.scaled.cross)
+
+    def whole(self, bundles: Tensor) -> SupportInverses:
+        """The inverses of some bundles at their full support."""
+        device = self.scaled.dense.device
+        full, which = self.full[bundles].to(device), bundles.to(device)
+        pinned = None if self.pinned is None else self.pinned[bundles].to(device)
+        grams = self.grams[which]
+        ridge = grams.rows(self.scaled.ridge)
+        return SupportInverses(grams, self.cross[which], full, ridge, pinned=pinned, grid=self.there)

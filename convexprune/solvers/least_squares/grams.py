@@ -1,4 +1,7 @@
-"""The Gram matrices of a module's neurons: one that all share, or one for each group of a grouped convolution."""
+"""The Gram matrices of a module's neurons: one that all share, or one for each group of a grouped convolution.
+
+Of a pattern with cells of many weights, read bundle of neurons that keep and drop together for neuron.
+"""
 
 from __future__ import annotations
 
@@ -39,12 +42,12 @@ class Grams:
         return values.expand(len(self.owner), -1) if len(values) == 1 else values[self.owner]
 
     def product(self, weights: Tensor) -> Tensor:
-        """(R, N): each row of weights (R, N) times the matrix of its neuron."""
+        """Weights (R, N), or (R, h, N) for bundles of h neurons: each row times the matrix of its neuron."""
         if len(self.matrices) == 1:
             return weights @ self.matrices[0]
-        padded = weights.new_zeros(len(self.matrices), self._most, weights.shape[1])
+        padded = weights.new_zeros(len(self.matrices), self._most, *weights.shape[1:])
         padded[self.owner, self._place] = weights
-        found: Tensor = (padded @ self.matrices)[self.owner, self._place]
+        found: Tensor = (padded.flatten(1, -2) @ self.matrices).reshape(padded.shape)[self.owner, self._place]
         return found
 
     def blocks(self, left: Tensor, right: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ class KKT:
     """One dense solve a neuron; `max_inputs` guards against layers for which that is absurd."""
 
     takes: ClassVar[type] = EqualityQuadratic
+    starts: ClassVar[bool] = False
     max_inputs: int = 1000
 
     def solve(self, problem: EqualityQuadratic, start: Tensor | None = None) -> Attempt:

@@ -29,6 +29,7 @@ class LayerwiseOBS:
     """
 
     takes: ClassVar[type] = SparseLeastSquares
+    starts: ClassVar[bool] = False
 
     alpha: float = 1e6
 

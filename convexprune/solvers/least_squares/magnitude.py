@@ -20,6 +20,7 @@ class Magnitude:
     """Scores W_ij^2; the pattern decides among whom they compete. `Refit(Magnitude())` adapts what stays."""
 
     takes: ClassVar[type] = GroupedLeastSquares
+    starts: ClassVar[bool] = False
 
     def solve(self, problem: GroupedLeastSquares, start: Tensor | None = None) -> Attempt:
         """The start is not used."""
@@ -35,6 +36,7 @@ class ActivationMagnitude:
     """
 
     takes: ClassVar[type] = GroupedLeastSquares
+    starts: ClassVar[bool] = False
 
     def solve(self, problem: GroupedLeastSquares, start: Tensor | None = None) -> Attempt:
         """The start is not used."""

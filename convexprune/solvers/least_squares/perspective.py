@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from convexprune.forms import SparseLeastSquares
-from convexprune.patterns import Pattern, Support
+from convexprune.patterns import Pattern
 
 RELAXED = 1.6  # ADMM's over-relaxation
 BISECTIONS = 20  # for the price of a group's budget
@@ -74,23 +74,19 @@ class Relaxation:
 
     def _shares(self, x: Tensor, d: Tensor) -> Tensor:
         """(M, N): z of the proximal step at x, minimise sum rho d x^2 / (rho z + 2 d)."""
-        problem = self.problem
-        if isinstance(problem.pattern, Support):
-            return problem.pattern.mask.double()
+        pattern, kernel, always = self.problem.pattern, self.problem.kernel, self.problem.always
         shape = (x.shape[0], x.shape[1])
-        quota = problem.pattern.quota(shape, problem.kernel)
-        fixed = None
-        if problem.always is not None:
-            fixed = problem.pattern.folded(problem.always.double(), problem.kernel) > 0
-        cells = _Cells(problem.pattern, problem.kernel, (self.rho * x).square() * d, d, self.rho, fixed)
-        return problem.pattern.unfolded(cells.shares(quota), shape, problem.kernel)
+        never = pattern.folded(torch.ones_like(x), kernel) < 0
+        fixed = None if always is None else pattern.folded(always.double(), kernel) > 0
+        cells = _Cells(pattern, kernel, (self.rho * x).square() * d, d, self.rho, never, fixed)
+        return pattern.unfolded(cells.shares(pattern.quota(shape, kernel)), shape, kernel)
 
 
 @dataclass(frozen=True, eq=False)
 class _Cells:
     """What the cells of each group (groups, cells) demand of the group's budget at a price.
 
-    `force` (M, N) is (rho x)^2 d; cells where `fixed` have a share of 1 at any price.
+    `force` (M, N) is (rho x)^2 d; cells that can `never` be kept have a share of 0, `fixed` ones of 1, at any price.
     """
 
     pattern: Pattern
@@ -98,13 +94,14 @@ class _Cells:
     force: Tensor
     d: Tensor
     rho: float
+    never: Tensor
     fixed: Tensor | None
 
     def shares(self, quota: int) -> Tensor:
         """The shares at the price at which they add up to the quota, by bisection in every group at once."""
         least, most = self._worth(1.0), self._worth(0.0)
-        if quota == 0 or quota >= least.shape[1]:
-            return torch.full_like(least, float(quota > 0))
+        if quota == 0 or int((~self.never).sum(1).max()) <= quota:
+            return (~self.never).to(least) * (quota > 0)
         # at the first price the best cells alone fill the quota, at the second no more than the quota take part
         low = least.topk(quota, 1).values[:, -1:].clamp(min=1e-150)
         high = torch.maximum(most.topk(quota + 1, 1).values[:, -1:], low)
@@ -119,12 +116,12 @@ class _Cells:
 
     def _worth(self, z: float) -> Tensor:
         """By what the objective falls with a cell's share, as a square root: the highest price at which z is taken."""
-        worth = self._fold(self.force / (self.rho * z + 2 * self.d).square()).sqrt()
+        worth = self._fold(self.force / (self.rho * z + 2 * self.d).square(), 0.0).sqrt()
         return worth if self.fixed is None else worth.masked_fill(self.fixed, FIXED)
 
     def _single(self) -> Callable[[Tensor, Tensor], Tensor]:
         """The demand of cells of one weight each, in closed form."""
-        reach, own = self._fold(self.force.sqrt()), self._fold(self.d.expand_as(self.force))
+        reach, own = self._fold(self.force.sqrt(), 0.0), self._fold(self.d.expand_as(self.force), 1.0)
         if self.fixed is not None:
             reach = reach.masked_fill(self.fixed, FIXED)
         return lambda price, _: ((reach / price - 2 * own) / self.rho).clamp(0, 1)
@@ -134,13 +131,14 @@ class _Cells:
         shape = (self.force.shape[0], self.force.shape[1])
         for _ in range(NEWTON):
             spread = self.rho * self.pattern.unfolded(z, shape, self.kernel) + 2 * self.d
-            now = self._fold(self.force / spread.square())
-            falls = self.rho * self._fold(self.force / spread**3)
+            now = self._fold(self.force / spread.square(), 0.0)
+            falls = self.rho * self._fold(self.force / spread**3, 0.0)
             z = (z + now * (now.sqrt() / price - 1) / falls.clamp(min=1e-300)).clamp(0, 1)
         return z if self.fixed is None else z.masked_fill(self.fixed, 1.0)
 
-    def _fold(self, values: Tensor) -> Tensor:
-        return self.pattern.folded(values, self.kernel)
+    def _fold(self, values: Tensor, otherwise: float) -> Tensor:
+        """The values of the cells, `otherwise` where a cell can never be kept."""
+        return self.pattern.folded(values, self.kernel).masked_fill(self.never, otherwise)
 
 
 def centred(gram: Tensor, weights: Tensor, d: Tensor, barrier: float, steps: int = 10) -> Tensor:

@@ -42,6 +42,7 @@ class RisingPenalty:
     """
 
     takes: ClassVar[type] = GroupedLeastSquares
+    starts: ClassVar[bool] = False
 
     grow: float = 1.0
     rho: float = 0.1

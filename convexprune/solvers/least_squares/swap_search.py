@@ -1,9 +1,9 @@
-"""Local search on the support: in each round some weights enter, and as many leave, at exact costs.
+"""Local search on the support: in each round some cells enter, and as many leave, at exact costs.
 
-Weights enter where (c - H w)_j^2 / d_j is largest, their gain if d_j were the exact Schur complement
-1 - H_jS H_SS^-1 H_Sj; d_j = 1 / sqrt([H^-1]_jj) lies between its two limits. The inverses then say exactly what each
-removal costs, and the cheapest weights leave, of the whole layer or of each group, as the pattern binds them. A round
-that does not pay is taken back.
+A cell is what the pattern keeps or drops: a weight, a block, a channel. A weight enters where (c - H w)_j^2 / d_j is
+largest, its gain if d_j were the exact Schur complement 1 - H_jS H_SS^-1 H_Sj; d_j = 1 / sqrt([H^-1]_jj) lies between
+its two limits; of a cell of many weights these gains add up. The inverses then say exactly what each removal costs, and
+the cheapest cells leave, each from its own group of the pattern. A round that does not pay is taken back.
 Source: the oscillating search of Somol, Pudil, Pattern Recognition 2000, with the exact costs of Hassibi, Stork 1993.
 """
 
@@ -12,24 +12,24 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 from convexprune.forms import GroupedLeastSquares
-from convexprune.patterns import Support
+from convexprune.layout import ranks
 from convexprune.solution import Attempt, Status
-from convexprune.solvers.least_squares.elimination import groups_of, shrink_groups, shrink_layer
+from convexprune.solvers.least_squares.elimination import gridded, shrink_apart, shrink_together
 from convexprune.solvers.least_squares.on_support import refitted
 from convexprune.solvers.least_squares.scaling import Scaled
 from convexprune.solvers.least_squares.spd_inverse import NotDefinite
 from convexprune.solvers.least_squares.support_inverses import SupportInverses
 
-SPREAD = 3.0  # a neuron takes at most this many times the average number of entries
+SPREAD = 3.0  # a bundle takes at most this many times the average number of entries
 REFRESH = 6  # rounds between two factorisations from scratch: float32 updates drift
-LEAST = 1e-3  # of the weights: a search that is down to this has settled
-WASTE = 1.3  # padding that neurons of one part may cost, in slots
+LEAST = 1e-3  # of the cells: a search that is down to this has settled
+WASTE = 1.3  # padding that bundles of one part may cost, in slots
 
 
 @dataclass(frozen=True)
@@ -40,9 +40,11 @@ class SwapSearch:
     least squares on the best support seen: never a larger value than that of a feasible start.
 
     rounds   at most this many
-    enter    how many weights enter in the first round, as a fraction of all weights
+    enter    how many cells enter in the first round, as a fraction of all
     cooling  each round lets in this many times those of the round before
     memory   bytes for the inverses; neurons that do not fit are searched in turns, each with its share of the count
+
+    Raises TypeError for a pattern with cells that are not some rows times some inputs.
     """
 
     takes: ClassVar[type] = GroupedLeastSquares
@@ -63,6 +65,11 @@ class SwapSearch:
             raise ValueError(f"cooling is {self.cooling}; it must be a factor in (0, 1]")
         if self.rounds < 0:
             raise ValueError(f"rounds is {self.rounds}; it must be at least 0")
+
+    def adapted(self, problem: Any) -> SwapSearch:
+        """Itself, where the cells of the problem's pattern make a grid."""
+        gridded(problem, "SwapSearch")
+        return self
 
     def solve(self, problem: GroupedLeastSquares, start: Tensor | None = None) -> Attempt:
         """Search from the support of `start` (M, P)."""
@@ -86,27 +93,35 @@ class SwapSearch:
         try:
             rounds = search.run(deadline)
         except NotDefinite:
-            return search.mask, search.weights, 0, Status.NUMERICAL
+            return *search.found(), 0, Status.NUMERICAL
         status = Status.TIME_LIMIT if time.perf_counter() > deadline else search.status
-        return search.mask, search.weights, rounds, status
+        return *search.found(), rounds, status
 
 
 class _Search:
-    """The best supports so far with their weights (scaled, in the working dtype), improved turn by turn."""
+    """The best supports so far (B, K) with their weights (B, h, N), scaled and in the working dtype; see `Grid`."""
 
     def __init__(self, problem: GroupedLeastSquares, scaled: Scaled, start: Tensor, options: SwapSearch) -> None:
         self.scaled, self.options = scaled, options
-        shape, device = (problem.target.shape[0], problem.target.shape[1]), scaled.dense.device
-        group = groups_of(problem.pattern, shape, problem.kernel)
-        self.group = None if group is None else group.to(device)
-        self.quota = problem.pattern.quota(shape, problem.kernel)
-        self.pinned = None if problem.always is None else problem.always.to(device)
-        self.mask, self.allowed = _first_supports(problem, scaled, start)
-        self.still = isinstance(problem.pattern, Support)
-        self.weights = torch.zeros_like(scaled.optimum)
-        self.values = torch.zeros_like(scaled.optimum[:, 0])
+        layout, grid = gridded(problem, "SwapSearch")
+        self.quota, self.still, self.groups = layout.quota, layout.forced, layout.groups
+        self.grid = grid = grid.to(scaled.dense.device)
+        self.grams = scaled.grams[grid.members[0][:, 0]]
+        self.group = None if layout.groups == 1 else grid.group
+        self.apart = None if layout.groups == 1 else grid.apart
+        self.live = grid.allowed & grid.holding(scaled.grams.rows(scaled.live))
+        self.pinned = None if problem.always is None else grid.holding(problem.always.to(scaled.dense.device))
+        begun, allowed = _first_supports(problem, scaled, start)
+        self.mask, self.allowed = grid.holding(begun) & self.live, grid.holding(allowed) & self.live
+        self.cross, self.optimum = grid.bundled(scaled.cross), grid.bundled(scaled.optimum)
+        self.weights = torch.zeros_like(self.optimum)
+        self.values = torch.zeros_like(self.optimum[:, 0, 0])
         self.room = _room(scaled)
         self.status = Status.CONVERGED
+
+    def found(self) -> tuple[Tensor, Tensor]:
+        """Support and weights (M, N)."""
+        return self.grid.spread(self.mask), self.grid.unbundled(self.weights)
 
     def run(self, deadline: float) -> int:
         """Search turn by turn; returns the rounds."""
@@ -116,18 +131,18 @@ class _Search:
         return sum(self._turn(rows, deadline) for rows in self._turns())
 
     def _turns(self) -> list[Tensor]:
-        """The neurons, so grouped that the inverses of a group fit the memory."""
+        """The bundles, so grouped that the inverses of a group fit the memory."""
         counts = self.mask.sum(1)
         order = counts.argsort()
-        slots = counts[order] + SPREAD * self.options.enter * self.mask.shape[1]
+        slots = (counts[order] + SPREAD * self.options.enter * self.mask.shape[1]) * self._width
         need = (3 * self.scaled.dense.element_size() * slots.double().square()).cumsum(0)
         turn = (need / self.options.memory).long()
         return [order[turn == t] for t in range(int(turn.max()) + 1) if bool((turn == t).any())]
 
     def _turn(self, rows: Tensor, deadline: float) -> int:
-        """Search among some neurons, with the count that they hold together; returns the rounds."""
+        """Search among some bundles, with the counts that they hold together; returns the rounds."""
         parts, fresh = self._parts(rows), True
-        self._shrink(parts, int(self.allowed[rows].sum()))
+        self._shrink(parts, rows, self.allowed[rows])
         self._adopt(parts)
         share, active = self.options.enter, rows
         for count in range(self.options.rounds):
@@ -137,7 +152,7 @@ class _Search:
                 parts, fresh = self._parts(active), True
             held = self.mask[active], self.weights[active], self.values[active]
             self._enter(parts, active, share)
-            self._shrink(parts, int(held[0].sum()))
+            self._shrink(parts, active, held[0])
             self._adopt(parts)
             kept = self._settled(active, *held)
             share *= self.options.cooling if kept else 0.5
@@ -158,7 +173,7 @@ class _Search:
         return self.options.rounds
 
     def _parts(self, rows: Tensor) -> list[_Part]:
-        """The inverses of some neurons, those of similar size together."""
+        """The inverses of some bundles, those of similar size together."""
         counts = self.mask[rows].sum(1)
         order = counts.argsort()
         sizes = counts[order].tolist()
@@ -171,31 +186,37 @@ class _Search:
 
     def _part(self, rows: Tensor) -> _Part:
         pinned = None if self.pinned is None else self.pinned[rows]
-        grams = self.scaled.grams[rows]
-        inverses = SupportInverses(
-            grams, self.scaled.cross[rows], self.mask[rows], grams.rows(self.scaled.ridge), self._spare(), pinned
-        )
+        spare = math.ceil(self.options.enter * self.mask.shape[1])  # what enters in the first round, in the mean
+        grams = self.grams[rows]
+        ridge = grams.rows(self.scaled.ridge)
+        inverses = SupportInverses(grams, self.cross[rows], self.mask[rows], ridge, spare, pinned, self.grid)
         return _Part(rows, inverses)
 
-    def _spare(self) -> int:
-        """How many weights enter a neuron in the first round, in the mean."""
-        return math.ceil(self.options.enter * self.mask.shape[1])
+    @property
+    def _width(self) -> int:
+        """How many inputs a cell has at most."""
+        return 1 if self.mask.shape[1] == self.cross.shape[2] else self.grid.places[0].shape[1]
 
     def _enter(self, parts: list[_Part], active: Tensor, share: float) -> None:
-        """Let the most promising weights outside the supports enter."""
-        mask, grams = self.mask[active], self.scaled.grams[active]
-        slope = self.scaled.cross[active] - grams.product(self.weights[active])
-        gains = torch.where(mask | ~grams.rows(self.scaled.live), 0.0, slope.square() / grams.rows(self.room))
+        """Let the most promising cells outside the supports enter."""
+        mask, grams = self.mask[active], self.grams[active]
+        slope = self.cross[active] - grams.product(self.weights[active])
+        worth = self.grid.summed(slope.square() / grams.rows(self.room)[:, None])
+        gains = torch.where(mask | ~self.live[active], 0.0, worth)
         wanted = math.ceil(share * mask.numel())
-        if self.group is None:
-            most = min(math.ceil(SPREAD * share * mask.shape[1]) + 1, gains.shape[1])
-            best, columns = torch.topk(gains, most, dim=1)
-            floor = best.flatten().topk(min(wanted, best.numel())).values[-1]
-        else:
-            gains = _best_of_groups(gains, self.group)
+        if self.apart is not None:
+            gains = _best_of_groups(gains, self.apart[active])
             most = min(math.ceil(wanted / len(active)), gains.shape[1])
             best, columns = torch.topk(gains, most, dim=1)
             floor = best.new_zeros(())
+        else:
+            if self.group is not None:  # each group its share
+                each = math.ceil(wanted / self.groups)
+                first = ranks(gains.flatten(), self.group[active].flatten()) < each
+                gains = torch.where(first.reshape(gains.shape), gains, 0.0)
+            most = min(math.ceil(SPREAD * share * mask.shape[1]) + 1, gains.shape[1])
+            best, columns = torch.topk(gains, most, dim=1)
+            floor = best.flatten().topk(min(wanted, best.numel())).values[-1]
         chosen = (best >= floor) & (best > 0)
         place = torch.empty_like(self.values, dtype=torch.long)
         place[active] = torch.arange(len(active), device=active.device)
@@ -205,25 +226,37 @@ class _Search:
             if width:
                 part.inverses.enter(columns[own, :width], chosen[own, :width])
 
-    def _shrink(self, parts: list[_Part], budget: int) -> None:
+    def _shrink(self, parts: list[_Part], active: Tensor, held: Tensor) -> None:
+        """Shrink the parts of the bundles `active` to the counts of the supports `held`, or to the groups' quota."""
         inverses = [part.inverses for part in parts]
-        if self.group is None:
-            shrink_layer(inverses, sum(int(each.live.sum()) for each in inverses) - budget)
+        if self.apart is not None:
+            for part in parts:
+                shrink_apart(part.inverses, self.apart[part.rows], self.quota)
+        elif self.group is None:
+            more = sum(int(each.live.sum()) for each in inverses) - int(held.sum())
+            shrink_together(inverses, torch.tensor([max(more, 0)], device=held.device))
         else:
-            for each in inverses:
-                shrink_groups(each, self.group, self.quota)
+            groups = [self.group[part.rows] for part in parts]
+            surplus = -self._counts(self.group[active], held)
+            for group, each in zip(groups, inverses, strict=True):
+                surplus += self._counts(group, each.mask)
+            shrink_together(inverses, surplus.clamp(min=0), groups)
+
+    def _counts(self, group: Tensor, mask: Tensor) -> Tensor:
+        """(G,): how many cells of each group a mask holds."""
+        return torch.bincount(group[mask], minlength=self.groups)
 
     def _adopt(self, parts: list[_Part]) -> None:
         """Take over the supports and weights of the parts, and what they cost."""
         for rows, inverses in parts:
             self.mask[rows], self.weights[rows] = inverses.mask, inverses.scattered
-            delta = self.weights[rows] - self.scaled.optimum[rows]
-            self.values[rows] = (self.scaled.grams[rows].product(delta) * delta).sum(1)
+            delta = self.weights[rows] - self.optimum[rows]
+            self.values[rows] = (self.grams[rows].product(delta) * delta).sum((1, 2))
 
     def _settled(self, active: Tensor, mask: Tensor, weights: Tensor, values: Tensor) -> bool:
-        """Take a round back where it did not pay: neuron by neuron if they are independent, else altogether."""
+        """Take a round back where it did not pay: bundle by bundle if they are independent, else altogether."""
         worse = self.values[active] > values
-        if self.group is None:
+        if self.apart is None:
             worse = torch.full_like(worse, float((self.values[active] - values).sum()) > 0)
         back = active[worse]
         self.mask[back], self.weights[back], self.values[back] = mask[worse], weights[worse], values[worse]
@@ -231,14 +264,14 @@ class _Search:
 
 
 class _Part(NamedTuple):
-    """The inverses of some neurons."""
+    """The inverses of some bundles."""
 
     rows: Tensor
     inverses: SupportInverses
 
 
 def _narrowed(parts: list[_Part], moved: Tensor, active: Tensor) -> list[_Part]:
-    """The parts of those neurons `active` that have `moved`."""
+    """The parts of those bundles `active` that have `moved`."""
     going = active[moved]
     found = []
     for rows, inverses in parts:
@@ -249,7 +282,7 @@ def _narrowed(parts: list[_Part], moved: Tensor, active: Tensor) -> list[_Part]:
 
 
 def _first_supports(problem: GroupedLeastSquares, scaled: Scaled, start: Tensor) -> tuple[Tensor, Tensor]:
-    """(M, N) bool: the supports to begin with, and how the pattern's count divides among the neurons."""
+    """(M, N) bool: the supports to begin with, and an allowed one, which says how the counts divide."""
     begun = start != 0
     # what the start has comes first, by its size; what that leaves of the count goes to large weights
     own = start.square() / scaled.grams.rows(_room(scaled))
@@ -267,10 +300,9 @@ def _room(scaled: Scaled) -> Tensor:
 
 
 def _best_of_groups(gains: Tensor, group: Tensor) -> Tensor:
-    """The gains with all but the best of each group set to 0, where there are several groups."""
+    """The gains (R, K) with all but the best of each group (R, K) set to 0, where a bundle has several groups."""
     count = int(group.max()) + 1
     if count == 1:
         return gains
-    index = group.expand_as(gains)
-    best = gains.new_zeros(len(gains), count).scatter_reduce(1, index, gains, "amax")
-    return torch.where(gains == best.gather(1, index), gains, 0.0)
+    best = gains.new_zeros(len(gains), count).scatter_reduce(1, group, gains, "amax")
+    return torch.where(gains == best.gather(1, group), gains, 0.0)

@@ -68,6 +68,7 @@ class GreedyMerging:
     """
 
     takes: ClassVar[type] = MergingProblem
+    starts: ClassVar[bool] = False
 
     neighbours: int = 16
     device: str = "cpu"
