@@ -34,9 +34,9 @@ def check_pattern(pattern: Pattern, shape: tuple[int, int], kernel: int = 1) -> 
         raise ValueError(f"{pattern}: unfolded gives {tuple(cell.shape)} for a layer of shape {tuple(shape)}")
     # the weights that folded adds up to cell c have mean c and mean square c^2: all of them are numbered c
     sums, squares = (pattern.folded(cell.double() ** power, kernel) for power in (1, 2))
-    size = numbers**2 * sizes.abs()
-    wrong = (sums - numbers * sizes).abs() + (squares - numbers**2 * sizes).abs() > 1e-9 * size
-    if bool(((sizes >= 0) & (wrong | (sizes == 0))).any()):
+    counts = torch.bincount(cell.flatten(), minlength=sizes.numel()).reshape(sizes.shape)
+    wrong = (sums - numbers * counts).abs() + (squares - numbers**2 * counts).abs() > 1e-9 * numbers**2 * counts
+    if bool(((sizes >= 0) & (wrong | (sizes != counts) | (counts == 0))).any()):
         raise ValueError(f"{pattern}: unfolded does not give back to each weight the cell that folded adds it to")
 
 

@@ -190,7 +190,11 @@ def _check_untied(pruned: nn.Module, name: str, owners: dict[int, str]) -> None:
 
 def _written(pruned: nn.Module, name: str, problem: LayerProblem, solver: Solver | None) -> Solution:
     """Solve, write the weights, and let the problem judge what is in the model now."""
-    solution = solve(problem, solver)
+    try:
+        solution = solve(problem, solver)
+    except (TypeError, ValueError, MemoryError) as error:
+        error.add_note(f"This was layer {name!r}.")
+        raise
     if solution.status not in UNSOLVED:
         write(pruned, name, solution.x)
     return rejudged(solution, problem, read(pruned, name))
