@@ -1,7 +1,8 @@
 """The forms that problems take, what a solver may ask of each, and the one rule of who takes what.
 
 A problem declares its form by name, among its own bases: `class L1Reconstruction(LassoProblem)`. It promises to be
-that minimisation, all of it and nothing more; `takes` of a solver names the forms that it solves.
+that minimisation, all of it and nothing more; `takes` of a solver names the forms that it solves, or classes of
+problems, or `Problem` for any.
 
     declared(problem) = the forms among type(problem).__bases__, and those that they refine
 
@@ -34,8 +35,8 @@ def declared(problem: object) -> tuple[type, ...]:
 
 
 def taken(solver: Any) -> tuple[type, ...]:
-    """The forms that a solver says it takes; none if it takes any problem."""
-    takes = getattr(solver, "takes", ())
+    """The forms, or classes of problems, that a solver says it takes; `Problem` if it takes any."""
+    takes = getattr(solver, "takes", Problem)
     return takes if isinstance(takes, tuple) else (takes,)
 
 
@@ -46,12 +47,12 @@ def adapted(solver: Any, problem: Problem) -> Solver:
     """
     check_solver(solver)
     takes = taken(solver)
-    fitting = [form for form in declared(problem) if form in takes]
-    if takes and not fitting:
+    fitting = [kind for kind in (type(problem), *declared(problem), Problem) if kind in takes]
+    if not fitting:
         names = " or ".join(form.__name__ for form in takes)
         raise TypeError(f"{type(solver).__name__} takes {names} problems; {undeclared(problem, takes[0])}")
-    for form in fitting:
-        check_problem(problem, form)
+    for kind in fitting:
+        check_problem(problem, kind)
     return solver.adapted(problem) if hasattr(solver, "adapted") else solver  # type: ignore[no-any-return]
 
 

@@ -11,7 +11,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from numbers import Integral
-from typing import Protocol, runtime_checkable
+from typing import Final, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -43,7 +43,7 @@ class Unstructured:
 
     def quota(self, shape: tuple[int, int], kernel: int = 1) -> int:
         """The layer's count."""
-        return _count(self.keep, shape[0] * shape[1], "the layer")
+        return _count(self.keep, shape[0] * shape[1], "the layer has")
 
     def folded(self, values: Tensor, kernel: int = 1) -> Tensor:
         """(1, M N)."""
@@ -65,7 +65,7 @@ class PerRow:
 
     def quota(self, shape: tuple[int, int], kernel: int = 1) -> int:
         """A neuron's count."""
-        return _count(self.keep, shape[1], "a neuron")
+        return _count(self.keep, shape[1], "a neuron has")
 
     def folded(self, values: Tensor, kernel: int = 1) -> Tensor:
         """(M, N)."""
@@ -129,7 +129,7 @@ class Blocks:
         """The layer's count of blocks."""
         if shape[0] % self.size[0] or shape[1] % self.size[1]:
             raise ValueError(f"blocks of {self.size} do not tile a layer of shape {tuple(shape)}")
-        return _count(self.keep, shape[0] * shape[1] // math.prod(self.size), "the layer's blocks")
+        return _count(self.keep, shape[0] * shape[1] // math.prod(self.size), "the layer's blocks are")
 
     def folded(self, values: Tensor, kernel: int = 1) -> Tensor:
         """(1, blocks)."""
@@ -159,7 +159,7 @@ class Channels:
         """The count of channels."""
         if shape[1] % kernel:
             raise ValueError(f"{shape[1]} inputs are no whole channels of {kernel} kernel positions")
-        return _count(self.keep, shape[1] // kernel, "the layer's channels")
+        return _count(self.keep, shape[1] // kernel, "the layer's channels are")
 
     def folded(self, values: Tensor, kernel: int = 1) -> Tensor:
         """(1, N / kernel)."""
@@ -193,6 +193,10 @@ class Support:
     def unfolded(self, cells: Tensor, shape: tuple[int, int], kernel: int = 1) -> Tensor:
         """(M, N)."""
         return cells.reshape(shape)
+
+
+# patterns whose methods agree, which tests see to; one of your own is checked with each problem
+KNOWN: Final = (Unstructured, PerRow, NM, Blocks, Channels, Support)
 
 
 def select(
@@ -293,6 +297,6 @@ def _check_keep(keep: float | int) -> None:
 def _count(keep: float | int, total: int, of: str) -> int:
     if isinstance(keep, int):
         if keep > total:
-            raise ValueError(f"keep is {keep}, but {of} has only {total}")
+            raise ValueError(f"keep is {keep}, but {of} only {total}")
         return keep
     return math.floor(keep * total + 0.5)

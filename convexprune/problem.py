@@ -86,7 +86,8 @@ class Solver(Protocol):
     Three attributes are read where a solver has them; without them it takes any problem, may use a start, and runs
     as it is:
 
-    takes             the forms of the problems that it solves: one of `convexprune.forms`, or a tuple of them
+    takes             the forms of the problems that it solves: one of `convexprune.forms`, or a tuple of them; a
+                      problem's own class for that alone, `Problem` for any
     starts            False: it cannot begin from a start, and `solve` refuses to give it one
     adapted(problem)  the solver that runs on this problem, itself or another; raises ValueError or TypeError for what
                       it cannot take, before the work begins

@@ -254,7 +254,8 @@ def _check_solvable(module: str, problems: Sequence[LayerProblem], solver: Solve
         problem = stacked(problems)
         adapted(_solver_for(problem, solver), problem)
     except (TypeError, ValueError, MemoryError) as error:
-        raise type(error)(f"layer {module!r}: {error}") from error
+        kind = next(each for each in (TypeError, ValueError, MemoryError) if isinstance(error, each))
+        raise kind(f"layer {module!r}: {error}") from error
 
 
 def _check_untied(model: nn.Module, modules: Iterable[str]) -> None:
@@ -289,7 +290,11 @@ def _written(
     pruned: nn.Module, layers: Sequence[Layer], problem: LayerProblem, solver: Solver | None
 ) -> tuple[Solution, str]:
     """Solve, write the weights, and let the problem judge what is in the model now; and why nothing was written."""
-    solution = solve(problem, _solver_for(problem, solver))
+    try:
+        solution = solve(problem, _solver_for(problem, solver))
+    except (TypeError, ValueError, MemoryError) as error:
+        error.add_note(f"This was layer {layers[0].module!r}.")
+        raise
     refusal = "" if solution.status not in UNSOLVED else "the solver found no point"
     if not refusal and solution.certificate.violation > TOLERANCE:
         dense = problem.violation(_stored(pruned, layers))

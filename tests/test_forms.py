@@ -31,7 +31,7 @@ from convexprune.forms import (
 )
 from convexprune.layer import Layer
 from convexprune.patterns import Unstructured
-from convexprune.problem import Formulation, check_problem
+from convexprune.problem import Formulation, Problem, check_problem
 from convexprune.problems import L1Reconstruction, NetTrim, OptimalBrainSurgeon, Reconstruction
 from convexprune.prune import prune
 from convexprune.solution import Attempt, Certificate, Status
@@ -326,6 +326,21 @@ def test_a_form_and_a_solver_of_ones_own():
         TypeError, match="Closed takes RidgeProblem problems; L1Reconstruction is of the form LassoProb"
     ):
         solve(L1(), Closed())
+
+    # of one class, and of any
+    @dataclass(frozen=True)
+    class Only(Closed):
+        takes = (Ridge, LassoProblem)
+
+    assert solve(problem, Only()).certificate.value == pytest.approx(found)
+
+    class Other(Ridge, RidgeProblem):
+        pass
+
+    with pytest.raises(TypeError, match="Only takes Ridge or LassoProblem problems; Other is of the form RidgeProblem"):
+        solve(Other(random_layer(), 0.0, 1.0), Only())
+    any_of_them = type("AnyOfThem", (Closed,), {"takes": Problem})()
+    assert solve(Other(random_layer(), 0.0, 1.0), any_of_them).certificate.value == pytest.approx(found)
     # defaults: of the form, or of exactly this class
     set_default(RidgeProblem, Closed)
     assert isinstance(default_solver(problem), Closed)

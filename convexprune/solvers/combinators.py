@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from convexprune.forms import GroupedLeastSquares, SparseLeastSquares, adapted, taken
+from convexprune.forms import GroupedLeastSquares, SparseLeastSquares, StackedProblem, adapted, taken
 from convexprune.problem import Problem, Solver, can_start, check_solver
 from convexprune.solution import Attempt, Status
 from convexprune.solvers.least_squares.on_support import refitted
@@ -26,7 +26,7 @@ class Refit:
     @property
     def takes(self) -> type:
         """The groups of a module together, where the inner solver takes them."""
-        together = not set(GroupedLeastSquares.__mro__).isdisjoint(taken(self.inner))
+        together = not {GroupedLeastSquares, StackedProblem}.isdisjoint(taken(self.inner))
         return GroupedLeastSquares if together else SparseLeastSquares
 
     @property

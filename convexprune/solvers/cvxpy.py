@@ -9,13 +9,12 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 import torch
 
+from convexprune.problem import Problem
 from convexprune.solution import Attempt, Status
 
 if TYPE_CHECKING:
     import cvxpy as cp
     from torch import Tensor
-
-    from convexprune.problem import Problem
 
 # what a solver calls the two limits, where it is not max_iter and time_limit; HiGHS counts for each of its algorithms
 LIMIT_NAMES: Final = {
@@ -39,6 +38,7 @@ class CVXPY:
     does not know, TypeError for a problem that it cannot take.
     """
 
+    takes: ClassVar[type] = Problem
     starts: ClassVar[bool] = False
 
     solver: str

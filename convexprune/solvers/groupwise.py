@@ -54,7 +54,7 @@ class Groupwise:
         """The solver that takes all groups at once, if there is one; else itself, where the inner one takes each."""
         if self._small(problem):
             return adapted(BranchAndBound(max_inputs=self.exact), problem)
-        if not set(taken(self.inner)).isdisjoint(declared(problem)):
+        if not {type(problem), *declared(problem)}.isdisjoint(taken(self.inner)):
             return adapted(self.inner, problem)
         for part in problem.parts:
             adapted(self.inner, part)

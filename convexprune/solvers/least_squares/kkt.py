@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -23,16 +23,20 @@ class KKT:
 
     takes: ClassVar[type] = EqualityQuadratic
     starts: ClassVar[bool] = False
+
     max_inputs: int = 1000
 
-    def solve(self, problem: EqualityQuadratic, start: Tensor | None = None) -> Attempt:
-        """The minimiser is its own witness. Status NUMERICAL where a KKT matrix is singular.
-
-        Raises ValueError for a layer of more than `max_inputs` inputs.
-        """
-        width = len(problem.gram)
+    def adapted(self, problem: Any) -> KKT:
+        """Itself. Raises ValueError for a layer of more than `max_inputs` inputs."""
+        width = problem.shape[1]
         if width > self.max_inputs:
             raise ValueError(f"KKT is for up to {self.max_inputs} inputs, this layer has {width}; use ClosedForm")
+        return self
+
+    def solve(self, problem: EqualityQuadratic, start: Tensor | None = None) -> Attempt:
+        """The minimiser is its own witness. Status NUMERICAL where a KKT matrix is singular."""
+        self.adapted(problem)
+        width = len(problem.gram)
         x = torch.zeros_like(problem.cross)
         for i, gone in enumerate(problem.removed):
             units = torch.eye(width, dtype=torch.float64)[:, gone]

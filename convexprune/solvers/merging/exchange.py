@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -43,13 +43,19 @@ class Exchange:
     time_limit: float | None = None
     memory: float = 4e9
 
-    def solve(self, problem: MergingProblem, start: Tensor | None = None) -> Attempt:
-        """The result is never worse than the start. Raises MemoryError if the costs do not fit: use GreedyMerging."""
+    def adapted(self, problem: Any) -> Exchange:
+        """Itself. Raises MemoryError where the costs do not fit: use GreedyMerging there."""
         n = problem.shape[0]
         if 3 * 8 * n * n > self.memory:
             raise MemoryError(
                 f"{n} neurons have {n * n:,} costs; raise memory above {24 * n * n:.1e}, or use GreedyMerging"
             )
+        return self
+
+    def solve(self, problem: MergingProblem, start: Tensor | None = None) -> Attempt:
+        """The result is never worse than the start."""
+        self.adapted(problem)
+        n = problem.shape[0]
         deadline = math.inf if self.time_limit is None else time.perf_counter() + self.time_limit
         x = GreedyMerging().solve(problem).x if start is None else start
         costs = _costs(problem)
