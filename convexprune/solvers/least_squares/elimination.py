@@ -22,8 +22,8 @@ def gridded(problem: GroupedLeastSquares, solver: str) -> tuple[Layout, Grid]:
     grid = grid_of(problem, layout)
     if grid is None:
         raise TypeError(
-            f"{solver} takes patterns whose cells are single weights, or some rows of a group times some inputs; those "
-            f"of {problem.pattern} are not. Balanced, Best, Fast, RisingPenalty, ADMM, ColumnSweep, LayerwiseOBS, "
+            f"{solver} takes patterns whose cells are single weights, or some rows times some inputs; those of "
+            f"{problem.pattern} are not. Balanced, Best, Fast, RisingPenalty, ADMM, ColumnSweep, LayerwiseOBS, "
             "Magnitude, ActivationMagnitude and Refit take it"
         )
     return layout, grid
