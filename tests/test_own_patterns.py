@@ -431,6 +431,8 @@ class Mean(Neurons):
         (Mean(2), ValueError, "unfolded does not give back"),
         (Flat(2), ValueError, r"folded gives \(24,\), which is not \(groups, cells\)"),
         (Small(2), ValueError, r"unfolded gives \(6, 4\) for a layer of shape \(4, 6\)"),
+        (PerInput(2.5), ValueError, "quota is 2.5; it must be a count >= 0"),
+        (PerInput(-1), ValueError, "quota is -1; it must be a count >= 0"),
         (Channels(7), ValueError, "keep is 7, but the layer's channels are only 6"),
     ],
 )
