@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from numbers import Integral
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +25,9 @@ def check_pattern(pattern: Pattern, shape: tuple[int, int], kernel: int = 1) -> 
     lacking = [name for name in ("quota", "folded", "unfolded") if not callable(getattr(pattern, name, None))]
     if lacking:
         raise TypeError(f"{pattern!r} is not a pattern: it lacks {', '.join(lacking)}; give one such as PerRow(0.5)")
-    pattern.quota(shape, kernel)
+    quota = pattern.quota(shape, kernel)
+    if not isinstance(quota, Integral) or quota < 0:
+        raise ValueError(f"{pattern}: quota is {quota!r}; it must be a count >= 0")
     if type(pattern) in KNOWN:
         return
     sizes = pattern.folded(torch.ones(shape, dtype=torch.float64), kernel)

@@ -119,6 +119,17 @@ class Ends(Own):
         return grid(shape)[1] == 0
 
 
+class Triangle(Own):
+    """So many weights of each neuron, of those beside one another that it may keep: fewer than that, or none."""
+
+    def cells(self, shape):
+        return grid(shape)
+
+    def never(self, shape):
+        row, column = grid(shape)
+        return column < 2 * row
+
+
 class Neurons(Own):
     """Whole neurons."""
 
@@ -164,7 +175,8 @@ class Bent(Own):
 
 OWN = {
     "per_input": PerInput(2), "pairs": Pairs(3), "squares": Squares(3), "band": Band(5), "ends": Ends(2),
-    "neurons": Neurons(2), "uneven": Uneven(2), "halves": Halves(1), "corners": Corners(3), "bent": Bent(4),
+    "triangle": Triangle(3), "neurons": Neurons(2), "uneven": Uneven(2), "halves": Halves(1), "corners": Corners(3),
+    "bent": Bent(4),
 }  # fmt: skip
 NO_GRID = ("corners", "bent")
 LAYERS = {
@@ -187,7 +199,8 @@ def optimum(layer, pattern):
             block, right = problem.gram[on][:, on].numpy(), problem.cross[m, on].numpy()
             table[m, bits] = -right @ np.linalg.lstsq(block, right, rcond=None)[0]
     layout = Layout.of(problem.pattern, SHAPE)
-    each = [itertools.combinations((~never).nonzero()[:, 0].tolist(), layout.quota) for never in layout.never]
+    allowed = [(~never).nonzero()[:, 0].tolist() for never in layout.never]
+    each = [itertools.combinations(cells, min(layout.quota, len(cells))) for cells in allowed]
     size = layout.never.shape[1]
     kept = [[sum(1 << (group * size + c) for c in choice) for choice in chosen] for group, chosen in enumerate(each)]
     masks = np.array([sum(pick) for pick in itertools.product(*kept)], dtype=np.int64)
@@ -258,6 +271,17 @@ def test_nobody_works_before_it_is_refused():
     ):
         with pytest.raises(error):
             solve(problem, solver)
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("make", [Channels, lambda keep: Blocks((2, 3), keep), lambda keep: NM(int(3 * keep), 3)])
+def test_all_and_nothing(make, solver):
+    layer, made = LAYERS["bias"](), SOLVERS[solver][0]()
+    whole, none = (solve(Reconstruction(layer, make(keep)), made) for keep in (1.0, 0.0))
+    assert whole.certificate.value <= 1e-5 * layer.energy
+    assert not none.x[:, :6].any()
+    torch.testing.assert_close(none.x[:, 6], layer.target_mean)
+    assert whole.certificate.violation == none.certificate.violation == 0
 
 
 def test_the_default_prunes_a_network_by_it():
@@ -407,6 +431,8 @@ class Mean(Neurons):
         (Mean(2), ValueError, "unfolded does not give back"),
         (Flat(2), ValueError, r"folded gives \(24,\), which is not \(groups, cells\)"),
         (Small(2), ValueError, r"unfolded gives \(6, 4\) for a layer of shape \(4, 6\)"),
+        (PerInput(2.5), ValueError, "quota is 2.5; it must be a count >= 0"),
+        (PerInput(-1), ValueError, "quota is -1; it must be a count >= 0"),
         (Channels(7), ValueError, "keep is 7, but the layer's channels are only 6"),
     ],
 )
