@@ -71,7 +71,7 @@ def copied(model: nn.Module) -> nn.Module:
     Raises ValueError naming what keeps the model from being copied.
     """
     try:
-        with torch.inference_mode(False):
+        with _LOCK, torch.inference_mode(False):  # while another thread runs the model, its hooks are on it
             return copy.deepcopy(model)
     except RuntimeError as error:
         for name, module in model.named_modules():
