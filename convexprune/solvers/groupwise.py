@@ -64,18 +64,23 @@ class Groupwise:
         """Propose a point; each group begins at its rows of `start` (M, P)."""
         if (whole := self.adapted(problem)) is not self:
             return whole.solve(problem, start)
-        parts = problem.parts
-        if isinstance(problem, SharedPattern) and problem.spans:
-            parts = problem.divided(_support(problem))
+        parts = _parts(problem)
         starts = [None] * len(parts) if start is None else torch.split(start, len(start) // len(parts))
         each = zip(parts, starts, strict=True)
         return _together(parts, [adapted(self.inner, part).solve(part, own) for part, own in each])
 
-    def _small(self, problem: StackedProblem) -> bool:
+    def _small(self, problem: Any) -> bool:
         """Whether it is a reconstruction that is solved to the optimum."""
-        if not isinstance(problem, GroupedLeastSquares) or GroupedLeastSquares not in declared(problem):
+        if GroupedLeastSquares not in declared(problem) or problem.target.shape[1] > self.exact:
             return False
-        return problem.target.shape[1] <= self.exact and layout_of(problem).single
+        return layout_of(problem).single
+
+
+def _parts(problem: Any) -> tuple[Problem, ...]:
+    """The groups, each with a count of its own where they share one."""
+    if SharedPattern in declared(problem) and problem.spans:
+        return problem.divided(_support(problem))  # type: ignore[no-any-return]
+    return problem.parts  # type: ignore[no-any-return]
 
 
 def _support(problem: GroupedLeastSquares) -> Tensor:
