@@ -544,6 +544,19 @@ def test_products_with_each_neurons_own_matrix(seed):
         assert torch.equal(blocks[row], matrices[i // 3][left[row]][:, right[row]])
 
 
+def test_cells_that_join_groups_with_other_gram_matrices_cannot_be_swapped():
+    """One inverse serves the rows of a cell: it would be that of the first group's Gram matrix."""
+    problem = JOINT["fraction"]()
+    object.__setattr__(problem, "pattern", cp.Channels(3))  # of the module; `stacked` leaves channels to the groups
+    for solver in (ExactOBS(), cp.SwapSearch(), BranchAndBound()):
+        with pytest.raises(TypeError, match="takes patterns whose cells are single weights, or some rows times some"):
+            solve(problem, solver)
+    for solver in (Balanced(), cp.Best()):
+        solution = solve(problem, solver)
+        assert solution.solver.startswith("RisingPenalty(")
+        assert (solution.x[:, :8] != 0).any(0).sum() == 3
+
+
 @dataclass(frozen=True)
 class Stops:
     """Returns the dense layer with a status for each call."""
