@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from convexprune.layer import ACTIVATIONS, Layer
 from convexprune.network.calibration import Calibration, Mask
-from convexprune.network.forward import Enough, check_model, run, tensors_in, undisturbed
+from convexprune.network.forward import Enough, check_model, numbered, run, tensors_in, undisturbed
 from convexprune.network.matrices import Stack, stack_of
 from convexprune.network.moment_accumulator import Account
 from convexprune.network.names import choose, stacks, suggestion
@@ -107,7 +107,8 @@ class Gathering:
         account = Account(keep, self.calibration.positions, self.calibration.seed)
         with undisturbed(self.model, *(() if self.dense is None else (self.dense,))):
             for index, batch in enumerate(self.calibration):
-                self._take(account, batch, survey)
+                with numbered(index):
+                    self._take(account, batch, survey)
                 if tell is not None:
                     tell(index)
         return account

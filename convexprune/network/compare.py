@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from convexprune.layer import Layer
-from convexprune.network.forward import run, undisturbed
+from convexprune.network.forward import numbered, run, undisturbed
 
 Rectified = Mapping[str, bool]  # module -> True if only a ReLU reads it: it is then judged behind the ReLU
 
@@ -56,7 +56,8 @@ def changes(
     comparison = _Comparison(model, pruned, layers, lone)
     with undisturbed(model, pruned):
         for index, batch in enumerate(batches):
-            comparison.take(batch)
+            with numbered(index):
+                comparison.take(batch)
             tell(index)
     return comparison.changes()
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from convexprune.network.activation import activation
 from convexprune.network.calibration import Calibration
-from convexprune.network.forward import tensors_in, undisturbed
+from convexprune.network.forward import numbered, tensors_in, undisturbed
 from convexprune.network.matrices import Stack
 from convexprune.network.recording import Record, record
 
@@ -102,6 +102,7 @@ def survey(
     found = Survey(stacks)
     with undisturbed(model):
         for index, batch in enumerate(calibration):
-            found.add(record(model, batch), batch)
+            with numbered(index):
+                found.add(record(model, batch), batch)
             tell(index)
     return found
