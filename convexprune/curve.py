@@ -69,6 +69,10 @@ class Curve:
         for key, values in (("kept", self.kept), ("cost", self.costs)):
             if bool((values < 0).any()):
                 raise ValueError(f"curve {self.name!r}: {key} has {float(values.min()):g}; it must be >= 0")
+        if bool((self.kept != self.kept.round()).any()):
+            raise ValueError(
+                f"curve {self.name!r}: kept holds {self.kept.tolist()!r:.80}; give whole numbers of weights"
+            )
         if float(self.costs.max()) > EXACT:
             raise ValueError(
                 f"curve {self.name!r}: a cost of {float(self.costs.max()):g} is beyond 2^53 and would be rounded; use "
@@ -77,9 +81,8 @@ class Curve:
         if self.total is None:
             object.__setattr__(self, "total", int(self.kept.max()))
         elif self.total < float(self.kept.max()):
-            raise ValueError(
-                f"curve {self.name!r}: total is {self.total}, and a level keeps {float(self.kept.max()):g}"
-            )
+            most = float(self.kept.max())
+            raise ValueError(f"curve {self.name!r}: total is {self.total}, and a level keeps {most:g}")
         if self.weight is not None:
             _check_weight(self.name, self.weight)
 
@@ -121,9 +124,7 @@ def _row(name: str, key: str, values: Tensor) -> Tensor:
     try:
         values = torch.as_tensor(values)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise TypeError(
-            f"curve {name!r}: {key} is {values!r:.80}; give a tensor of one number for each level"
-        ) from error
+        raise TypeError(f"curve {name!r}: {key} is {values!r:.80}; give one number for each level") from error
     if values.is_complex() or values.device.type == "meta":
         raise TypeError(f"curve {name!r}: {key} is {values.dtype} on {values.device}; give real numbers")
     values = values.detach().cpu().to(torch.float64)

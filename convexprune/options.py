@@ -49,7 +49,7 @@ def whole(least: int, most: int | None = None) -> Check:
     def check(name: str, value: Any) -> None:
         if isinstance(value, bool) or not isinstance(value, Integral):
             raise TypeError(f"{name} is {value!r}; it must be {wanted}")
-        if value < least or (most is not None and value > most):
+        if int(value) < least or (most is not None and int(value) > most):
             raise ValueError(f"{name} is {value!r}; it must be {wanted}")
 
     return check

@@ -35,10 +35,8 @@ class Fingerprint:
             samples = len(hashes)
         except ValueError:  # the tensors share no axis of samples: the batch is hashed as a whole
             tensors = list(tensors_in(batch))
-            hashes, samples = (
-                list(digests([[each[None] for each in tensors]])),
-                len(tensors[0]) if tensors[0].ndim else 1,
-            )
+            hashes = list(digests([[each[None] for each in tensors]]))
+            samples = len(tensors[0]) if tensors[0].ndim else 1
         total = self.total + sum(int.from_bytes(each, "big") for each in hashes)
         return Fingerprint(self.samples + samples, total % 2**256)
 

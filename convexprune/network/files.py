@@ -91,7 +91,7 @@ def load(model: nn.Module, path: str | os.PathLike[str]) -> dict[str, Any]:
         ...     cp.load(torch.nn.Linear(4, 2), f"{folder}/model.safetensors")  # doctest: +ELLIPSIS
         Traceback (most recent call last):
             ...
-        ValueError: .../model.safetensors: 'weight' is (2, 3) torch.float32 in the file and (2, 4) torch.float32 in the model
+        ValueError: ...: 'weight' is (2, 3) torch.float32 in the file and (2, 4) torch.float32 in the model
     """
     check_model(model)
     check_path("path", path)
@@ -177,6 +177,8 @@ def _check_fit(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
         raise ValueError(f"{odd[0]!r} is not in {where}; load into a model of the same structure")
     for name, tensor in tensors.items():
         mine = own[name]
+        if mine.layout != torch.strided:
+            raise ValueError(f"{name!r} is {mine.layout} in the model; make it dense first, with .to_dense()")
         if mine.shape != tensor.shape or mine.dtype != tensor.dtype:
             raise ValueError(
                 f"{name!r} is {tuple(tensor.shape)} {tensor.dtype} in the file and "

@@ -114,6 +114,15 @@ def check_eager(model: nn.Module) -> None:
             )
 
 
+def check_untransformed(name: str, *values: Any) -> None:
+    """Raise ValueError for a layer whose tensors stand for others: under torch.vmap nothing can be read from them."""
+    if any(torch._C._functorch.is_functorch_wrapped_tensor(tensor) for tensor in tensors_in(values)):
+        raise ValueError(
+            f"layer {name!r} is called inside torch.vmap, or another transform of torch.func, where its numbers cannot "
+            "be read; leave it out of `names`, or call it on the whole batch"
+        )
+
+
 class BatchError(ValueError, RuntimeError):  # a RuntimeError too, as most of what torch raises
     """A batch on which the model's forward failed."""
 

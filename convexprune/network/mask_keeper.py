@@ -111,7 +111,11 @@ class MaskKeeper:
 def _masked(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> list[str]:
     """The names of the weights of all prunable layers."""
     names = [f"{name}.{stack.weight_name}".lstrip(".") for name, stack in stacks(model).items()]
-    return [name for name in names if name in parameters]
+    found = [name for name in names if name in parameters]
+    for name in found:
+        if parameters[name].layout != torch.strided:
+            raise ValueError(f"{name!r} is {parameters[name].layout}; make it dense first, with .to_dense()")
+    return found
 
 
 def _nonzeros(model: nn.Module, parameters: Mapping[str, nn.Parameter], trained: set[int]) -> dict[str, Tensor]:

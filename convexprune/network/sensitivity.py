@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from convexprune.network.calibration import Calibration
-from convexprune.network.forward import check_model, numbered, run, tensors_in, undisturbed
+from convexprune.network.forward import check_model, check_untransformed, numbered, run, tensors_in, undisturbed
 from convexprune.network.matrices import Stack
 from convexprune.network.names import choose
 from convexprune.options import seed as check_seed
@@ -168,6 +168,7 @@ def _graph(model: nn.Module, batch: Any, layers: Iterable[str]) -> tuple[Tensor,
     calls: list[tuple[str, Tensor]] = []
 
     def keep(name: str, _module: nn.Module, _args: Any, output: Tensor) -> Tensor:
+        check_untransformed(name, output)
         if not output.requires_grad:
             output = output.detach().requires_grad_()
         calls.append((name, output))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -26,6 +27,7 @@ class Survey:
     order: list[str] = field(default_factory=list)  # modules, in the order in which they are first called
     calls: dict[str, int] | None = None  # module -> how often a batch calls it; None where batches differ
     rectified: dict[str, bool] = field(default_factory=dict)  # module -> whether a ReLU is all that ever reads it
+    rows: dict[str, int] = field(default_factory=dict)  # module -> how many rows it reads in all batches
     uneven: str = ""  # why the first record does not stand for all, or nothing
     _records: list[Record] = field(default_factory=list)  # the first
     _shapes: set[tuple[tuple[int, ...], ...]] = field(default_factory=set)  # of a sample
@@ -64,6 +66,8 @@ class Survey:
         for step in layers:
             assert step.layer is not None
             counts[step.layer] = counts.get(step.layer, 0) + 1
+            made = math.prod(step.sizes[-1]) // self.stacks[step.layer].outputs
+            self.rows[step.layer] = self.rows.get(step.layer, 0) + made
             reads.setdefault(step.layer, []).append((step.reads[:1], self.stacks[step.layer].unfolding))
         self._put_in_order(list(counts))
         self.calls = counts if not self._records or self.calls == counts else None

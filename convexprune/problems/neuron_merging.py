@@ -22,6 +22,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from convexprune.extras import extras
 from convexprune.problem import Formulation
 
 BLOCK = 2**25  # numbers in a block of distances
@@ -154,7 +155,8 @@ class NeuronMerging:
 
     def to_cvxpy(self) -> Formulation:
         """The p-median integer program. Raises ValueError beyond 400 neurons: it has n^2 variables."""
-        import cvxpy as cp
+        with extras():
+            import cvxpy as cp
         import numpy as np
 
         n = len(self.incoming)

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from convexprune.extras import extras
 from convexprune.patterns import Pattern, counted, excess, joined, select, spans
 from convexprune.problem import Formulation, LayerProblem
 from convexprune.problems.reconstruction import Minorant, Reconstruction, mixed_integer, strongest
@@ -109,7 +110,8 @@ class Stacked:
 
     def to_cvxpy(self) -> Formulation:
         """The parts' programs side by side; x is an expression of their variables."""
-        import cvxpy as cp
+        with extras():
+            import cvxpy as cp
 
         each = [part.to_cvxpy() for part in self.parts]
         program = sum((formulation.problem for formulation in each[1:]), each[0].problem)
