@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import errno
+import math
+import tempfile
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from convexprune.extras import extras
+
 try:
-    import click
+    with extras():
+        import click
 except ImportError as error:
-    raise SystemExit("the command line needs more packages: pip install 'convexprune[report]'") from error
+    raise SystemExit(f"the command line: {error}") from error
 
 from convexprune.version import __version__
 
@@ -24,7 +30,16 @@ if TYPE_CHECKING:
     from convexprune.report import Report
     from convexprune.report.progress import Progress
 
+
+def _finite(context: click.Context, parameter: click.Parameter, value: float) -> float:
+    """NaN and inf pass every FloatRange."""
+    if not math.isfinite(value):
+        raise click.BadParameter(f"{value} is not a finite number")
+    return value
+
+
 FILE = click.Path(dir_okay=False, path_type=Path)
+RESULTS = ("report.html", "report.json", "pruned.safetensors")  # in the folder of --out
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -39,6 +54,7 @@ def main() -> None:
 @click.option(
     "--epsilon",
     type=click.FloatRange(min=0),
+    callback=_finite,
     default=0.05,
     show_default=True,
     help="How far a layer's outputs may move, relative to their norm.",
@@ -53,6 +69,7 @@ def main() -> None:
 @click.option(
     "--gamma",
     type=click.FloatRange(min=1),
+    callback=_finite,
     default=1.1,
     show_default=True,
     help="Slack of the cascade's later layers.",
@@ -71,7 +88,9 @@ def main() -> None:
     show_default=True,
     help="Where report.html, report.json and pruned.safetensors go.",
 )
-@click.option("--seed", type=int, default=0, show_default=True, help="Of the split and of the training.")
+@click.option(
+    "--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True, help="Of the split and of the training."
+)
 def demo(
     data: Path | None,
     weights: Path | None,
@@ -96,9 +115,9 @@ def demo(
         return NetTrim(layer, epsilon) if mode == "parallel" else NetTrim.cascade(layer, epsilon, gamma)
 
     with _reported():
+        _check_writable(out)
         images = datasets.digits(seed) if data is None else datasets.mnist(data)
         model = _network(images, weights, seed)
-        out.mkdir(parents=True, exist_ok=True)
         chosen = images.x_train[:samples]
         calibration = [chosen[start : start + 1000] for start in range(0, len(chosen), 1000)]
         with _drawn() as progress:
@@ -137,16 +156,27 @@ def _reported() -> Iterator[None]:
         yield
     except OSError as error:
         raise click.ClickException(f"{error.filename}: {error.strerror}" if error.filename else str(error)) from error
-    except ValueError as error:
+    except (ValueError, ImportError) as error:
         raise click.ClickException(str(error)) from error
+
+
+def _check_writable(out: Path) -> None:
+    """Make the folder, and raise OSError where the results could not be written later."""
+    out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=out):
+        pass
+    for name in RESULTS:
+        if (out / name).exists() and not (out / name).is_file():
+            raise OSError(errno.EEXIST, "not a regular file, and the results would go there", str(out / name))
 
 
 @contextmanager
 def _drawn() -> Iterator[Callable[[Progress], None] | None]:
     """A progress bar on a terminal, nothing on a pipe."""
-    from rich.console import Console
-    from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
-    from rich.progress import Progress as Bar
+    with extras():
+        from rich.console import Console
+        from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
+        from rich.progress import Progress as Bar
 
     console = Console(stderr=True)
     if not console.is_terminal:
@@ -163,7 +193,8 @@ def _drawn() -> Iterator[Callable[[Progress], None] | None]:
 
 def _show(report: Report) -> None:
     """The table, what its columns mean, and what is known of the network."""
-    from rich.console import Console
+    with extras():
+        from rich.console import Console
 
     from convexprune.report.row import LEGEND
 
@@ -180,8 +211,9 @@ def _show(report: Report) -> None:
 
 
 def _table(report: Report) -> Any:
-    from rich import box
-    from rich.table import Table
+    with extras():
+        from rich import box
+        from rich.table import Table
 
     from convexprune.report.row import HEADINGS, WORDS
 
@@ -196,10 +228,11 @@ def _table(report: Report) -> Any:
 def _save(report: Report, pruned: nn.Module, out: Path) -> None:
     from convexprune.network import save
 
-    report.save_html(out / "report.html")
-    report.save_json(out / "report.json")
-    save(pruned, out / "pruned.safetensors", {"report": "report.json", "kept": f"{report.kept_fraction:.6f}"})
-    click.echo(f"written: {out / 'report.html'}, report.json, pruned.safetensors")
+    page, numbers, network = (out / name for name in RESULTS)
+    report.save_html(page)
+    report.save_json(numbers)
+    save(pruned, network, {"report": "report.json", "kept": f"{report.kept_fraction:.6f}"})
+    click.echo(f"written: {page}, {numbers.name}, {network.name}")
 
 
 if __name__ == "__main__":

@@ -5,15 +5,19 @@ from __future__ import annotations
 import zipfile
 from collections import OrderedDict
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from convexprune.extras import extras
+
 if TYPE_CHECKING:
     import os
     from collections.abc import Sequence
+
+CLASSES: Final = 10
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,7 +30,7 @@ class Images:
     y_test: Tensor
 
 
-def lenet300(inputs: int = 784, hidden: Sequence[int] = (300, 100), classes: int = 10) -> nn.Sequential:
+def lenet300(inputs: int = 784, hidden: Sequence[int] = (300, 100), classes: int = CLASSES) -> nn.Sequential:
     """The ReLU network inputs-300-100-classes with layers fc1, fc2, fc3, on images of any shape."""
     widths = (inputs, *hidden, classes)
     parts: list[tuple[str, nn.Module]] = [("flatten", nn.Flatten())]
@@ -39,7 +43,8 @@ def lenet300(inputs: int = 784, hidden: Sequence[int] = (300, 100), classes: int
 
 def digits(seed: int = 0) -> Images:
     """scikit-learn's 1,797 digits of 8 x 8 pixels; a quarter, drawn with the seed, is the test set."""
-    from sklearn.datasets import load_digits
+    with extras():
+        from sklearn.datasets import load_digits
 
     bunch = load_digits()
     x = torch.from_numpy(bunch.data).float() / 16
@@ -62,6 +67,11 @@ def mnist(path: str | os.PathLike[str]) -> Images:
             raise ValueError(
                 f"{path}: x_{split} is {x.dtype} {x.shape} and y_{split} {y.shape}; "
                 "expected uint8 images (n, height, width) and n labels"
+            )
+        if y.dtype.kind not in "iu" or y.min() < 0 or y.max() >= CLASSES:
+            raise ValueError(
+                f"{path}: y_{split} is {y.dtype} from {y.min()} to {y.max()}; expected whole numbers from 0 to "
+                f"{CLASSES - 1}"
             )
         parts += [torch.from_numpy(x).flatten(1).float() / 255, torch.from_numpy(y).long()]
     return Images(*parts)

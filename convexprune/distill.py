@@ -13,9 +13,9 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from numbers import Real
 from typing import Any, Final
 
 import torch
@@ -23,8 +23,11 @@ from torch import Tensor, nn
 
 from convexprune.network import Calibration, MaskKeeper, capture
 from convexprune.network.compare import behind, hooked, norms, rectified_modules
-from convexprune.network.forward import check_model, copied, run, undisturbed
+from convexprune.network.forward import check_eager, check_model, copied, run, undisturbed
 from convexprune.network.names import stacks
+from convexprune.network.weights import check_stored
+from convexprune.options import between, number, whole
+from convexprune.options import seed as check_seed
 
 WHOLE: Final = ""  # the network's output among the layers' names: the root module's
 
@@ -91,7 +94,8 @@ def distill(
 
     Raises:
         ValueError: For numbers out of range, and for layers that the two networks do not share.
-        TypeError: If the batches are not an iterable of batches.
+        ValueError: For networks in float16, and where the two networks call a layer a different number of times.
+        TypeError: If the batches are not an iterable of batches, and for options that are no numbers.
 
     Example:
         >>> import torch, convexprune as cp
@@ -104,13 +108,12 @@ def distill(
         (True, 32)
     """
     check_model(model)
-    check_model(pruned)
-    if isinstance(epochs, bool) or not isinstance(epochs, int) or epochs < 1:
-        raise ValueError(f"epochs is {epochs!r}; it must be a whole number, at least 1")
-    if not isinstance(rate, Real) or not 0 < rate < 1:
-        raise ValueError(f"rate is {rate!r}; it must be in (0, 1), such as 0.01")
-    if not isinstance(hints, Real) or not 0 <= hints < math.inf:
-        raise ValueError(f"hints is {hints!r}; it must be a finite number >= 0")
+    check_model(pruned, "the pruned model")
+    check_eager(pruned)
+    whole(1)("epochs", epochs)
+    between(0, 1)("rate", rate)
+    number(0)("hints", hints)
+    check_seed("seed", seed)
     begun = time.perf_counter()
     calibration = Calibration.of(batches, names)
     batches = list(calibration)
@@ -149,23 +152,39 @@ class _Pair:
 
     def compare(self, batch: Any, gradients: bool) -> dict[str, Tensor]:
         """module -> || Yhat_l - Y_l ||_F^2 on a batch; both networks are run."""
-        dense: dict[str, list[Tensor]] = {}
-        found: dict[str, Tensor] = {}
-
-        def keep(name: str, module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
-            dense.setdefault(name, []).append(behind(output, self.rectified[name]).clone())
-
-        def look(name: str, module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
-            change = behind(output, self.rectified[name]) - dense[name].pop(0)
-            found[name] = found.get(name, 0) + change.square().sum(dtype=torch.float64)
-
-        with hooked(self.model, self.rectified, keep):
+        with self._outputs_of(self.model) as dense:
             theirs = run(self.model, batch)
-        with hooked(self.student, self.rectified, look):
+        with self._outputs_of(self.student) as own:
             ours = run(self.student, batch, gradients)
+        found: dict[str, Tensor] = {}
+        for name in self.rectified:
+            if len(own[name]) != len(dense[name]):
+                raise ValueError(
+                    f"layer {name!r} is called {len(own[name])} times in the pruned network and {len(dense[name])} "
+                    "times in the dense one: the two take different ways, and cannot be compared"
+                )
+            for made, aim in zip(own[name], dense[name], strict=True):
+                if gradients and not made.requires_grad:
+                    raise ValueError(
+                        f"layer {name!r} runs without gradients, which distill needs (checkpointing by reentrant "
+                        "autograd, or a forward under no_grad?); give use_reentrant=False, or leave it out of `names`"
+                    )
+                change = behind(made, self.rectified[name]) - behind(aim, self.rectified[name])
+                found[name] = found.get(name, 0) + change.square().sum(dtype=torch.float64)
         if WHOLE in self.sizes:
             found[WHOLE] = (ours - theirs).square().sum(dtype=torch.float64)
         return {name: found[name] for name in self.sizes if name in found}
+
+    @contextmanager
+    def _outputs_of(self, network: nn.Module) -> Iterator[dict[str, list[Tensor]]]:
+        """What each layer makes, call by call. Nothing else is done in the pass: a checkpoint makes it again."""
+        made: dict[str, list[Tensor]] = {name: [] for name in self.rectified}
+
+        def keep(name: str, module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
+            made[name].append(output.clone())  # what comes next may be in place
+
+        with hooked(network, self.rectified, keep):
+            yield made
 
     def errors(self, batches: list[Any]) -> dict[str, float]:
         """module -> || Yhat_l - Y_l ||_F^2 / || Y_l ||_F^2 over all batches."""
@@ -198,7 +217,7 @@ def _train(pair: _Pair, batches: list[Any], epochs: int, rate: float, seed: int)
                     parameter.requires_grad_(True)
             optimizer = torch.optim.Adam(groups)
             schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * len(batches))
-            with MaskKeeper(pair.student, optimizer):
+            with MaskKeeper(pair.student, optimizer, _masks(pair)):
                 for _ in range(epochs):
                     for index in torch.randperm(len(batches), generator=generator).tolist():
                         optimizer.zero_grad()
@@ -214,6 +233,12 @@ def _train(pair: _Pair, batches: list[Any], epochs: int, rate: float, seed: int)
             for parameter, flag in flags:
                 parameter.requires_grad_(flag)
                 parameter.grad = None
+
+
+def _masks(pair: _Pair) -> dict[str, Tensor]:
+    """The nonzeros of all layers by the names of their weights."""
+    layers = stacks(pair.student)
+    return {f"{name}.{s.weight_name}".lstrip("."): s.weight.detach() != 0 for name, s in layers.items()}
 
 
 def _groups(student: nn.Module, names: Iterable[str], rate: float) -> list[dict[str, Any]]:
@@ -239,4 +264,13 @@ def _check_shared(model: nn.Module, student: nn.Module, names: Iterable[str]) ->
             raise ValueError(
                 f"layer {name!r}: the dense network has weights {theirs}, the pruned one {found}; distill before "
                 "compact or merge changes the shapes"
+            )
+        check_stored(name, ours[name])
+        own, other = ours[name].weight.dtype, dense[name].weight.dtype
+        if own != other:
+            raise ValueError(f"layer {name!r} is {other} in the dense network, {own} in the pruned one; convert one")
+        if own == torch.float16:
+            raise ValueError(
+                f"layer {name!r} is {own}, in which the squares of small gradients vanish; distill in float32: "
+                "convert both networks and the batches by .float(), and the result back by .half()"
             )

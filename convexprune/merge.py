@@ -13,11 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from convexprune.network import capture, compact, write
+from convexprune.network import Calibration, capture, compact, write
+from convexprune.network.calibration import listed
 from convexprune.network.channels import ChannelGraph, Channels
-from convexprune.network.forward import check_model, copied, run, tensors_in, undisturbed
+from convexprune.network.forward import check_model, copied, numbered, run, tensors_in, undisturbed
 from convexprune.network.kinds import FX_MONOTONE_NAMES, LINEARS, MONOTONE_NONEXPANSIVE
-from convexprune.problem import Solver
+from convexprune.options import flag, number, optional
+from convexprune.problem import Solver, check_solver
 from convexprune.problems import NeuronMerging, OptimalBrainSurgeon
 from convexprune.report.merges import MergedLayer, MergeReport
 from convexprune.solution import Status
@@ -75,12 +77,19 @@ def merge(
         >>> small[0].out_features, small[2].in_features
         (3, 3)
     """
+    flag("refit", refit)
     if refit and batches is None:
         raise ValueError("refit needs batches: least squares want calibration data")
     if keep is not None and max_saliency is not None:
         raise ValueError("give keep or max_saliency, not both")
-    data = None if batches is None else list(batches)
+    for share in keep.values() if isinstance(keep, Mapping) else [] if keep is None else [keep]:
+        _check_keep(share)
+    optional(number(0))("max_saliency", max_saliency)
+    if solver is not None:
+        check_solver(solver)
+    names = listed(names)
     check_model(model)
+    data = None if batches is None else list(Calibration.of(batches))
     small = copied(model)
     graph = ChannelGraph(small)
     junctions = _junctions(graph)
@@ -148,10 +157,13 @@ def _survivors(keep: Any, name: str, count: int, merges: Merges) -> int:
     share = keep.get(name, 1.0) if isinstance(keep, Mapping) else keep
     if share is None:
         return max(count - merges.published_cutoff(), 1)
-    number = isinstance(share, (int, float)) and not isinstance(share, bool)
-    if not number or not (0 < share <= 1 if isinstance(share, float) else share >= 1):
-        raise ValueError(f"keep is {share!r}; it must be a fraction in (0, 1] (a float) or a count >= 1 (an int)")
     return min(share, count) if isinstance(share, int) else max(1, math.floor(share * count + 0.5))
+
+
+def _check_keep(share: Any) -> None:
+    one = isinstance(share, (int, float)) and not isinstance(share, bool)
+    if not one or not (0 < share <= 1 if isinstance(share, float) else share >= 1):
+        raise ValueError(f"keep is {share!r}; it must be a fraction in (0, 1] (a float) or a count >= 1 (an int)")
 
 
 def _wanted(
@@ -161,9 +173,11 @@ def _wanted(
     if not able:
         reasons = ["there is no Linear that only Linears read, through covered activations", *unfollowed.values()]
         raise ValueError(f"no layer can merge: {'; '.join(reasons)}")
-    chosen = set(able if names is None else names)
+    chosen = set(able if names is None else [names] if isinstance(names, str) else names)
     if names is None and isinstance(keep, Mapping):
         chosen = set(keep)
+    if not chosen:
+        raise ValueError(f"no layer is named; leave `names` out to merge {', '.join(map(repr, able))}")
     for name in chosen | (set(keep) if isinstance(keep, Mapping) else set()):
         if name not in able:
             why = f" ({unfollowed[name]})" if name in unfollowed else ""
@@ -219,8 +233,12 @@ def _measured(model: nn.Module, small: nn.Module, data: list[Any]) -> tuple[floa
     change = size = 0.0
     count = 0
     with undisturbed(model, small):
-        for batch in data:
-            dense, merged = (next(tensors_in(run(each, batch))).double() for each in (model, small))
+        for index, batch in enumerate(data):
+            with numbered(index):
+                found = [list(tensors_in(run(each, batch)))[:1] for each in (model, small)]
+            if not all(found):
+                raise ValueError("the model returns no tensor; leave `batches` out, or let it return its outputs")
+            dense, merged = (tensor.double() for (tensor,) in found)
             change += float((dense - merged).square().sum())
             size += float(dense.square().sum())
             count += dense.numel()

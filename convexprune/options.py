@@ -9,6 +9,7 @@ Options of one name mean the same everywhere, so one table checks them; a solver
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable
 from dataclasses import fields
 from numbers import Integral, Real
@@ -41,14 +42,15 @@ def number(least: float = -math.inf, most: float = math.inf, *, least_open: bool
     return check
 
 
-def whole(least: int) -> Check:
-    """A whole number, at least `least`."""
+def whole(least: int, most: int | None = None) -> Check:
+    """A whole number, at least `least` and, where there is one, at most `most`."""
+    wanted = f"a whole number >= {least}" if most is None else f"a whole number from {least} to {most}"
 
     def check(name: str, value: Any) -> None:
         if isinstance(value, bool) or not isinstance(value, Integral):
-            raise TypeError(f"{name} is {value!r}; it must be a whole number >= {least}")
-        if value < least:
-            raise ValueError(f"{name} is {value!r}; it must be a whole number >= {least}")
+            raise TypeError(f"{name} is {value!r}; it must be {wanted}")
+        if int(value) < least or (most is not None and int(value) > most):
+            raise ValueError(f"{name} is {value!r}; it must be {wanted}")
 
     return check
 
@@ -93,10 +95,52 @@ def dtype(name: str, value: Any) -> None:
         raise ValueError(f"{name} is {value}; it must be torch.float32 or torch.float64")
 
 
+def flag(name: str, value: Any) -> None:
+    """True or False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} is {value!r}; it must be True or False")
+
+
+def text(name: str, value: Any) -> None:
+    """A string."""
+    if not isinstance(value, str):
+        raise TypeError(f"{name} is {value!r}; it must be a string")
+
+
+def having(method: str, example: str) -> Check:
+    """An object with this method, such as `example`: no class, and no name of one."""
+
+    def check(name: str, value: Any) -> None:
+        if isinstance(value, type) or not callable(getattr(value, method, None)):
+            raise TypeError(f"{name} is {value!r}; give an object with a method {method}(...), such as {example}")
+
+    return check
+
+
+def function(example: str) -> Check:
+    """Something to call, such as `example`."""
+
+    def check(name: str, value: Any) -> None:
+        if not callable(value):
+            raise TypeError(f"{name} is {value!r}; give {example}")
+
+    return check
+
+
+def path(name: str, value: Any) -> None:
+    """The path of a file or folder."""
+    if not isinstance(value, (str, os.PathLike)) or not isinstance(os.fspath(value), str):
+        raise TypeError(f"{name} is {value!r}; give a string or a pathlib.Path")
+    if not os.fspath(value) or "\0" in os.fspath(value):
+        raise ValueError(f"{name} is {value!r}, which names no file")
+
+
+seed: Final = whole(0, 2**63 - 1)
+
 NAMED: Final[dict[str, Check]] = {
     "eps_abs": positive, "eps_rel": positive, "max_iter": whole(1), "time_limit": optional(number(0, least_open=True,
     infinite=True)), "memory": number(0, least_open=True, infinite=True), "device": device, "dtype": dtype,
-    "seed": whole(0),
+    "seed": seed,
 }  # fmt: skip
 
 

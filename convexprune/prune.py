@@ -21,6 +21,7 @@ from convexprune.network import Calibration, read, write
 from convexprune.network.coverage import Coverage, check_counted, coverage
 from convexprune.network.forward import check_model
 from convexprune.network.traversal import Traversal
+from convexprune.options import function, optional
 from convexprune.patterns import Unstructured
 from convexprune.problem import LayerProblem, Solver, check_problem, check_solver
 from convexprune.problems import Reconstruction, Stacked, StackedReconstruction, stacked
@@ -88,6 +89,7 @@ def prune(
     """
     check_model(model)
     _check_options(build, solver, allocation)
+    check_watcher(progress)
     calibration = Calibration.of(batches, names)
     tell = Teller(progress, calibration)
     walk = Traversal(model, calibration, mode, tell.captured)
@@ -159,6 +161,11 @@ class Teller:
     def _tell(self, event: Progress) -> None:
         if self.progress is not None:
             self.progress(event)
+
+
+def check_watcher(progress: Any) -> None:
+    """Raise TypeError for what cannot be told how far a run has come."""
+    optional(function("a function that takes a `Progress`, such as print"))("progress", progress)
 
 
 def _check_options(build: Any, solver: Any, allocation: Any) -> None:

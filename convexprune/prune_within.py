@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from numbers import Real
 from typing import Any
 
 import torch
@@ -20,10 +19,12 @@ from convexprune.certify.graph import Propagation
 from convexprune.layer import Layer
 from convexprune.network import Calibration
 from convexprune.network.compare import norms
+from convexprune.network.forward import check_model
 from convexprune.network.traversal import Traversal
-from convexprune.problem import LayerProblem, Solver
+from convexprune.options import between, function, positive, whole
+from convexprune.problem import LayerProblem, Solver, check_solver
 from convexprune.problems import ErrorBudget, NetTrim
-from convexprune.prune import Teller, walked
+from convexprune.prune import Teller, check_watcher, walked
 from convexprune.report import Report
 from convexprune.report.progress import Progress
 from convexprune.solve import solve
@@ -38,7 +39,7 @@ class Goal:
     near    a bound within this share of the goal is good enough
     rounds  how many networks may be pruned on the way
 
-    Raises ValueError for figures out of range.
+    Raises ValueError for figures out of range, TypeError for what is no number.
     """
 
     error: float
@@ -46,12 +47,9 @@ class Goal:
     rounds: int = 6
 
     def __post_init__(self) -> None:
-        if not isinstance(self.error, Real) or not 0 < self.error < float("inf"):
-            raise ValueError(f"error is {self.error!r}; it must be a finite number > 0, such as 0.05")
-        if not 0 < self.near < 1:
-            raise ValueError(f"near is {self.near}; it must be in (0, 1)")
-        if self.rounds < 1:
-            raise ValueError(f"rounds is {self.rounds}; at least one network has to be pruned")
+        positive("error", self.error)
+        between(0, 1)("near", self.near)
+        whole(1)("rounds", self.rounds)
 
 
 def prune_within(
@@ -81,6 +79,11 @@ def prune_within(
         ValueError: where the network has no bound, naming what is not covered, and where no network of the rounds was
             within the goal; else what `prune` raises.
     """
+    check_model(model)
+    if solver is not None:
+        check_solver(solver)
+    function("a function from a layer and its relative error to a problem, such as NetTrim")("build", build)
+    check_watcher(progress)
     goal = goal if isinstance(goal, Goal) else Goal(goal)
     calibration = Calibration.of(batches, names)
     tell = Teller(progress, calibration)

@@ -182,7 +182,7 @@ def test_targets_that_cannot_be_replaced(tmp_path):
         save(model, tmp_path)
     with pytest.raises(FileNotFoundError):
         save(model, tmp_path / "nowhere" / "model.safetensors")
-    with pytest.raises(ValueError, match="'aliases' is kept"):
+    with pytest.raises(ValueError, match="'aliases' is a key of the file format"):
         save(model, tmp_path / "m.safetensors", {"aliases": {}})
     with pytest.raises(TypeError, match="JSON"):
         save(model, tmp_path / "m.safetensors", {"object": object()})

@@ -9,10 +9,13 @@ from typing import Any
 
 from torch import nn
 
-from convexprune.allocate.rate_distortion import LEVELS, Measure, rate_distortion
+from convexprune.allocate.rate_distortion import LEVELS, Measure, checked_levels, rate_distortion
 from convexprune.curve import Curve
 from convexprune.network import Calibration, capture
-from convexprune.problem import Solver
+from convexprune.network.forward import check_batch, check_batches, tensors_in
+from convexprune.options import Check, having, number, optional, text
+from convexprune.options import path as check_path
+from convexprune.problem import Solver, check_solver
 from convexprune.problems import SparsityAllocation
 from convexprune.report.progress import Progress
 from convexprune.report.shares import Share, Shares
@@ -42,7 +45,8 @@ class Allocation:
         curves: Curves that are known already; then nothing is measured.
 
     Raises:
-        ValueError: For a budget that is neither a fraction nor a cost.
+        ValueError: For a budget that is neither a fraction nor a cost, and for other numbers out of range.
+        TypeError: For fields of another kind.
 
     Example:
         >>> import convexprune as cp
@@ -72,6 +76,30 @@ class Allocation:
         whole = isinstance(self.budget, int) and not isinstance(self.budget, bool)
         if not whole and not (isinstance(self.budget, float) and 0 < self.budget <= 1):
             raise ValueError(f"budget is {self.budget!r}; it must be a fraction in (0, 1] (a float) or a cost (an int)")
+        checked_levels(self.levels)
+        optional(having("prepared", "SecondOrder()"))("measure", self.measure)
+        number(0)("damping", self.damping)
+        optional(check_path)("cache", self.cache)
+        for key, check in (("least", number(0, 1)), ("most", number(0, 1)), ("price", number(0)), ("tie", text)):
+            self._check_by_name(key, check)
+        for solver in (self.inner, self.solver):
+            if solver is not None:
+                check_solver(solver)
+        if self.batches is not None:
+            check_batches(self.batches)
+        if self.curves is not None:
+            _check_curves(self.curves)
+
+    def _check_by_name(self, key: str, check: Check) -> None:
+        """A mapping from names; `least` and `most` may be one value for all."""
+        value = getattr(self, key)
+        if isinstance(value, Mapping):
+            for name, each in value.items():
+                check(f"{key}[{name!r}]", each)
+        elif key in ("least", "most"):
+            check(key, value)
+        elif value is not None:
+            raise TypeError(f"{key} is {value!r}; give a mapping from module names")
 
     def shares(
         self,
@@ -110,6 +138,7 @@ class Allocation:
 
     def problem(self, curves: Sequence[Curve]) -> SparsityAllocation:
         """The knapsack of these curves, with the prices, ties and limits of this allocation."""
+        _check_curves(curves)
         known = {curve.name for curve in curves}
         for key in ("least", "most", "price", "tie"):
             given = getattr(self, key)
@@ -132,12 +161,18 @@ class Allocation:
         return replace(curve, tie=(self.tie or {}).get(curve.name))
 
 
+def _check_curves(curves: Any) -> None:
+    if not isinstance(curves, Sequence) or not all(isinstance(curve, Curve) for curve in curves):
+        raise TypeError(f"curves is {curves!r:.80}; give a list of Curves")
+    if not curves:
+        raise ValueError("curves is empty; give one for each layer, or leave it out to measure them")
+
+
 def macs_per_weight(model: nn.Module, batch: Any, names: Sequence[str] | str | None = None) -> dict[str, float]:
     """Number of multiplications by each weight of a module for one example: 1 if linear, else its output positions.
 
     batch   a tensor, or a tuple or list that begins with one; the examples are along its first axis
     """
-    first = batch[0] if isinstance(batch, (tuple, list)) else batch
-    if isinstance(first, Mapping):
-        first = next(iter(first.values()))
+    check_batch(batch)
+    first = next(tensors_in(batch))
     return {layer.module: layer.samples / len(first) for layer in capture(model, [batch], names)}

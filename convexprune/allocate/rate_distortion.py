@@ -6,8 +6,9 @@ import hashlib
 import itertools
 import json
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from numbers import Real
 from pathlib import Path
 from typing import Any, Final, Protocol
 
@@ -18,9 +19,12 @@ from convexprune.bounds.additivity import Additivity
 from convexprune.curve import Curve
 from convexprune.layer import Layer
 from convexprune.network import Calibration, capture, directions, read, write
-from convexprune.network.forward import check_batches, copied, run, tensors_in, undisturbed
+from convexprune.network.forward import check_model, copied, numbered, run, tensors_in, undisturbed
+from convexprune.options import check_options, flag, function, having, number, optional, whole
+from convexprune.options import path as check_path
+from convexprune.options import seed as check_seed
 from convexprune.patterns import Unstructured
-from convexprune.problem import LayerProblem, Solver
+from convexprune.problem import LayerProblem, Solver, check_solver
 from convexprune.problems import Reconstruction, stacked
 from convexprune.report.progress import Progress
 from convexprune.solve import solve
@@ -64,6 +68,9 @@ class SecondOrder:
     directions: int = 64
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        check_options(self, directions=whole(1))
+
     def prepared(self, model: nn.Module, batches: Sequence[Any], layers: Sequence[Layer]) -> Measured:
         """One sweep over the batches for all layers."""
         known = directions(model, batches, [layer.name for layer in layers], self.directions, self.seed)
@@ -85,10 +92,13 @@ class OutputChange:
 
     worst: bool = False
 
+    def __post_init__(self) -> None:
+        check_options(self, worst=flag)
+
     def prepared(self, model: nn.Module, batches: Sequence[Any], layers: Sequence[Layer]) -> Measured:
         """Keeps the dense outputs, and one copy of the model to try weights in."""
         trial = copied(model)
-        dense = [_outputs(model, batch) for batch in batches]
+        dense = _outputs(model, batches)
 
         def measured(layers: Group, problem: LayerProblem, x: Tensor) -> float:
             names = [layer.name for layer in layers]
@@ -97,8 +107,8 @@ class OutputChange:
                 for name, own in zip(names, torch.split(x, len(before[0])), strict=True):
                     write(trial, name, own)
                 changes = [
-                    (_outputs(trial, batch) - known).double().square().flatten(1).sum(1)
-                    for batch, known in zip(batches, dense, strict=True)
+                    (made - known).double().square().reshape(len(known), -1).sum(1)
+                    for made, known in zip(_outputs(trial, batches), dense, strict=True)
                 ]
             finally:
                 for name, own in zip(names, before, strict=True):
@@ -116,18 +126,19 @@ def additivity(model: nn.Module, pruned: nn.Module, batches: Iterable[Any]) -> A
 
     Raises ValueError where none differs, and where the architectures do.
     """
-    check_batches(batches)
-    batches = list(batches)
+    check_model(model)
+    check_model(pruned, "the pruned model")
+    batches = list(Calibration.of(batches))
     mine, its = ({key: tuple(value.shape) for key, value in each.named_parameters()} for each in (model, pruned))
     if mine != its:
         odd = min(key for key in mine | its if mine.get(key) != its.get(key))
         raise ValueError(f"{odd!r} is not the same in both networks; give a network and its pruned copy")
     trial = copied(model)
-    dense = torch.cat([_outputs(model, batch) for batch in batches])
+    dense = torch.cat(_outputs(model, batches))
     theirs = dict(pruned.named_modules())
 
     def change(network: nn.Module) -> Tensor:
-        return torch.cat([_outputs(network, batch) for batch in batches]).double() - dense.double()
+        return torch.cat(_outputs(network, batches)).double() - dense.double()
 
     alone = []
     for name, module in trial.named_modules():
@@ -169,12 +180,17 @@ def rate_distortion(
 
     Raises ValueError for levels outside (0, 1] and for what `capture` refuses.
     """
+    check_model(model)
+    levels = checked_levels(levels)
+    optional(having("prepared", "SecondOrder()"))("measure", measure)
+    number(0)("damping", damping)
+    optional(check_path)("cache", cache)
+    optional(function("a function that takes a `Progress`, such as print"))("progress", progress)
+    if solver is not None:
+        check_solver(solver)
     calibration = Calibration.of(batches, names)
     batches = list(calibration)
     calibration = replace(calibration, batches=batches)
-    wrong = [level for level in levels if not 0 < level <= 1]
-    if wrong or not levels:
-        raise ValueError(f"levels are fractions in (0, 1]; got {wrong[0] if wrong else 'none'}")
     measure = SecondOrder() if measure is None else measure
     layers = capture(model, calibration)
     drawn = f"{calibration.positions!r}; {calibration.seed!r}; {calibration.fingerprint.text}"
@@ -200,8 +216,30 @@ def rate_distortion(
     return curves
 
 
+def checked_levels(levels: Any) -> tuple[float, ...]:
+    """The levels; raises TypeError for what is no sequence of numbers, ValueError for one outside (0, 1] or none."""
+    several = isinstance(levels, Iterable) and not isinstance(levels, (str, bytes, Mapping))
+    found = tuple(levels) if several else ()
+    if not several or any(isinstance(level, bool) or not isinstance(level, Real) for level in found):
+        raise TypeError(f"levels is {levels!r}; give fractions in (0, 1], such as (0.1, 0.5, 1.0)")
+    wrong = [level for level in found if not 0 < level <= 1]
+    if wrong or not found:
+        raise ValueError(f"levels are fractions in (0, 1]; got {wrong[0] if wrong else 'none'}")
+    return found
+
+
 def random_inputs(shape: Sequence[int], samples: int = 256, batch: int = 64, seed: int = 0) -> list[Tensor]:
-    """Batches of N(0, 1) numbers in place of calibration data (Xu et al., ICCV 2023, zero-data mode)."""
+    """Batches of N(0, 1) numbers in place of calibration data (Xu et al., ICCV 2023, zero-data mode).
+
+    shape  of one sample. Raises ValueError or TypeError for sizes that are no whole numbers >= 1.
+    """
+    if isinstance(shape, (str, bytes, Tensor)) or not isinstance(shape, Iterable):
+        raise TypeError(f"shape is {shape!r}; give the sizes of one sample, such as (3, 32, 32)")
+    for size in shape:
+        whole(1)("a size of `shape`", size)
+    whole(1)("samples", samples)
+    whole(1)("batch", batch)
+    check_seed("seed", seed)
     generator = torch.Generator().manual_seed(seed)
     return list(torch.split(torch.randn(samples, *shape, generator=generator), batch))
 
@@ -228,7 +266,10 @@ class _Store:
 
     def __init__(self, folder: Path, settings: str) -> None:
         self.folder, self.settings = folder, settings
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise OSError(error.errno, f"no folder for the cache: {error.strerror}", str(folder)) from error
 
     def read(self, name: str, layers: Group) -> tuple[list[int], list[float]] | None:
         """What is known of a module under these settings; None where nothing is."""
@@ -257,10 +298,19 @@ class _Store:
         return content.hexdigest()
 
 
-def _outputs(model: nn.Module, batch: Any) -> Tensor:
+def _outputs(model: nn.Module, batches: Iterable[Any]) -> list[Tensor]:
+    """The outputs on each batch; raises ValueError where they are not one tensor of finite numbers, a row a sample."""
+    found = []
     with undisturbed(model):
-        outputs = run(model, batch)
-    tensors = list(tensors_in(outputs))
-    if len(tensors) != 1:
-        raise ValueError(f"the model returned {len(tensors)} tensors; OutputChange compares one")
-    return tensors[0].detach()
+        for index, batch in enumerate(batches):
+            with numbered(index):
+                tensors = list(tensors_in(run(model, batch)))
+            if len(tensors) != 1 or not tensors[0].ndim:
+                what = f"{len(tensors)} tensors" if len(tensors) != 1 else "a single number"
+                raise ValueError(
+                    f"the model returned {what}; its outputs must be one tensor with a row for each sample"
+                )
+            if not bool(tensors[0].isfinite().all()):
+                raise ValueError(f"batch {index}: the model makes NaN or inf of it; check the calibration data")
+            found.append(tensors[0].detach())
+    return found

@@ -19,6 +19,8 @@ from torch import Tensor
 from convexprune.bounds.input_sets import Ball, Box
 from convexprune.bounds.relaxation import ChainPair, Hidden, Rows, by_intervals, by_planes, hidden_layers, ordered
 from convexprune.bounds.statement import ROUNDING
+from convexprune.extras import extras
+from convexprune.options import having, optional, text
 
 if TYPE_CHECKING:
     import cvxpy as cp
@@ -101,10 +103,14 @@ class Exact:
 
     solver: str = "HIGHS"
 
+    def __post_init__(self) -> None:
+        text("solver", self.solver)
+
     def maximum(self, pair: ChainPair, around: Box | Ball, rows: Rows) -> Tensor:
         """As `Method`: one program for each sample and row."""
         if not isinstance(around, Box):
             raise ValueError("Exact takes a Box: a Ball's program is not linear; use LinearRelaxation")
+        self._check_installed()
         seen = hidden_layers(pair, around, by_intervals)
         samples, count = len(around.center), rows.dense.shape[1]
         found = torch.empty(samples, count, dtype=torch.float64)
@@ -115,8 +121,17 @@ class Exact:
                 found[sample, row] = self._largest(d @ dense + c @ (pruned - dense), constraints)
         return found
 
+    def _check_installed(self) -> None:
+        with extras():
+            import cvxpy as cp
+
+        installed = cp.installed_solvers()
+        if self.solver.upper() not in installed:
+            raise ValueError(f"solver {self.solver!r} is not installed; CVXPY finds {', '.join(installed)}")
+
     def _largest(self, objective: Any, constraints: list[Any]) -> float:
-        import cvxpy as cp
+        with extras():
+            import cvxpy as cp
 
         program = cp.Problem(cp.Maximize(objective), constraints)
         try:
@@ -130,6 +145,7 @@ class Exact:
 
 def difference_bounds(pair: ChainPair, around: Box | Ball, method: Method | None = None) -> DifferenceBounds:
     """Bounds of zhat_L - z_L over each sample's set, by `LinearRelaxation` unless another method is given."""
+    optional(having("maximum", "LinearRelaxation()"))("method", method)
     _check_fit(pair, around)
     each = torch.eye(pair.outputs, dtype=torch.float64)[None]
     rows = Rows(torch.zeros_like(each), each)
@@ -211,7 +227,8 @@ def _program(
     pair: ChainPair, around: Box, seen: Sequence[Hidden], sample: int
 ) -> tuple[cp.Expression, cp.Expression, list[Any]]:
     """z_L and zhat_L of one sample as CVXPY expressions, and the constraints that define them."""
-    import cvxpy as cp
+    with extras():
+        import cvxpy as cp
 
     x = cp.Variable(pair.inputs)
     constraints = [x >= around.lower[sample].numpy(), x <= around.upper[sample].numpy()]
@@ -231,7 +248,8 @@ def _program(
 
 def _relu_program(z: cp.Expression, low: Tensor, high: Tensor) -> tuple[cp.Expression, list[Any]]:
     """relu(z), exactly, for z between low and high."""
-    import cvxpy as cp
+    with extras():
+        import cvxpy as cp
 
     active = cp.Variable(len(low), boolean=True)
     y = cp.Variable(len(low), nonneg=True)

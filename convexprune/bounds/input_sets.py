@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from convexprune.options import number
 
 
 class Interval(NamedTuple):
@@ -47,6 +48,8 @@ class Box:
 
     def __post_init__(self) -> None:
         _check_set(self)
+        for name in ("least", "most"):
+            _check_limit(name, getattr(self, name), self.center)
         empty = ~(self.lower <= self.upper).all(1)
         if bool(empty.any()):
             row = int(empty.nonzero()[0])
@@ -134,8 +137,25 @@ def _unit(x: Tensor) -> Tensor:
 
 def _check_set(around: Box | Ball) -> None:
     center = around.center
+    if not isinstance(center, Tensor) or center.is_complex() or center.device.type == "meta":
+        what = f"a tensor {center.dtype} on {center.device}" if isinstance(center, Tensor) else repr(center)
+        raise TypeError(f"the center is {what:.80}; give a tensor (samples, inputs) of real numbers")
     if center.ndim != 2 or not len(center):
         raise ValueError(f"the center has shape {tuple(center.shape)}; expected (samples, inputs), at least one sample")
-    if not 0 <= around.radius < math.inf:
-        raise ValueError(f"the radius is {around.radius}; it must be a finite number >= 0")
+    number(0)("the radius", around.radius)
     object.__setattr__(around, "center", float64(center, "the centers"))
+
+
+def _check_limit(name: str, limit: Any, center: Tensor) -> None:
+    if limit is None:
+        return
+    if not isinstance(limit, Tensor):
+        number(infinite=True)(name, limit)
+        return
+    if limit.is_complex() or limit.device.type == "meta" or bool(limit.isnan().any()):
+        raise ValueError(f"{name} holds NaN, complex numbers, or none at all (the meta device)")
+    sizes = zip(reversed(limit.shape), reversed(center.shape), strict=False)
+    if limit.ndim > 2 or any(own not in (1, size) for own, size in sizes):
+        raise ValueError(
+            f"{name} has shape {tuple(limit.shape)}, which does not fit the center's {tuple(center.shape)}"
+        )

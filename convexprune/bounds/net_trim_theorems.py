@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from convexprune.bounds.statement import Hypothesis, Statement
+from convexprune.extras import extras
 
 PAPER = "Net-Trim, NIPS 2017"
 
@@ -174,7 +175,8 @@ def proposition_2(inputs: Tensor, target: Tensor, w: Tensor) -> Uniqueness:
     |Lambda_i| < 1 off it, 0 on the support of the slacks s = X_rest w, > 0 off it, and those columns are independent.
     The largest margin is a linear program. inputs (n, P), target (n,).
     """
-    import cvxpy as cp
+    with extras():
+        import cvxpy as cp
     import numpy as np
 
     x, y, point = (part.detach().cpu().double().numpy() for part in (inputs, target, w))

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from convexprune.bounds.confidence import clopper_pearson, empirical_bernstein
 from convexprune.network.calibration import Calibration, digests
-from convexprune.network.forward import check_batches, run, undisturbed
+from convexprune.network.forward import check_batch, check_batches, check_model, numbered, run, undisturbed
 from convexprune.network.predict import Rule, changed, check_rule, rule_name
+from convexprune.options import between, positive
 
 
 @dataclass(frozen=True)
@@ -65,16 +66,24 @@ def certify_unseen(
     Raises ValueError for a sample that was used or is held out twice, for no samples, for none that were used (an
     iterator that has run out), and where the outputs are not one tensor of numbers with a row for each sample.
     """
+    check_model(model)
+    check_model(pruned, "the pruned model")
+    positive("clip", clip)
+    between(0, 1)("confidence", confidence)
     check_rule(predict)
     check_batches(held_out)
     check_batches(used)
     seen: set[bytes] = set()
-    known = {digest for batch in used for digest in digests(batch)}
+    known: set[bytes] = set()
+    for index, batch in enumerate(used):
+        check_batch(batch, f"used batch {index}")
+        known.update(digests(batch))
     if not known:
         raise ValueError("no used samples; give the calibration data, so that none of it is among those held out")
     count, errors, rule = 0, [], ""
     with undisturbed(model, pruned):
         for index, batch in enumerate(held_out):
+            check_batch(batch, f"held-out batch {index}")
             samples = list(digests(batch))
             for row, digest in enumerate(samples):
                 if digest in known:
@@ -84,7 +93,8 @@ def certify_unseen(
                 if digest in seen:
                     raise ValueError(f"sample {row} of held-out batch {index} is held out twice; draw each sample once")
                 seen.add(digest)
-            dense, sparse = run(model, batch), run(pruned, batch)
+            with numbered(index):
+                dense, sparse = run(model, batch), run(pruned, batch)
             if not isinstance(dense, Tensor) or dense.ndim < 1 or len(dense) != len(samples):
                 raise ValueError("the outputs must be one tensor of a row for each sample")
             if sparse.shape != dense.shape:

@@ -20,12 +20,13 @@ from convexprune.bounds.difference import (
 )
 from convexprune.bounds.input_sets import Ball, Box
 from convexprune.bounds.relaxation import ChainPair
-from convexprune.network.forward import run, undisturbed
+from convexprune.network.forward import check_batch, check_eager, check_model, run, undisturbed
 from convexprune.network.kinds import DROPOUT, MOVED_AXES, RESHAPING
 from convexprune.network.matrices import LinearStack, Stack
 from convexprune.network.names import stacks
 from convexprune.network.predict import rule_name
 from convexprune.network.recording import Recorder, Step
+from convexprune.options import having, number, optional
 
 # operations that leave a sample's entries in their order
 PASSING: Final = DROPOUT | RESHAPING - MOVED_AXES
@@ -96,8 +97,13 @@ def worst_case(
 
     Raises ValueError naming the module or the operation that is not covered, and for inputs that make no set.
     """
+    for each, name in ((model, "the model"), (pruned, "the pruned model")):
+        check_model(each, name)
+        check_eager(each)
+    optional(having("maximum", "LinearRelaxation()"))("method", method)
     if not isinstance(around, Tensor) or not around.is_floating_point() or around.ndim < 2 or not len(around):
         raise ValueError("around must be a floating-point tensor (samples, ...) of at least one sample")
+    check_batch(around, "around")
     centers = around.detach().cpu().double().flatten(1)
     region = _region(centers, radius, norm, within, tuple(around.shape[1:]))
     with undisturbed(model, pruned):
@@ -122,8 +128,10 @@ def _region(
     shape: tuple[int, ...],
 ) -> Sequence[Box | Ball]:  # fmt: skip
     """The sets around the samples, some samples at a time."""
-    if norm not in (2, math.inf):
-        raise ValueError(f"norm is {norm}; it must be 2 or math.inf")
+    if isinstance(norm, (bool, Tensor)) or norm not in (2, math.inf):
+        raise ValueError(f"norm is {norm!r}; it must be 2 or math.inf")
+    if within is not None and (not isinstance(within, (tuple, list)) or len(within) != 2):
+        raise ValueError(f"within is {within!r:.80}; give the least and the most of an entry, such as (0, 1)")
     if norm == 2:
         if within is not None:
             raise ValueError("within goes with the max norm: a ball cut by bounds on its entries is not covered")
@@ -133,6 +141,8 @@ def _region(
 
 
 def _flat(end: float | Tensor, shape: tuple[int, ...]) -> float | Tensor:
+    if not isinstance(end, Tensor):
+        number(infinite=True)("an end of `within`", end)
     if not isinstance(end, Tensor) or end.ndim == 0:
         return float(end)
     if tuple(end.shape) != shape:

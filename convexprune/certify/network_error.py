@@ -18,7 +18,8 @@ from convexprune.report.row import Row
 
 RULES: Final[Mapping[str, Rule]] = {"Frobenius": Frobenius(), "spectral": Spectral(), "by channel": ByChannel()}
 SHARPEST: Final = "by channel"
-MEMORY: Final = 1e9  # bytes of dense outputs that are held to compare layers with; more layers take more passes
+MEMORY: Final = 1e9  # bytes of dense outputs that are held to compare layers with, more layers taking more passes;
+# and of a layer's matrix of changes, output by output
 
 
 def network_error(
@@ -40,6 +41,8 @@ def network_error(
     reached = best.layers if best.total is not None else {}
     rectified = {name: walk.rectified.get(name, False) for name in reached}
     lone = {name: rectified[name] for name in own if name in rectified} if mode == "parallel" else {}
+    outputs = {name: walk.chosen.stacks[name].outputs for name in lone}  # a layer of more keeps its certificate's error
+    lone = {name: each for name, each in lone.items() if 8 * outputs[name] ** 2 <= MEMORY}
     sizes = {step.layer: 8 * math.prod(step.sizes[-1]) for step in survey.record.steps if step.layer in reached}
     groups = turns({name: size for name, size in sizes.items() if name}, MEMORY) or [[]]
     found = changes(model, pruned, calibration, {name: rectified[name] for name in groups[0]}, lone, tell)
@@ -47,7 +50,7 @@ def network_error(
     for group in groups[1:]:  # their dense outputs do not fit beside the others'
         layers |= changes(model, pruned, calibration, {name: rectified[name] for name in group}, {}, tell).layers
     if lone:
-        own = {name: Spread.of(found.alone[name], lone[name]) for name in lone}
+        own |= {name: Spread.of(found.alone[name], lone[name]) for name in lone}
         bounds[SHARPEST] = best = network.bound(own, RULES[SHARPEST])
     if calibration.unsteady:
         best, bounds, layers = GraphBound(None, {}, calibration.unsteady), {}, {}

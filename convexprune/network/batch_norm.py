@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import nn
 
-from convexprune.network.forward import run, undisturbed
+from convexprune.network.calibration import Calibration
+from convexprune.network.forward import check_model, numbered, run, undisturbed
 from convexprune.network.kinds import BATCH_NORMS
 
 STATISTICS = ("running_mean", "running_var")
@@ -24,7 +25,8 @@ def reestimate_batch_norm(model: nn.Module, batches: Iterable[Any]) -> None:
         batches: Calibration data; every batch has the same weight in the average.
 
     Raises:
-        ValueError: If the model has no batch norm with running statistics, or there is no batch.
+        ValueError: If the model has no batch norm with running statistics, there is no batch, a batch fails, or the
+            statistics are not finite.
 
     Example:
         >>> import torch, convexprune as cp
@@ -33,6 +35,8 @@ def reestimate_batch_norm(model: nn.Module, batches: Iterable[Any]) -> None:
         >>> model[0].running_mean, model[0].running_var
         (tensor([4.]), tensor([2.]))
     """
+    check_model(model)
+    calibration = Calibration.of(batches)
     norms = [
         module for module in model.modules() if isinstance(module, BATCH_NORMS) and module.running_mean is not None
     ]
@@ -44,13 +48,15 @@ def reestimate_batch_norm(model: nn.Module, batches: Iterable[Any]) -> None:
             for norm in norms:
                 norm.reset_running_stats()
                 norm.momentum, norm.training = None, True  # a plain average over the batches
-            count = sum(1 for batch in batches if run(model, batch) is not None)
+            for index, batch in enumerate(calibration):
+                with numbered(index):
+                    run(model, batch)
         finally:
             for norm, momentum in zip(norms, momenta, strict=True):
                 norm.momentum = momentum
-        if not count:
-            raise ValueError("no batches; give at least one")
         found = [{key: norm.get_buffer(key).clone() for key in STATISTICS} for norm in norms]
+    if not all(bool(value.isfinite().all()) for statistics in found for value in statistics.values()):
+        raise ValueError("the batches give NaN or inf as statistics; the model's are as they were")
     for norm, statistics in zip(norms, found, strict=True):
         for key, value in statistics.items():
             norm.get_buffer(key).copy_(value)

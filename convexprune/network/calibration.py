@@ -13,9 +13,10 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from convexprune.network.forward import check_batches, tensors_in
+from convexprune.network.forward import check_batch, check_batches, tensors_in
+from convexprune.options import flag, optional, seed, text, whole
 
 Mask = Callable[[Any], Tensor]
 
@@ -34,7 +35,8 @@ class Fingerprint:
             samples = len(hashes)
         except ValueError:  # the tensors share no axis of samples: the batch is hashed as a whole
             tensors = list(tensors_in(batch))
-            hashes, samples = list(digests([[each[None] for each in tensors]])), len(tensors[0]) if tensors else 0
+            hashes = list(digests([[each[None] for each in tensors]]))
+            samples = len(tensors[0]) if tensors[0].ndim else 1
         total = self.total + sum(int.from_bytes(each, "big") for each in hashes)
         return Fingerprint(self.samples + samples, total % 2**256)
 
@@ -68,7 +70,8 @@ class Calibration:
         keep_inputs: whether layers keep the rows that they read; None: those whose problem needs them.
 
     Raises:
-        TypeError: for batches that are a lone tensor, a mapping or a string, and for a mask that is no function.
+        TypeError: for batches that are a lone tensor, a mapping or a string, for a mask that is no function, and for
+            other fields of a wrong kind.
         ValueError: for `positions` below 1.
 
     Example:
@@ -89,19 +92,16 @@ class Calibration:
 
     def __post_init__(self) -> None:
         check_batches(self.batches)
-        several = isinstance(self.names, (list, tuple)) and all(isinstance(name, str) for name in self.names)
-        if not (self.names is None or isinstance(self.names, str) or several):
-            raise TypeError(f"names is {self.names!r}; give a name, a pattern such as 'fc*', or a list of them")
+        object.__setattr__(self, "names", listed(self.names))
         if self.mask is not None and not callable(self.mask):
             raise TypeError(f"mask is {self.mask!r}; give a function from a batch to a bool tensor (batch, tokens)")
-        if self.positions is not None and (not _whole(self.positions) or self.positions < 1):
-            raise ValueError(f"positions is {self.positions!r}; it must be a whole number >= 1, or None for all")
-        if not _whole(self.seed):
-            raise TypeError(f"seed is {self.seed!r}; give a whole number")
+        optional(whole(1))("positions", self.positions)
+        seed("seed", self.seed)
         if not isinstance(self.activations, Mapping):
             raise TypeError(f'activations is {self.activations!r}; give a mapping from layer names to "relu" or None')
-        if self.keep_inputs not in (None, True, False):
-            raise TypeError(f"keep_inputs is {self.keep_inputs!r}; give True, False, or None for what is needed")
+        for name in self.activations:
+            text("a name of `activations`", name)
+        optional(flag)("keep_inputs", self.keep_inputs)
         if isinstance(self.batches, Iterator):
             object.__setattr__(self, "batches", list(self.batches))
 
@@ -111,15 +111,16 @@ class Calibration:
         found = batches if isinstance(batches, Calibration) else cls(batches)
         if names is None:
             return found
-        chosen = replace(found, names=names if isinstance(names, str) else list(names))
+        chosen = replace(found, names=listed(names))
         object.__setattr__(chosen, "_passes", found._passes)  # the same samples
         return chosen
 
     def __iter__(self) -> Iterator[Any]:
         """One pass over the batches."""
         seen = Fingerprint()
-        for batch in self.batches:
-            yield batch  # whoever runs it says what is wrong with it
+        for index, batch in enumerate(self.batches):
+            check_batch(batch, f"batch {index}")
+            yield batch
             seen = seen.with_batch(batch)
         if not seen.samples:
             raise ValueError("no batches; give at least one (an iterator that was used up before gives none)")
@@ -145,6 +146,7 @@ class Calibration:
     def first(self) -> Any:
         """The first batch of a pass that goes no further."""
         for batch in self.batches:
+            check_batch(batch, "batch 0")
             return batch
         raise ValueError("no batches; give at least one")
 
@@ -207,5 +209,12 @@ def _numbers(tensor: Tensor) -> Tensor:
     return (tensor.detach().cpu().to(torch.float64) + 0.0).contiguous()
 
 
-def _whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+def listed(names: Any) -> str | list[str] | None:
+    """Names as they may be given; raises TypeError for what is no name and no iterable of names."""
+    if names is None or isinstance(names, str):
+        return names
+    several = isinstance(names, Iterable) and not isinstance(names, (bytes, Mapping, Tensor, nn.Module))
+    found = list(names) if several else []
+    if not several or not all(isinstance(name, str) for name in found):
+        raise TypeError(f"names is {names!r}; give a name, a pattern such as 'fc*', or a list of them")
+    return found

@@ -13,13 +13,15 @@ from torch import Tensor, nn
 
 from convexprune.layer import ACTIVATIONS, Layer
 from convexprune.network.calibration import Calibration, Mask
-from convexprune.network.forward import Enough, check_model, run, tensors_in, undisturbed
+from convexprune.network.forward import Enough, check_model, check_untransformed, numbered, run, tensors_in, undisturbed
 from convexprune.network.matrices import Stack, stack_of
+from convexprune.network.memory import check_grams
 from convexprune.network.moment_accumulator import Account
 from convexprune.network.names import choose, stacks, suggestion
 from convexprune.network.recording import Recorder
 from convexprune.network.residual import repaired
 from convexprune.network.survey import Survey
+from convexprune.options import flag
 
 Hook = Callable[[str, Stack, Tensor, Tensor], None]  # module name, its matrices, its input, its output
 
@@ -64,6 +66,10 @@ def capture(
     check_model(model)
     calibration = Calibration.of(batches, names)
     chosen = choose(model, calibration.names)
+    check_grams(chosen.stacks)
+    if dense is not None:
+        check_model(dense, "the dense network")
+    flag("keep_inputs", keep_inputs)
     told = told_activations(model, calibration)
     gathering = Gathering(model, chosen.stacks, calibration, keep_inputs or bool(calibration.keep_inputs), dense)
     found = Survey(chosen.stacks)
@@ -107,7 +113,8 @@ class Gathering:
         account = Account(keep, self.calibration.positions, self.calibration.seed)
         with undisturbed(self.model, *(() if self.dense is None else (self.dense,))):
             for index, batch in enumerate(self.calibration):
-                self._take(account, batch, survey)
+                with numbered(index):
+                    self._take(account, batch, survey)
                 if tell is not None:
                     tell(index)
         return account
@@ -190,6 +197,7 @@ def _hooked(modules: Mapping[str, Stack], hook: Hook) -> Iterator[None]:
         if not isinstance(output, Tensor):
             kind, made = type(module).__name__, type(output).__name__
             raise TypeError(f"layer {name!r}: a {kind} that returns a {made} is no layer; leave it out of `names`")
+        check_untransformed(name, args, kwargs, output)
         hook(name, modules[name], next(tensors_in((args, kwargs))), output)
 
     with ExitStack() as handles:

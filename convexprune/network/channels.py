@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from convexprune.network.forward import check_eager
 from convexprune.network.kinds import (
     ADAPTIVE_POOLS,
     AVERAGE_POOLS,
@@ -31,6 +32,7 @@ from convexprune.network.kinds import (
     computes,
 )
 from convexprune.network.matrices import stack_of
+from convexprune.network.weights import check_stored
 
 
 @dataclass(eq=False)
@@ -75,12 +77,20 @@ class LayerTracer(fx.Tracer):
 
 
 class ChannelGraph:
-    """The channels of a traced model. Raises ValueError where the model cannot be traced.
+    """The channels of a traced model.
+
+    Raises ValueError where the model cannot be traced, ValueError or TypeError where the weights of a layer are not
+    stored as real numbers (`check_stored`).
 
     unfollowed  layer -> why nothing is known of its channels: it is of a kind that is not listed here
     """
 
     def __init__(self, model: nn.Module, silent: dict[str, Tensor] | None = None) -> None:
+        check_eager(model)
+        for name, module in model.named_modules():
+            stack = stack_of(module)
+            if stack is not None:
+                check_stored(name, stack)
         try:
             self.graph = LayerTracer().trace(model)
         except Exception as error:  # whatever a model's forward does with the tracer's proxies
@@ -101,6 +111,10 @@ class ChannelGraph:
             for parameter in module.parameters(recurse=False):
                 owners[id(parameter)] = owners.get(id(parameter), 0) + 1
         self._tied = {key for key, count in owners.items() if count > 1}
+        named = dict(model.named_parameters(remove_duplicate=False))
+        for node in self.graph.nodes:
+            if node.op == "get_attr" and str(node.target) in named:  # forward reads it besides the module's own call
+                self._tied.add(id(named[str(node.target)]))
         for node in self.graph.nodes:
             self.values[node] = self._value(node)
 
@@ -161,8 +175,7 @@ class ChannelGraph:
         if value is None:
             return None
         if isinstance(module, BATCH_NORMS) and value.repeat == 1 and module.running_var is not None:
-            self.find(value.channels).passers.append(name)
-            self._once(name, value)
+            self._pass_on(name, module, value)
             return Value(value.channels, 1, _normed(module, value.constant), value.planes)
         if isinstance(module, (*ENTRYWISE, *DROPOUT_MODULES, nn.AlphaDropout)):
             same = isinstance(module, (*DROPOUT_MODULES, nn.AlphaDropout))
@@ -172,6 +185,7 @@ class ChannelGraph:
         if isinstance(module, (*POOLS, *ADAPTIVE_POOLS)) and value.repeat == 1:
             padded = getattr(module, "padding", 0)
             zeros = isinstance(module, AVERAGE_POOLS) and padded not in (0, (0,), (0, 0), (0, 0, 0))
+            zeros |= getattr(module, "divisor_override", None) is not None  # no mean: a constant does not stay one
             kept = torch.where(value.constant == 0, 0.0, torch.nan) if zeros else value.constant
             return Value(value.channels, 1, kept, value.planes)
         if isinstance(module, nn.Flatten) and module.start_dim == 1 and module.end_dim == -1:
@@ -234,8 +248,8 @@ class ChannelGraph:
             repeat = value.repeat or inputs // group.count
             if repeat * group.count != inputs or value.planes != planes or (planes and repeat != 1):
                 self._freeze([value], f"{name} reads {inputs} inputs of {group.count} channels")
-            elif id(module.weight) in self._tied:
-                self._freeze([value], f"{name} shares its weights with another module")
+            elif any(id(parameter) in self._tied for parameter in module.parameters(recurse=False)):
+                self._freeze([value], f"{name} shares its weights with another module, or forward reads them")
             else:
                 group.readers.append(Reader(name, node, repeat))
             self._once(name, value)
@@ -243,16 +257,15 @@ class ChannelGraph:
         self._groups.append(made)
         if self.called[name] > 1:
             made.frozen = f"{name} is called more than once"
-        if id(module.weight) in self._tied:
-            made.frozen = f"{name} shares its weights with another module"
+        if any(id(parameter) in self._tied for parameter in module.parameters(recurse=False)):
+            made.frozen = f"{name} shares its weights with another module, or forward reads them"
         weight = module.weight.detach().double().flatten(1)
         bias = torch.zeros(count, dtype=torch.float64) if module.bias is None else module.bias.detach().double().cpu()
         constant = torch.where((weight == 0).all(1).cpu(), bias, torch.nan)
         return Value(made, 1, constant, planes)
 
     def _depthwise(self, name: str, module: Any, value: Value) -> Value:
-        self.find(value.channels).passers.append(name)
-        self._once(name, value)
+        self._pass_on(name, module, value)
         silent = (module.weight.detach() == 0).flatten(1).all(1).cpu()
         bias = torch.zeros(module.out_channels, dtype=torch.float64)
         if module.bias is not None:
@@ -278,6 +291,12 @@ class ChannelGraph:
             one.readers += other.readers
             self._merged[id(other)] = one
         return Value(one, left.repeat, left.constant + right.constant, left.planes)
+
+    def _pass_on(self, name: str, module: Any, value: Value) -> None:
+        self.find(value.channels).passers.append(name)
+        self._once(name, value)
+        if any(id(parameter) in self._tied for parameter in module.parameters(recurse=False)):
+            self._freeze([value], f"{name} shares its weights with another module, or forward reads them")
 
     def _once(self, name: str, value: Value) -> None:
         if self.called[name] > 1:

@@ -7,6 +7,7 @@ would make the removal inexact.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -14,9 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from convexprune.network.calibration import Calibration
 from convexprune.network.channels import ChannelGraph, Channels, LayerTracer, unpadded
-from convexprune.network.forward import check_model, copied, undisturbed
+from convexprune.network.forward import check_eager, check_model, copied, numbered, run, undisturbed
 from convexprune.network.kinds import CONVOLUTIONS, FX_ENTRYWISE, LINEARS
+from convexprune.options import whole
 
 
 @dataclass(frozen=True)
@@ -71,11 +74,11 @@ def compact(
         parameters: 44 -> 30 (68.2%)
           0: 2 channels removed
     """
-    if round_to < 1:
-        raise ValueError(f"round_to is {round_to}; it must be at least 1")
+    whole(1)("round_to", round_to)
     check_model(model)
+    check_eager(model)
+    data = None if batches is None else list(Calibration.of(batches))
     small = copied(model)
-    data = None if batches is None else list(batches)
     removed: dict[str, int] = {}
     while True:  # a neuron that loses its last input becomes a constant
         graph = ChannelGraph(small, None if data is None else _silent(small, data))
@@ -188,15 +191,33 @@ class _Watch(fx.Interpreter):
         ) or (n.op == "call_method" and n.target in ("relu", "relu_"))  # fmt: skip
         if relu and isinstance(result, Tensor) and result.ndim > 1:
             top = result.detach().transpose(0, 1).flatten(1).amax(1).cpu()
+            if not bool(top.isfinite().all()):
+                raise ValueError(f"{n.name} makes NaN or inf; check the calibration data")
             known = self.largest.get(n.name)
             self.largest[n.name] = top if known is None else torch.maximum(known, top)
         return result
 
 
+class _Watched(nn.Module):
+    """The traced model, watched; called as the model is."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.traced = fx.GraphModule(model, LayerTracer().trace(model))
+        self.watch = _Watch(self.traced)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What the model returns."""
+        given = inspect.signature(self.traced.forward).bind(*args, **kwargs)
+        given.apply_defaults()
+        return self.watch.run(*given.arguments.values())
+
+
 def _silent(model: nn.Module, batches: list[Any]) -> dict[str, Tensor]:
     """ReLU node -> (C,) bool: channels that are 0 on all the batches."""
-    watch = _Watch(fx.GraphModule(model, LayerTracer().trace(model)))
-    with undisturbed(model), torch.no_grad():
-        for batch in batches:
-            watch.run(batch[0] if isinstance(batch, (tuple, list)) else batch)
-    return {name: top <= 0 for name, top in watch.largest.items()}
+    watched = _Watched(model)
+    with undisturbed(model):
+        for index, batch in enumerate(batches):
+            with numbered(index):
+                run(watched, batch)
+    return {name: top <= 0 for name, top in watched.watch.largest.items()}

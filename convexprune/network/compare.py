@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from convexprune.layer import Layer
-from convexprune.network.forward import run, undisturbed
+from convexprune.network.forward import check_untransformed, numbered, run, undisturbed
 
 Rectified = Mapping[str, bool]  # module -> True if only a ReLU reads it: it is then judged behind the ReLU
 
@@ -56,7 +56,8 @@ def changes(
     comparison = _Comparison(model, pruned, layers, lone)
     with undisturbed(model, pruned):
         for index, batch in enumerate(batches):
-            comparison.take(batch)
+            with numbered(index):
+                comparison.take(batch)
             tell(index)
     return comparison.changes()
 
@@ -126,9 +127,14 @@ def norms(model: nn.Module, batches: Iterable[Any], layers: Rectified) -> tuple[
 def hooked(model: nn.Module, names: Iterable[str], function: Callable[..., None]) -> Iterator[None]:
     """Call `function(name, module, args, kwargs, output)` after the forward pass of each of these modules."""
     modules = dict(model.named_modules())
+
+    def checked(name: str, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        check_untransformed(name, args, kwargs, output)
+        function(name, module, args, kwargs, output)
+
     with ExitStack() as hooks:
         for name in names:
-            hook = modules[name].register_forward_hook(partial(function, name), with_kwargs=True)
+            hook = modules[name].register_forward_hook(partial(checked, name), with_kwargs=True)
             hooks.callback(hook.remove)
         yield
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import stat
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from convexprune.extras import extras
+from convexprune.network.forward import check_model
 from convexprune.network.names import find
+from convexprune.options import path as check_path
 from convexprune.whole_file import write_whole
 
-_ALIASES = "aliases"
+_ALIASES, _FORMAT = "aliases", "format"
 
 
 def read(model: nn.Module, name: str) -> Tensor:
@@ -43,8 +47,8 @@ def save(model: nn.Module, path: str | os.PathLike[str], metadata: Mapping[str, 
     Raises:
         OSError: If the file cannot be written, for example on a full disk. No partial file is left, and an existing
             file stays as it was.
-        ValueError: If the metadata has the key "aliases".
-        TypeError: If the state holds something other than tensors.
+        ValueError: If the metadata has the key "aliases" or "format", or values that JSON cannot hold.
+        TypeError: If the state holds something other than dense tensors, or the metadata is no mapping from strings.
 
     Example:
         >>> import tempfile, torch, convexprune as cp
@@ -55,13 +59,14 @@ def save(model: nn.Module, path: str | os.PathLike[str], metadata: Mapping[str, 
         >>> metadata, torch.equal(model.weight, other.weight)
         ({'kept': 0.5}, True)
     """
-    from safetensors.torch import save as serialised
+    with extras():
+        from safetensors.torch import save as serialised
 
-    if _ALIASES in (metadata or {}):
-        raise ValueError(f"metadata: {_ALIASES!r} is kept for tensors that share their storage")
+    check_model(model)
+    check_path("path", path)
+    entries = _as_json({} if metadata is None else metadata)
     tensors, aliases = _stored(model)
-    entries = {key: json.dumps(value) for key, value in {**(metadata or {}), _ALIASES: aliases}.items()}
-    write_whole(path, serialised(tensors, {"format": "pt", **entries}))
+    write_whole(path, serialised(tensors, {"format": "pt", **entries, _ALIASES: json.dumps(aliases)}))
 
 
 def load(model: nn.Module, path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -76,28 +81,71 @@ def load(model: nn.Module, path: str | os.PathLike[str]) -> dict[str, Any]:
 
     Raises:
         OSError: If the file cannot be read.
-        ValueError: If names, shapes or dtypes differ; the model is then as it was.
+        ValueError: Naming the file, if it is no whole safetensors file, or if names, shapes or dtypes differ; the
+            model is then as it was.
 
     Example:
         >>> import tempfile, torch, convexprune as cp
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     cp.save(torch.nn.Linear(3, 2), f"{folder}/model.safetensors")
-        ...     cp.load(torch.nn.Linear(4, 2), f"{folder}/model.safetensors")
+        ...     cp.load(torch.nn.Linear(4, 2), f"{folder}/model.safetensors")  # doctest: +ELLIPSIS
         Traceback (most recent call last):
             ...
-        ValueError: 'weight' is (2, 3) torch.float32 in the file and (2, 4) torch.float32 in the model
+        ValueError: ...: 'weight' is (2, 3) torch.float32 in the file and (2, 4) torch.float32 in the model
     """
-    from safetensors import safe_open
-
-    with safe_open(Path(path), framework="pt") as file:
-        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
-        entries = file.metadata() or {}
-    metadata = {key: json.loads(value) for key, value in entries.items() if key != "format"}
-    for alias, name in metadata.pop(_ALIASES, {}).items():
-        tensors[alias] = tensors[name]
-    _check_fit(model, tensors)
+    check_model(model)
+    check_path("path", path)
+    tensors, entries = _read(Path(path))
+    metadata = {key: _parsed(path, key, value) for key, value in entries.items() if key != _FORMAT}
+    aliases = metadata.pop(_ALIASES, {})
+    if not isinstance(aliases, dict) or not all(isinstance(name, str) for name in aliases.values()):
+        raise ValueError(f"{path}: its {_ALIASES!r} are no mapping from names to names")
+    odd = [name for name in aliases.values() if name not in tensors]
+    if odd:
+        raise ValueError(f"{path}: its {_ALIASES!r} name the tensor {odd[0]!r}, which is not in it")
+    tensors |= {alias: tensors[name] for alias, name in aliases.items()}
+    try:
+        _check_fit(model, tensors)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
     model.load_state_dict(tensors)
     return metadata
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors of a safetensors file, and its metadata; raises OSError or ValueError naming the file."""
+    with extras():
+        from safetensors import SafetensorError, safe_open
+
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise OSError(f"{path} is not a regular file; give a file that cp.save wrote")
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118 (no dict)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is no safetensors file, or not all of one: {error}") from error
+
+
+def _parsed(path: str | os.PathLike[str], key: str, value: str) -> Any:
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: the metadata entry {key!r} is not JSON that can be read: {error}") from error
+
+
+def _as_json(metadata: Mapping[str, Any]) -> dict[str, str]:
+    if not isinstance(metadata, Mapping) or not all(isinstance(key, str) for key in metadata):
+        raise TypeError(f"metadata is {metadata!r}; give a mapping from strings to values that JSON can hold")
+    for key in (_ALIASES, _FORMAT):
+        if key in metadata:
+            raise ValueError(f"metadata: {key!r} is a key of the file format; use another")
+    entries = {}
+    for key, value in metadata.items():
+        try:
+            entries[key] = json.dumps(value, allow_nan=False)
+        except (TypeError, ValueError, RecursionError) as error:
+            raise ValueError(f"metadata: {key!r} is {value!r:.80}, which JSON cannot hold: {error}") from error
+    return entries
 
 
 def _stored(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -107,6 +155,9 @@ def _stored(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
     for name, tensor in model.state_dict().items():
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name!r} is a {type(tensor).__name__}; a safetensors file holds tensors only")
+        if tensor.layout != torch.strided or tensor.is_quantized or tensor.dtype == torch.complex128:
+            kind = tensor.dtype if tensor.layout == torch.strided else tensor.layout
+            raise TypeError(f"{name!r} is {kind}, which a safetensors file cannot hold; convert it first")
         place = (tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
         if tensor.numel() and place in first:
             aliases[name] = first[place]
@@ -126,6 +177,8 @@ def _check_fit(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
         raise ValueError(f"{odd[0]!r} is not in {where}; load into a model of the same structure")
     for name, tensor in tensors.items():
         mine = own[name]
+        if mine.layout != torch.strided:
+            raise ValueError(f"{name!r} is {mine.layout} in the model; make it dense first, with .to_dense()")
         if mine.shape != tensor.shape or mine.dtype != tensor.dtype:
             raise ValueError(
                 f"{name!r} is {tuple(tensor.shape)} {tensor.dtype} in the file and "

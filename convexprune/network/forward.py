@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import copy
 import threading
+import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Final
 
+import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from convexprune.network.interrupts import deferred, interruptible
 
+_BETWEEN: Final = ("convexprune.network.forward", "convexprune.network.recording", "convexprune.network.residual")
 _LOCK: Final = threading.RLock()  # two threads that put one model back would leave it changed
 
 
@@ -22,17 +26,114 @@ class Enough(BaseException):  # no Exception: a model that catches those must no
 
 def check_batches(batches: Any) -> None:
     """Raise TypeError for what does not iterate over batches: a lone tensor gives its rows, a Dataset its samples."""
-    if isinstance(batches, (Tensor, Mapping, str, bytes)) or not hasattr(batches, "__iter__"):
-        if hasattr(batches, "__getitem__") and not isinstance(batches, (Tensor, Mapping, str, bytes)):
+    lone = isinstance(batches, (Tensor, np.ndarray, Mapping, str, bytes))
+    if isinstance(batches, type):
+        raise TypeError(f"batches is the class {batches.__name__}; give an iterable of batches, such as [x]")
+    if lone or not hasattr(batches, "__iter__"):
+        if hasattr(batches, "__getitem__") and not lone:
             raise TypeError(f"a {type(batches).__name__} holds samples; give batches, such as a DataLoader of it")
         raise TypeError(f"batches is a {type(batches).__name__}; give an iterable of batches, such as [x]")
 
 
-def check_model(model: Any) -> None:
-    """Raise TypeError for an object that is not a network, such as its class or its state_dict."""
+def check_batch(batch: Any, name: str = "a batch") -> None:
+    """Raise TypeError or ValueError, naming the batch, for what no model can be run on."""
+    if not isinstance(batch, (Tensor, Mapping, tuple, list)):
+        hint = "; torch.from_numpy makes a tensor of it" if isinstance(batch, np.ndarray) else ""
+        raise TypeError(
+            f"{name} is a {type(batch).__name__}; give a tensor, a tuple or list that begins with the input, or a "
+            f"dict of keyword arguments{hint}"
+        )
+    if isinstance(batch, (tuple, list)) and not batch:
+        raise ValueError(f"{name} is an empty sequence; its first element should be the model's input")
+    first = batch[0] if isinstance(batch, (tuple, list)) else batch
+    tensors = list(tensors_in(first))
+    if not tensors:
+        kind = type(first).__name__
+        raise TypeError(f"{name} holds no tensor: its input is a {kind}; convert it with torch.as_tensor first")
+    if isinstance(first, Tensor) and first.ndim == 0:
+        raise ValueError(f"{name} is a single number; its first axis should be that of the samples")
+    for tensor in tensors:
+        _check_dense(tensor, name, "the batches")
+        if tensor.ndim and len(tensor) == 0:
+            raise ValueError(f"{name} is empty: its input has shape {tuple(tensor.shape)}; leave it out")
+
+
+def _check_dense(tensor: Tensor, name: str, what: str) -> None:
+    if tensor.device.type == "meta":
+        raise ValueError(f"{name} is on the meta device: it has a shape and no numbers; load {what} first")
+    if tensor.is_nested or tensor.layout != torch.strided:
+        kind = "nested" if tensor.is_nested else str(tensor.layout).removeprefix("torch.")
+        raise TypeError(f"{name} is a tensor of layout {kind}; make it dense first, with .to_dense() or a padding")
+    if tensor.is_complex():
+        raise TypeError(f"{name} is {tensor.dtype}; only real numbers are covered: give real and imaginary parts")
+    if tensor.is_quantized:
+        raise TypeError(f"{name} is {tensor.dtype}; dequantise it to a float dtype first")
+
+
+def check_model(model: Any, name: str = "the model") -> None:
+    """Raise for what is no network that can be run: its class or state_dict, or parameters that hold no numbers.
+
+    TypeError where it is another kind of thing, ValueError for lazy parameters, for those on the meta device, and for a
+    default device or dtype of torch under which nothing here can be computed.
+    """
     if not isinstance(model, nn.Module):
         what = f"the class {model.__name__}" if isinstance(model, type) else f"a {type(model).__name__}"
-        raise TypeError(f"the model is {what}; give an nn.Module that has its weights")
+        raise TypeError(f"{name} is {what}; give an nn.Module that has its weights")
+    for key, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if is_lazy(tensor):
+            raise ValueError(f"{name}: its {key} has no shape yet; run the model once first")
+        if tensor.device.type == "meta":
+            _check_dense(tensor, f"{name}: its {key}", "the weights")
+    found = torch.get_default_device()
+    if found.type != "cpu":
+        raise ValueError(
+            f"torch's default device is {found}, on which new tensors would be made; call "
+            "torch.set_default_device('cpu') first (the model may stay where it is)"
+        )
+    if torch.get_default_dtype() not in (torch.float32, torch.float64):
+        raise ValueError(
+            f"torch's default dtype is {torch.get_default_dtype()}, which is too coarse to compute in; call "
+            "torch.set_default_dtype(torch.float32) first (the model may stay as it is)"
+        )
+
+
+def check_eager(model: nn.Module) -> None:
+    """Raise ValueError for a model whose modules torch has compiled or scripted: no layer of it is called."""
+    if isinstance(model, torch.jit.ScriptModule):
+        raise ValueError("the model is a script, whose layers cannot be watched; give the module that was scripted")
+    for path, module in model.named_modules():
+        if "_orig_mod" in module._modules:
+            raise ValueError(
+                f"{path or 'the model'} is compiled, so its layers cannot be watched; give the module that was "
+                "compiled (its _orig_mod), and compile the result"
+            )
+        if getattr(module, "_compiled_call_impl", None) is not None:
+            raise ValueError(
+                f"{path or 'the model'} was compiled in place, so its layers cannot be watched; give a model without "
+                ".compile(), and compile the result"
+            )
+
+
+def check_untransformed(name: str, *values: Any) -> None:
+    """Raise ValueError for a layer whose tensors stand for others: under torch.vmap nothing can be read from them."""
+    if any(torch._C._functorch.is_functorch_wrapped_tensor(tensor) for tensor in tensors_in(values)):
+        raise ValueError(
+            f"layer {name!r} is called inside torch.vmap, or another transform of torch.func, where its numbers cannot "
+            "be read; leave it out of `names`, or call it on the whole batch"
+        )
+
+
+class BatchError(ValueError, RuntimeError):  # a RuntimeError too, as most of what torch raises
+    """A batch on which the model's forward failed."""
+
+
+@contextmanager
+def numbered(index: int) -> Iterator[None]:
+    """Say in a `BatchError` which batch it was."""
+    try:
+        yield
+    except BatchError as error:
+        raise BatchError(f"batch {index}: {error}") from error.__cause__
 
 
 def run(model: nn.Module, batch: Any, gradients: bool = False) -> Any:
@@ -40,21 +141,36 @@ def run(model: nn.Module, batch: Any, gradients: bool = False) -> Any:
 
     A batch is a tensor, a tuple or list whose first element is the input, or a mapping of keyword arguments.
     Gradients are recorded only if `gradients` is True.
+
+    Raises BatchError, with the words of what the model's forward raised.
     """
-    first = batch
-    if isinstance(batch, (tuple, list)):
-        if not batch:
-            raise ValueError("a batch is an empty sequence; its first element should be the model's input")
-        first = batch[0]
-    elif not isinstance(batch, (Tensor, Mapping)):
-        raise TypeError(
-            f"a batch is a {type(batch).__name__}; give a tensor, a tuple or list that begins with the input, or a "
-            "dict of keyword arguments"
-        )
-    if isinstance(first, Tensor) and first.ndim and len(first) == 0:
-        raise ValueError(f"a batch is empty: its input has shape {tuple(first.shape)}; leave it out")
+    check_batch(batch)
+    first = batch[0] if isinstance(batch, (tuple, list)) else batch
     with torch.inference_mode(False), torch.set_grad_enabled(gradients), interruptible():
-        return model(**_copy({**first})) if isinstance(first, Mapping) else model(_copy(first))
+        try:
+            return model(**_copy({**first})) if isinstance(first, Mapping) else model(_copy(first))
+        except Exception as error:
+            if _is_ours(error) or isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)):
+                raise
+            words = str(error).strip().split("\n")[0] or type(error).__name__
+            raise BatchError(f"the model's forward failed: {words} ({_described(model, first)})") from error
+
+
+def _is_ours(error: Exception) -> bool:
+    """Whether a hook of this package says what is wrong; the recorder's frames only hand on what torch says."""
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    name = frame.f_globals.get("__name__", "")
+    return isinstance(error, BatchError) or (name.startswith("convexprune.") and name not in _BETWEEN)
+
+
+def _described(model: nn.Module, given: Any) -> str:
+    """What the model was given, and the dtype of its weights where they differ."""
+    tensors = list(tensors_in(given))
+    shapes = ", ".join(f"{tuple(t.shape)} {str(t.dtype).removeprefix('torch.')}" for t in tensors)
+    own = {parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()}
+    odd = own and not any(tensor.dtype in own for tensor in tensors)
+    weights = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in own))
+    return f"the batch is {shapes}{f', the weights are {weights}' if odd else ''}"
 
 
 def _copy(value: Any) -> Any:

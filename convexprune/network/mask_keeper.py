@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from convexprune.network.forward import check_model
 from convexprune.network.names import stacks
 
 
@@ -22,11 +23,16 @@ class MaskKeeper:
     Args:
         model: The network.
         optimizer: The optimizer that trains it.
-        masks: Boolean tensor for each parameter name, True where a weight may be nonzero. None takes the current
-            nonzeros of all prunable layers.
+        masks: Boolean tensor for each parameter name, True where a weight may be nonzero.
+        dense: The network before it was pruned: pruned are the weights that are zero now and were not in its layer of
+            the same name. Layers that it does not have, such as those of an adapter, train freely.
+
+    Without `masks` and `dense` the zeros of all prunable layers count as pruned.
 
     Raises:
-        ValueError: For an unknown name, a mask of another shape, or if the optimizer trains no masked parameter.
+        ValueError: For an unknown name, a mask of another shape, if the optimizer trains no masked parameter, and where
+            a layer that it trains is all zero and neither `masks` nor `dense` says that it was pruned.
+        TypeError: For what is no model, no optimizer, no mapping or no mask.
 
     Example:
         >>> import torch, convexprune as cp
@@ -40,22 +46,41 @@ class MaskKeeper:
         0.0
     """
 
-    def __init__(self, model: nn.Module, optimizer: Optimizer, masks: Mapping[str, Tensor] | None = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        masks: Mapping[str, Tensor] | None = None,
+        *,
+        dense: nn.Module | None = None,
+    ) -> None:
+        check_model(model)
+        if not isinstance(optimizer, Optimizer):
+            raise TypeError(f"optimizer is {optimizer!r}; give the torch.optim.Optimizer that trains the model")
+        if masks is not None and dense is not None:
+            raise ValueError("give masks or dense, not both")
+        if masks is not None and not isinstance(masks, Mapping):
+            raise TypeError(
+                f"masks is a {type(masks).__name__}; give a mapping from parameter names to boolean tensors"
+            )
         parameters = dict(model.named_parameters(remove_duplicate=False))
-        if masks is None:
-            names = [f"{name}.{stack.weight_name}".lstrip(".") for name, stack in stacks(model).items()]
-            masks = {name: parameters[name].detach() != 0 for name in names if name in parameters}
         trained = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        if masks is None:
+            masks = _nonzeros(model, parameters, trained) if dense is None else _survivors(model, dense, parameters)
         self._gone: list[tuple[nn.Parameter, Tensor]] = []
         for name, mask in masks.items():
             if name not in parameters:
                 raise ValueError(f"{name!r} is no parameter of the model; its parameters are {', '.join(parameters)}")
             parameter = parameters[name]
+            if not isinstance(mask, Tensor):
+                raise TypeError(f"the mask of {name!r} is a {type(mask).__name__}; give a boolean tensor")
             if mask.dtype != torch.bool or mask.shape != parameter.shape:
                 raise ValueError(
                     f"the mask of {name!r} is {mask.dtype} {tuple(mask.shape)}; expected a boolean mask "
                     f"{tuple(parameter.shape)}"
                 )
+            if mask.layout != torch.strided or mask.device.type == "meta":
+                raise ValueError(f"the mask of {name!r} is sparse, or on the meta device; give a dense one")
             if id(parameter) in trained:
                 self._gone.append((parameter, ~mask.to(parameter.device)))
         if not self._gone:
@@ -81,3 +106,38 @@ class MaskKeeper:
     def _apply(self) -> None:
         for parameter, gone in self._gone:
             parameter.masked_fill_(gone, 0.0)
+
+
+def _masked(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> list[str]:
+    """The names of the weights of all prunable layers."""
+    names = [f"{name}.{stack.weight_name}".lstrip(".") for name, stack in stacks(model).items()]
+    found = [name for name in names if name in parameters]
+    for name in found:
+        if parameters[name].layout != torch.strided:
+            raise ValueError(f"{name!r} is {parameters[name].layout}; make it dense first, with .to_dense()")
+    return found
+
+
+def _nonzeros(model: nn.Module, parameters: Mapping[str, nn.Parameter], trained: set[int]) -> dict[str, Tensor]:
+    masks = {name: parameters[name].detach() != 0 for name in _masked(model, parameters)}
+    for name, mask in masks.items():
+        if id(parameters[name]) in trained and not bool(mask.any()):
+            raise ValueError(
+                f"{name!r} is all zero, and would never train: was it pruned, or has it yet to learn, as in an "
+                "adapter? Say so by `dense`, the network before it was pruned, or by `masks`"
+            )
+    return masks
+
+
+def _survivors(model: nn.Module, dense: nn.Module, parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+    check_model(dense, "the dense network")
+    before = dict(dense.named_parameters(remove_duplicate=False))
+    masks = {}
+    for name in _masked(model, parameters):
+        if name in before:
+            now, then = parameters[name].detach(), before[name].detach()
+            if now.shape != then.shape:
+                shapes = tuple(now.shape), tuple(then.shape)
+                raise ValueError(f"{name!r} has shape {shapes[0]} in the model, {shapes[1]} in the dense network")
+            masks[name] = (now != 0) | (then == 0).to(now.device)
+    return masks

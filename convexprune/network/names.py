@@ -12,6 +12,7 @@ from functools import cached_property
 import torch
 from torch import nn
 
+from convexprune.network.forward import check_eager
 from convexprune.network.matrices import Stack, kind_names, stack_of
 from convexprune.network.weights import Place, check_stored
 
@@ -56,9 +57,10 @@ class Chosen:
 def choose(model: nn.Module, names: Iterable[str] | str | None) -> Chosen:
     """The layers that the names and fnmatch patterns mean; without names there is one request, "*".
 
-    Raises ValueError for a name or pattern that means no layer, for a name that means two and for weights that hold NaN
-    or inf, TypeError for a layer with integer weights.
+    Raises ValueError for a name or pattern that means no layer, for a name that means two, for weights that hold NaN
+    or inf and for a compiled model, TypeError for a layer whose weights are no dense real numbers.
     """
+    check_eager(model)
     requests = ["*"] if names is None else [names] if isinstance(names, str) else list(names)
     if not requests:
         raise ValueError("names is empty; leave it out to capture every layer")

@@ -20,9 +20,11 @@ import torch
 from torch import Tensor, nn
 
 from convexprune.network.calibration import Calibration
-from convexprune.network.forward import tensors_in, undisturbed
+from convexprune.network.forward import check_model, check_untransformed, numbered, run, tensors_in, undisturbed
 from convexprune.network.matrices import Stack
 from convexprune.network.names import choose
+from convexprune.options import seed as check_seed
+from convexprune.options import whole
 
 
 def sensitivities(
@@ -50,7 +52,8 @@ def sensitivities(
         A tensor (out,), float64 and >= 0, for each layer name.
 
     Raises:
-        ValueError: If there is no batch, `probes` is below 1, or the output is not one floating-point tensor.
+        ValueError: If there is no batch, `probes` is below 1, or the output is not one floating-point tensor of finite
+            numbers.
 
     Example:
         >>> import torch, convexprune as cp
@@ -60,8 +63,9 @@ def sensitivities(
         >>> bool(abs(a[0] / 9 - 1) < 0.2), float(a[1])  # the squared column of the weights that follow
         (True, 0.0)
     """
-    if probes < 1:
-        raise ValueError(f"probes is {probes}; it must be at least 1")
+    check_model(model)
+    whole(1)("probes", probes)
+    check_seed("seed", seed)
     calibration = Calibration.of(batches, names)
     chosen = choose(model, calibration.names)
     pairs, stacks = chosen.pairs, chosen.stacks
@@ -69,8 +73,11 @@ def sensitivities(
     samples = 0
     generator = torch.Generator().manual_seed(seed)
     with undisturbed(model):
-        for batch in calibration:
-            outputs, calls = _graph(model, batch, stacks)
+        for index, batch in enumerate(calibration):
+            with numbered(index):
+                outputs, calls = _graph(model, batch, stacks)
+            if not bool(outputs.isfinite().all()):
+                raise ValueError(f"batch {index}: the model makes NaN or inf of it; check the calibration data")
             samples += len(outputs)
             for _ in range(probes):
                 probe = torch.randn(outputs.shape, generator=generator).to(outputs)
@@ -145,6 +152,9 @@ def _parts(batches: Iterable[Any], size: int) -> Iterator[Any]:
         if isinstance(first, Tensor):
             yield from torch.split(first, size)
             continue
+        if not isinstance(first, Mapping):
+            yield batch
+            continue
         length = len(next(tensors_in(first)))
         for begin in range(0, length, size):
             yield {
@@ -158,16 +168,16 @@ def _graph(model: nn.Module, batch: Any, layers: Iterable[str]) -> tuple[Tensor,
     calls: list[tuple[str, Tensor]] = []
 
     def keep(name: str, _module: nn.Module, _args: Any, output: Tensor) -> Tensor:
+        check_untransformed(name, output)
         if not output.requires_grad:
             output = output.detach().requires_grad_()
         calls.append((name, output))
         return output.clone()  # later modules may overwrite it in place
 
-    with ExitStack() as hooks, torch.inference_mode(False), torch.enable_grad():
+    with ExitStack() as hooks:
         for name in layers:
             hooks.callback(model.get_submodule(name).register_forward_hook(partial(keep, name)).remove)
-        first = batch[0] if isinstance(batch, (tuple, list)) else batch
-        outputs = model(first) if isinstance(first, Tensor) else model(**first)
+        outputs = run(model, batch, gradients=True)
     if not isinstance(outputs, Tensor):
         tensors = list(tensors_in(outputs))
         if len(tensors) != 1:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,7 +11,7 @@ from torch import nn
 
 from convexprune.network.activation import activation
 from convexprune.network.calibration import Calibration
-from convexprune.network.forward import tensors_in, undisturbed
+from convexprune.network.forward import numbered, tensors_in, undisturbed
 from convexprune.network.matrices import Stack
 from convexprune.network.recording import Record, record
 
@@ -26,6 +27,7 @@ class Survey:
     order: list[str] = field(default_factory=list)  # modules, in the order in which they are first called
     calls: dict[str, int] | None = None  # module -> how often a batch calls it; None where batches differ
     rectified: dict[str, bool] = field(default_factory=dict)  # module -> whether a ReLU is all that ever reads it
+    rows: dict[str, int] = field(default_factory=dict)  # module -> how many rows it reads in all batches
     uneven: str = ""  # why the first record does not stand for all, or nothing
     _records: list[Record] = field(default_factory=list)  # the first
     _shapes: set[tuple[tuple[int, ...], ...]] = field(default_factory=set)  # of a sample
@@ -58,6 +60,11 @@ class Survey:
 
     def add(self, steps: Record, batch: Any) -> None:
         """Take in what a batch did."""
+        for step in steps.steps:
+            if step.layer in self.stacks:
+                assert step.layer is not None
+                made = math.prod(step.sizes[-1]) // self.stacks[step.layer].outputs
+                self.rows[step.layer] = self.rows.get(step.layer, 0) + made
         self._shapes.add(tuple(tuple(tensor.shape[1:]) for tensor in tensors_in(batch)))
         if len(self._shapes) > 1:
             self.uneven = "the batches have samples of several shapes, and the bound knows those of the first"
@@ -105,6 +112,7 @@ def survey(
     found = Survey(stacks)
     with undisturbed(model):
         for index, batch in enumerate(calibration):
-            found.add(record(model, batch), batch)
+            with numbered(index):
+                found.add(record(model, batch), batch)
             tell(index)
     return found

@@ -25,6 +25,7 @@ from convexprune.network.calibration import Calibration
 from convexprune.network.capture import Gathering, layers_of, told_activations
 from convexprune.network.forward import copied
 from convexprune.network.matrices import Stack
+from convexprune.network.memory import check_grams, check_rows
 from convexprune.network.moment_accumulator import Account
 from convexprune.network.names import choose
 from convexprune.network.residual import summed
@@ -55,6 +56,7 @@ class Traversal:
             raise ValueError(f"mode is {mode!r}; it must be one of {MODES}")
         self.model, self.calibration, self.mode = model, calibration, mode
         self.chosen = choose(model, calibration.names)
+        check_grams(self.chosen.stacks)
         self.told = told_activations(model, calibration)
         self.pruned = copied(model)
         self._tell = tell or (lambda module, batch: None)
@@ -114,6 +116,9 @@ class Traversal:
 
         keep  the modules whose rows are kept: their problems need samples
         """
+        if self.calibration.positions is None and self.calibration.mask is None:
+            for name in keep:
+                check_rows(name, self.survey.rows[name], self.chosen.stacks[name])
         groups = [self.modules] if self.mode == "parallel" else self.survey.groups
         for group in groups:
             yield from self._captured(group, keep)

@@ -12,7 +12,7 @@ from convexprune.network.matrices import Stack
 
 
 def check_stored(name: str, stack: Stack) -> None:
-    """Raise where the weights cannot be read and written as real numbers: integers, parametrized, not yet made."""
+    """Raise where the weights cannot be read and written as real numbers: integers, sparse, parametrized, not made."""
     module = stack.module
     for key in (stack.weight_name, stack.bias_name):
         if key is None:
@@ -32,7 +32,11 @@ def check_stored(name: str, stack: Stack) -> None:
             continue
         if is_lazy(value):
             raise ValueError(f"layer {name!r}: its {key} has no shape yet; run the model once first")
-        if not value.is_floating_point():
+        if value.layout != torch.strided:
+            raise TypeError(f"layer {name!r}: its {key} is {value.layout}; make it dense first, with .to_dense()")
+        if value.is_complex():
+            raise TypeError(f"layer {name!r}: its {key} is {value.dtype}; only real weights are covered")
+        if not value.is_floating_point() or value.element_size() < 2:
             raise TypeError(f"layer {name!r}: its {key} is {value.dtype}; dequantise it to a float dtype first")
 
 

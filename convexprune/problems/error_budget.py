@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from convexprune.extras import extras
 from convexprune.forms import BudgetProblem
 from convexprune.problem import Formulation
 
@@ -88,7 +89,8 @@ class ErrorBudget(BudgetProblem):
 
     def to_cvxpy(self) -> Formulation:
         """The same, with errors in units of what each layer would get if no other were at its cap."""
-        import cvxpy as cp
+        with extras():
+            import cvxpy as cp
 
         weight = self.sizes / self.sizes.sum()
         unit = torch.minimum(self.caps, weight * self.goal / self.gains.clamp(min=1e-300))

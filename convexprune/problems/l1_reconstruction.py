@@ -16,6 +16,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from convexprune.extras import extras
 from convexprune.forms import LassoProblem
 from convexprune.layer import Layer
 from convexprune.problem import Formulation
@@ -96,7 +97,8 @@ class L1Reconstruction(LassoProblem):
 
     def to_cvxpy(self) -> Formulation:
         """The same lasso as a quadratic program; its objective leaves out nothing, so values agree."""
-        import cvxpy as cp
+        with extras():
+            import cvxpy as cp
 
         # a factor of G is the data matrix of an equivalent least-squares problem
         values, vectors = torch.linalg.eigh(self.gram)

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
+from convexprune.extras import extras
 from convexprune.forms import BallProblem
 from convexprune.layer import Layer
 from convexprune.moments import affine
@@ -168,7 +169,8 @@ class NetTrim(BallProblem):
 
     def to_cvxpy(self) -> Formulation:
         """The second-order cone program."""
-        import cvxpy as cp
+        with extras():
+            import cvxpy as cp
 
         inputs, outputs, active = self.inputs.double().numpy(), self.outputs.numpy(), self.active.numpy()
         x = cp.Variable(self.shape, name="x")

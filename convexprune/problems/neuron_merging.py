@@ -22,6 +22,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from convexprune.extras import extras
 from convexprune.forms import MergingProblem
 from convexprune.problem import Formulation
 
@@ -155,7 +156,8 @@ class NeuronMerging(MergingProblem):
 
     def to_cvxpy(self) -> Formulation:
         """The p-median integer program. Raises ValueError beyond 400 neurons: it has n^2 variables."""
-        import cvxpy as cp
+        with extras():
+            import cvxpy as cp
         import numpy as np
 
         n = len(self.incoming)

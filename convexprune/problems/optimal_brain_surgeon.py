@@ -22,6 +22,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from convexprune.extras import extras
 from convexprune.forms import EqualityQuadratic
 from convexprune.layer import Layer
 from convexprune.problem import Formulation
@@ -111,7 +112,8 @@ class OptimalBrainSurgeon(EqualityQuadratic):
 
     def to_cvxpy(self) -> Formulation:
         """The same quadratic program with its equalities."""
-        import cvxpy as cp
+        with extras():
+            import cvxpy as cp
 
         values, vectors = torch.linalg.eigh(self.gram)
         root = (vectors * values.clamp(min=0).sqrt()).numpy()

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
+from convexprune.extras import extras
 from convexprune.forms import PerspectiveProblem
 from convexprune.layer import Layer
 from convexprune.layout import Layout, check_pattern
@@ -270,7 +271,8 @@ def mixed_integer(parts: Sequence[Reconstruction], pattern: Pattern, always: Ten
 
     Raises ValueError where a Gram matrix is singular.
     """
-    import cvxpy as cp
+    with extras():
+        import cvxpy as cp
 
     squares = [_squares(part) for part in parts]  # raises before anything is built
     limit = torch.cat([part._limits() for part in parts]).flatten().numpy()
@@ -299,7 +301,8 @@ def mixed_integer(parts: Sequence[Reconstruction], pattern: Pattern, always: Ten
 
 def _squares(part: Reconstruction) -> Callable[[cp.Expression], cp.Expression]:
     """The value as a function of x (M, P), by a factor of the Gram matrix."""
-    import cvxpy as cp
+    with extras():
+        import cvxpy as cp
 
     values, vectors = torch.linalg.eigh(part.layer.affine_gram)
     if float(values[0]) <= 1e-10 * float(values[-1]):

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from convexprune import knapsack
 from convexprune.curve import Curve
+from convexprune.extras import extras
 from convexprune.forms import KnapsackProblem
 from convexprune.problem import Formulation
 
@@ -164,7 +165,8 @@ class SparsityAllocation(KnapsackProblem):
 
     def to_cvxpy(self) -> Formulation:
         """The same problem with a boolean for every level of every group."""
-        import cvxpy as cp
+        with extras():
+            import cvxpy as cp
 
         sizes = [len(self.curves[group[0]].kept) for group in self.groups]
         ends = np.cumsum([0, *sizes])
@@ -210,6 +212,7 @@ def _undominated(cost: knapsack.Array, loss: knapsack.Array) -> np.ndarray:
 
 def _rows(owner: np.ndarray, values: knapsack.Array) -> object:
     """(G, n), sparse: entry j stands in row owner[j]."""
-    from scipy.sparse import csr_array
+    with extras():
+        from scipy.sparse import csr_array
 
     return csr_array((values, (owner, np.arange(len(owner)))))

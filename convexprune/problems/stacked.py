@@ -16,6 +16,7 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor
 
+from convexprune.extras import extras
 from convexprune.forms import SharedPattern, SparseLeastSquares, StackedProblem, declared, undeclared
 from convexprune.patterns import Pattern, counted, excess, joined, select, spans
 from convexprune.problem import Formulation, LayerProblem
@@ -110,7 +111,8 @@ class Stacked(StackedProblem):
 
     def to_cvxpy(self) -> Formulation:
         """The parts' programs side by side; x is an expression of their variables."""
-        import cvxpy as cp
+        with extras():
+            import cvxpy as cp
 
         each = [part.to_cvxpy() for part in self.parts]
         program = sum((formulation.problem for formulation in each[1:]), each[0].problem)

@@ -8,6 +8,7 @@ import math
 from html import escape
 from typing import TYPE_CHECKING, Any
 
+from convexprune.extras import extras
 from convexprune.report.row import HEADINGS, LEGEND, WORDS, Row, literal
 from convexprune.report.shares import curves_plot
 
@@ -220,7 +221,8 @@ def _pattern(row: Row) -> str:
 
 
 def _png(pattern: Any) -> str:
-    from matplotlib import image
+    with extras():
+        from matplotlib import image
 
     file = io.BytesIO()
     image.imsave(file, pattern.numpy(), cmap="Blues", vmin=0, vmax=1, format="png")
@@ -229,14 +231,16 @@ def _png(pattern: Any) -> str:
 
 def figure(height: float) -> Any:
     """An empty figure of the page's width; matplotlib's global state is not touched."""
-    from matplotlib.figure import Figure
+    with extras():
+        from matplotlib.figure import Figure
 
     return Figure(figsize=(WIDTH, height), layout="constrained")
 
 
 def image(drawing: Any, words: str) -> str:
     """A figure as an element of the page."""
-    import matplotlib as mpl
+    with extras():
+        import matplotlib as mpl
 
     for axes in drawing.axes:
         axes.spines[["top", "right"]].set_visible(False)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 import torch
 
+from convexprune.extras import extras
 from convexprune.problem import Problem
 from convexprune.solution import Attempt, Status
 
@@ -78,7 +79,8 @@ class CVXPY:
 
     def _run(self, program: cp.Problem) -> None:
         """Solve; what went wrong is in the program's status, except an option that the solver does not know."""
-        import cvxpy as cp
+        with extras():
+            import cvxpy as cp
 
         options = {name: value for key, value in self.options for name in LIMIT_NAMES.get((self.solver, key), (key,))}
         try:
@@ -120,14 +122,16 @@ class CVXPY:
 
 
 def _installed() -> list[str]:
-    import cvxpy as cp
+    with extras():
+        import cvxpy as cp
 
     return list(cp.installed_solvers())
 
 
 def _takes(solver: str, program: cp.Problem) -> bool:
     """Whether CVXPY finds a chain of reductions from the program to the solver; nothing is compiled for it."""
-    import cvxpy as cp
+    with extras():
+        import cvxpy as cp
 
     try:
         program._construct_chain(solver=solver)
