@@ -268,12 +268,12 @@ class Layer:
 
     def squared_errors(self, x: Tensor) -> Tensor:
         """(out,), float64: E (x_m u - y_m)^2 for each output m of the weights x (out, P), by the moments; nearest."""
-        return self.residual(x).energies[0]
+        return self.residual(x).errors
 
     def error_norms(self, x: Tensor) -> Tensor:
         """(out,), float64: at least || X x_m - Y_m || over the samples, with what rounding may hide."""
-        values, doubts = self.residual(x).energies
-        return raised((self.samples * (values + doubts)).sqrt())
+        left = self.residual(x)
+        return raised((self.samples * (left.errors + left.error_doubts)).sqrt())
 
     def damped(self, fraction: float) -> Layer:
         """The layer with a ridge lambda |W' - W|^2, lambda = fraction * mean diagonal of the Gram matrix.

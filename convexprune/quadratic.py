@@ -26,17 +26,38 @@ class Quadratic:
 
     origin   (M, N): A
     inputs   the moments of x: G
-    targets  those of r with x: K and v; None where r is 0
+    targets  those of r with x: K and v; None where r is 0, and else A is 0
     """
 
     origin: Tensor
     inputs: Moments
     targets: CrossMoments | None
 
-    @property
+    @cached_property
+    def varies(self) -> Tensor:
+        """(N,) bool: inputs whose second moment is more than rounding."""
+        return self.inputs.covariance.diagonal() > self.inputs.noise
+
+    @cached_property
     def gram(self) -> Tensor:
-        """G (N, N)."""
-        return self.inputs.covariance
+        """G (N, N), for those who look for weights: rows of inputs that do not vary are 0."""
+        varies = self.varies
+        if bool(varies.all()):
+            return self.inputs.covariance
+        return torch.where(varies[:, None] & varies, self.inputs.covariance, 0.0)
+
+    @cached_property
+    def cross(self) -> Tensor:
+        """C (M, N): A G + K."""
+        found = self.origin @ self.gram if self.targets is None else self.targets.covariance
+        return torch.where(self.varies, found, 0.0)
+
+    @cached_property
+    def energies(self) -> Tensor:
+        """(M,): q(0)."""
+        if self.targets is None:
+            return ((self.origin @ self.gram) * self.origin).sum(1).clamp(min=0)
+        return self.targets.variance
 
     def at(self, w: Tensor) -> Step:
         """What the judge needs at the weights w (M, N)."""
@@ -44,13 +65,14 @@ class Quadratic:
 
     @cached_property
     def root(self) -> Tensor:
-        """(N,): roots of the diagonal of G, 1 where an input does not vary."""
-        return torch.where(self.gram.diagonal() > 0, self.gram.diagonal(), 1.0).sqrt()
+        """(N,): roots of the diagonal of G, 1 where it is 0."""
+        squares = self.inputs.covariance.diagonal()
+        return torch.where(squares > 0, squares, 1.0).sqrt()
 
     @cached_property
     def unit(self) -> Tensor:
         """(N, N): G with its diagonal scaled to 1, and the identity for inputs that do not vary."""
-        unit = self.gram / (self.root[:, None] * self.root)
+        unit = self.inputs.covariance / (self.root[:, None] * self.root)
         unit.diagonal()[~self.inputs.live] = 1.0
         return unit
 
@@ -86,7 +108,7 @@ class Step:
     @cached_property
     def through(self) -> Tensor:
         """D G (M, N)."""
-        return self.step @ self.of.gram
+        return self.step @ self.of.inputs.covariance
 
     @cached_property
     def reach(self) -> Tensor:
@@ -151,7 +173,7 @@ class Step:
 
 @dataclass(frozen=True, eq=False)
 class Residual:
-    """What weights x (M, P) leave of the targets: y - x u, by its moments; each comes with how far it may be off.
+    """What weights x (M, P) leave of the targets: y - x u, by its moments; pairs are a figure and its doubt.
 
     of      the quadratic about the means
     start   (M,): the origin's bias; None for a layer without one
@@ -181,13 +203,17 @@ class Residual:
         return step @ inputs.mean + rise - aim, raised(doubts, step.shape[1] + 8)
 
     @cached_property
-    def energies(self) -> tuple[Tensor, Tensor]:
-        """(M,): E (y - x u)^2."""
-        offset, doubt = self.offsets
-        values, square = self.step.values, offset.square()
-        doubts = self.step.doubts + (2 * offset.abs() + doubt) * doubt + gamma(4) * (square + values.abs())
+    def errors(self) -> Tensor:
+        """(M,): E (y - x u)^2, to the nearest that the moments allow."""
         # a mean of squares is not negative: what is below 0 is rounding, or of moments that no data has
-        return (values + square).clamp(min=0), raised(doubts)
+        return (self.step.values + self.offsets[0].square()).clamp(min=0)
+
+    @cached_property
+    def error_doubts(self) -> Tensor:
+        """(M,): by how much those may be off."""
+        offset, doubt = self.offsets
+        sizes = offset.square() + self.step.values.abs()
+        return raised(self.step.doubts + (2 * offset.abs() + doubt) * doubt + gamma(4) * sizes)
 
     @cached_property
     def moments(self) -> tuple[Tensor, Tensor]:

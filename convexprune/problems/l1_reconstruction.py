@@ -64,9 +64,9 @@ class L1Reconstruction:
 
     def rounding(self, x: Tensor) -> float:
         """By how much `value` may be off."""
-        values, doubts = self.layer.residual(x).energies
-        size = 0.5 * float(values.sum()) + self.lam * float(x.detach().cpu().double().abs().sum())
-        return up(0.5 * float(raised(doubts.sum(), len(doubts))), gamma(8) * size)
+        left = self.layer.residual(x)
+        size = 0.5 * float(left.errors.sum()) + self.lam * float(x.detach().cpu().double().abs().sum())
+        return up(0.5 * float(raised(left.error_doubts.sum(), len(x))), gamma(8) * size)
 
     def violation(self, x: Tensor) -> float:
         """0: every finite point is feasible."""
@@ -90,8 +90,8 @@ class L1Reconstruction:
         if not bool(torch.isfinite(v).all()):
             return 0.0
         left = self.layer.residual(v)
-        (moments, doubts), (aligned, doubt), (values, more) = left.moments, left.with_targets, left.energies
-        energy = raised(values + more)  # E[r^2], with E[r u] and E[y r] before it
+        (moments, doubts), (aligned, doubt) = left.moments, left.with_targets  # E[r u], E[y r]
+        energy = raised(left.errors + left.error_doubts)  # E[r^2]
         # what may not be too large is rounded up, what may not be too small down: any scale within the limit is valid
         limit = lowered(self.lam / raised(moments.abs() + doubts).amax(1))
         scale = torch.minimum(((aligned - doubt) / energy).clamp(min=0), limit).nan_to_num(nan=0.0)

@@ -159,11 +159,12 @@ class NetTrim:
         if not bool(torch.isfinite(x).all()):
             return math.inf
         left, scale = self._left(x), self._scale_below or 1.0
-        # the zero point leaves Y itself, whatever the rounding of its norm
-        share = up(norm_above(left.errors) / scale) if bool(x.any()) or not self.scale else 1.0
+        share = norm_above(left.errors) / scale * (1 + gamma(2))
+        if self.scale and not bool(x.any()):
+            share = 1.0  # the zero point leaves Y itself, whatever the rounding of its norm
         above = left.excess * math.sqrt(max(int(self.active.sum()), 1)) / scale
         most = max(share - self.epsilon, above)
-        return up(most, gamma(6) * most) if most > 0 else 0.0
+        return up(most, gamma(8) * most) if most > 0 else 0.0
 
     def output_errors(self, x: Tensor) -> Tensor:
         """(M,) sqrt( |X x_m - Y_m|^2 where active + |relu(X x_m)|^2 where inactive ) = || relu(X x_m) - Y_m ||.

@@ -15,12 +15,14 @@ but the Hessian of this value is 2 G: the constants here are the exact ones.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
+from convexprune.forms import LeastSquares
 from convexprune.layer import Layer
 from convexprune.problem import Formulation
 from convexprune.quadratic import Quadratic
@@ -73,8 +75,8 @@ class OptimalBrainSurgeon:
 
     def rounding(self, x: Tensor) -> float:
         """By how much `value` may be off."""
-        values, doubts = self.layer.residual(x).energies
-        return up(float(raised(doubts.sum(), len(doubts))), gamma(4) * float(values.sum()))
+        left = self.layer.residual(x)
+        return up(float(raised(left.error_doubts.sum(), len(x))), gamma(4) * float(left.errors.sum()))
 
     def violation(self, x: Tensor) -> float:
         """The largest |x_q| of a removed weight, relative to the largest dense weight."""
@@ -111,7 +113,7 @@ class OptimalBrainSurgeon:
         if not bool(moves.all()):
             left = self.layer.residual(v)
             slopes, doubts = (each[:, :width] for each in left.moments)
-            fixed = _below(self._about_zero, left.energies, (slopes, doubts), free)
+            fixed = _below(self._about_zero, (left.errors, left.error_doubts), (slopes, doubts), free)
             found = torch.where(moves, found, fixed)
         bound = down(total(found), total_doubt(found))
         return max(bound, 0.0) if bound < math.inf else 0.0
@@ -126,6 +128,22 @@ class OptimalBrainSurgeon:
         objective = cp.sum_squares(x @ root) - 2 * cp.sum(cp.multiply(self.cross.numpy(), x)) + self.layer.energy
         gone = cp.multiply(self.removed.numpy().astype(float), x) == 0
         return Formulation(cp.Problem(cp.Minimize(objective), [gone]), x, lambda: torch.from_numpy(x.value))
+
+    def pieces(self) -> Iterator[LeastSquares]:
+        """Least squares over the weights alone: of neurons whose bias moves, about the means, and of the others."""
+        removed, moves = self.removed[:, : self.layer.weight.shape[1]], self._bias_moves
+        for neurons, gram, cross in (
+            (moves, self.layer.centred.gram, self.layer.centred.cross),
+            (~moves, self.layer.gram, self.layer.cross),
+        ):
+            if bool(neurons.any()):
+                yield LeastSquares(neurons, gram, cross[neurons], removed[neurons], self.layer.weight[neurons])
+
+    def completed(self, weight: Tensor) -> Tensor:
+        """(M, P), float64: the weights (M, N) with the best bias as the last column, 0 where it is removed."""
+        if self.layer.bias is None:
+            return weight
+        return torch.cat([weight, torch.where(self._bias_moves, self.layer.best_bias(weight), 0.0)[:, None]], 1)
 
     @property
     def _bias_moves(self) -> Tensor:

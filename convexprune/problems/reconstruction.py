@@ -80,31 +80,23 @@ class Reconstruction:
         """The number of kernel positions behind each input channel; 1 if linear."""
         return self.layer.kernel
 
-    @cached_property
+    @property
     def gram(self) -> Tensor:
         """G (N, N), float64: what is left of the Gram matrix when the bias is at its best.
 
         Inputs whose variance is no more than rounding are left out: their rows are 0.
         """
-        varies = self._varies
-        if bool(varies.all()):
-            return self._quadratic.gram
-        return torch.where(varies[:, None] & varies, self._quadratic.gram, 0.0)
+        return self._quadratic.gram
 
     @cached_property
     def cross(self) -> Tensor:
         """C (M, N), float64."""
-        quadratic = self._quadratic
-        found = self.layer.weight @ self.gram if quadratic.targets is None else quadratic.targets.covariance
-        return torch.where(self._varies, found, 0.0) * self._root[:, None]
+        return self._quadratic.cross * self._root[:, None]
 
     @cached_property
     def energies(self) -> Tensor:
         """(M,): a E[y^2], less a E[y]^2 where there is a bias."""
-        targets = self._quadratic.targets
-        weight = self.layer.weight
-        own = ((weight @ self.gram) * weight).sum(1).clamp(min=0) if targets is None else targets.variance
-        return own * self._importance
+        return self._quadratic.energies * self._importance
 
     def select(self, scores: Tensor, grow: float = 1.0) -> Tensor:
         """(M, N) bool: the support in the pattern with the largest sum of scores (M, N) >= 0; see `patterns.select`."""
@@ -123,8 +115,9 @@ class Reconstruction:
 
     def rounding(self, x: Tensor) -> float:
         """By how much `value` may be off."""
-        values, doubts = (each * self._importance for each in self.layer.residual(x).energies)
-        return up(float(raised(doubts.sum(), len(doubts) + 1)), gamma(4) * float(values.sum()))
+        left = self.layer.residual(x)
+        doubts, size = left.error_doubts * self._importance, float((left.errors * self._importance).sum())
+        return up(float(raised(doubts.sum(), len(doubts) + 1)), gamma(4) * size)
 
     def violation(self, x: Tensor) -> float:
         """Weights (or blocks) kept beyond the pattern, as a fraction of the layer's weights."""
@@ -202,7 +195,7 @@ class Reconstruction:
         scaled = max(self._quadratic.curvature, 0.0) * self._quadratic.root.square() * live
         if not bool(scaled.any()):
             return torch.zeros_like(scaled), torch.zeros_like(scaled)
-        plain = float(torch.linalg.eigvalsh(self._quadratic.gram[live][:, live])[0])
+        plain = float(torch.linalg.eigvalsh(self.gram[live][:, live])[0])
         return self._repaired(max(plain, 0.0) * (1 - 1e-6) * live), lowered(scaled)
 
     def _repaired(self, d: Tensor) -> Tensor:
@@ -222,12 +215,6 @@ class Reconstruction:
     @cached_property
     def _quadratic(self) -> Quadratic:
         return self.layer.quadratic
-
-    @cached_property
-    def _varies(self) -> Tensor:
-        """(N,) bool: inputs that are not constant; of a constant one the bias takes all, but for rounding."""
-        inputs = self._quadratic.inputs
-        return inputs.covariance.diagonal() > inputs.noise
 
     def _perspective(self, at: Step, d: Tensor) -> float:
         """The bound at v and d, in steps from the origin A of the layer's quadratic, so that nothing cancels near it.
