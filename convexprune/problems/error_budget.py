@@ -71,9 +71,11 @@ class ErrorBudget:
 
     def rounding(self, x: Tensor) -> float:
         """By how much `value` may be off."""
-        terms = self.sizes * _log_ratio(self.caps, self._checked(x)).abs()
-        # a ratio is rounded once, which moves its logarithm by u; the logarithm is good to one unit of the last place
-        return up(float(raised((gamma(8) * terms + gamma(2) * self.sizes).sum(), len(terms))))
+        errors = self._checked(x)
+        terms = self.sizes * _log_ratio(self.caps, errors).abs()
+        # a ratio far from 1 is rounded once, which moves its logarithm by u; a logarithm is good to its last place
+        ratios = torch.where(_near(self.caps / errors), 0.0, gamma(2) * self.sizes)
+        return up(float(raised((gamma(8) * terms + ratios).sum(), len(terms))))
 
     def violation(self, x: Tensor) -> float:
         """The largest excess over the goal or a cap, relative to it; an error below 0 by as much; rounded up.
@@ -102,11 +104,12 @@ class ErrorBudget:
         if not price < math.inf:
             return 0.0
         full = price * self.gains * self.caps
-        inside = self.sizes * (_log_ratio(full, self.sizes) + 1)
-        terms = torch.where(full <= self.sizes, full, inside)
-        doubts = gamma(8) * terms.abs() + gamma(8) * self.sizes * (full > self.sizes) + gamma(4) * full.clamp(max=self.sizes)
+        beyond = full > self.sizes
+        terms = torch.where(beyond, self.sizes * (_log_ratio(full, self.sizes) + 1), full)
         paid = price * self.goal
-        bound = down(total(terms) - paid, float(raised(doubts.sum(), len(terms))) + gamma(8) * paid + total_doubt(terms))
+        doubts = gamma(8) * (terms.abs() + torch.where(beyond, self.sizes, 0.0))
+        doubt = float(raised(doubts.sum(), len(terms))) + total_doubt(terms) + gamma(8) * paid
+        bound = down(total(terms) - paid, doubt)
         return bound if 0 < bound < math.inf else 0.0
 
     def to_cvxpy(self) -> Formulation:
@@ -134,6 +137,10 @@ class ErrorBudget:
 def _log_ratio(above: Tensor, below: Tensor) -> Tensor:
     """log(above / below) of numbers > 0, to a unit of the last place, also where the two are nearly equal."""
     ratio = above / below
-    near = (ratio > 0.5) & (ratio < 2)
     apart = torch.where((ratio > 0) & (ratio < math.inf), ratio.log(), above.log() - below.log())
-    return torch.where(near, torch.log1p((above - below) / below), apart)
+    return torch.where(_near(ratio), torch.log1p((above - below) / below), apart)
+
+
+def _near(ratio: Tensor) -> Tensor:
+    """Where a difference is exact."""
+    return (ratio > 0.5) & (ratio < 2)

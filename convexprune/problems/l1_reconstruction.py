@@ -95,7 +95,7 @@ class L1Reconstruction:
         # what may not be too large is rounded up, what may not be too small down: any scale within the limit is valid
         limit = lowered(self.lam / raised(moments.abs() + doubts).amax(1))
         scale = torch.minimum(((aligned - doubt) / energy).clamp(min=0), limit).nan_to_num(nan=0.0)
-        gain, loss = scale * aligned, 0.5 * scale.square() * energy
+        gain, loss = scale * aligned, 0.5 * scale * (scale * energy)
         found = gain - loss - raised(scale * doubt + gamma(8) * (gain.abs() + loss))
         bound = down(total(found.clamp(min=0)), total_doubt(found))
         return bound if 0 < bound < math.inf else 0.0

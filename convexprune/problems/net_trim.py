@@ -130,7 +130,7 @@ class NetTrim:
         """V, float64, broadcastable to (n, M)."""
         if self.slack is None:
             return torch.zeros(1, 1, dtype=torch.float64)
-        slack = torch.as_tensor(self.slack).detach().cpu().double()
+        slack = torch.as_tensor(self.slack, dtype=torch.float64).detach().cpu()
         return slack if slack.ndim == 2 else slack.reshape(1, 1)
 
     @cached_property
@@ -158,12 +158,11 @@ class NetTrim:
         """
         if not bool(torch.isfinite(x).all()):
             return math.inf
-        left, scale = self._left(x), self._scale_below or 1.0
-        share = norm_above(left.errors) / scale * (1 + gamma(2))
-        if self.scale and not bool(x.any()):
-            share = 1.0  # the zero point leaves Y itself, whatever the rounding of its norm
-        above = left.excess * math.sqrt(max(int(self.active.sum()), 1)) / scale
-        most = max(share - self.epsilon, above)
+        left, scale = self._left(x), self._unit
+        error, above = norm_above(left.errors), left.excess * math.sqrt(max(int(self.active.sum()), 1))
+        # the zero point leaves Y itself, whatever the rounding of its norm
+        share = error / scale * (1 + gamma(2)) if bool(x.any()) and error else 1.0 if error else 0.0
+        most = max(share - self.epsilon, above / scale if above > 0 else 0.0)
         return up(most, gamma(8) * most) if most > 0 else 0.0
 
     def output_errors(self, x: Tensor) -> Tensor:
@@ -189,6 +188,7 @@ class NetTrim:
         if not bool(torch.isfinite(z).all()):
             return 0.0
         z = torch.where(self.active, z, z.clamp(max=0))
+        z = z / z.abs().amax(0).clamp(min=TINY)  # any multiple of a column serves: one whose squares are in range
         (gain, norms), reach = self._gains(z), self._rows.reach(z)
         limit = lowered(1 / reach.amax(0).clamp(min=TINY))
         bound = _best_scaling(gain, norms, limit, self._radius_above)
@@ -240,18 +240,23 @@ class NetTrim:
     @cached_property
     def _scale_doubt(self) -> float:
         """By how much ||Y||_F may be off."""
-        own = 0.0 if self._own is None else norm_above(self._rows.heights) * norm_above(self._own)
-        return up(own, gamma(self.outputs.numel() + 4) * self.scale)
+        if self._own is None or not bool(self.active.any()):
+            return gamma(self.outputs.numel() + 4) * self.scale
+        own = norm_above(self._rows.heights) * norm_above(self._own)
+        return up(own, gamma(self.outputs.numel() + 4) * self.scale) if own else 0.0
 
     @cached_property
-    def _scale_below(self) -> float:
-        """At most ||Y||_F; 0 where Y may be."""
-        return max(down(self.scale, self._scale_doubt), 0.0) if self.scale else 0.0
+    def _unit(self) -> float:
+        """At most ||Y||_F, but 1 where that is certainly 0; where it may be, the least number: all is beyond it."""
+        if not self.scale and not self._scale_doubt:
+            return 1.0
+        return max(down(self.scale, self._scale_doubt), TINY)
 
     @cached_property
     def _radius_above(self) -> float:
         """At least the radius."""
-        return up(self.epsilon * up(self.scale, self._scale_doubt)) if self.epsilon and self.scale else 0.0
+        whole = self.scale + self._scale_doubt
+        return up(self.epsilon * up(whole)) if self.epsilon and whole else 0.0
 
     def _left(self, x: Tensor) -> Left:
         weight, rows = x.detach().cpu().double(), self._rows
@@ -287,7 +292,7 @@ class NetTrim:
         """The dense layer's relative error on these inputs, and what it makes of them (n, M), rounded up."""
         error = norm_above(self._left(self.dense).errors)
         now = affine(self.inputs, self.dense)
-        return up(error / max(self._scale_below, TINY)), now.addr_(self._rows.heights, 4 * self._rows.blur(self.dense))
+        return up(error / self._unit), now.addr_(self._rows.heights, 4 * self._rows.blur(self.dense))
 
     def _gains(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """(M,), (M,): at most <z_m, Y> + <z_m, V>, and at least |z_m| where active."""
@@ -333,13 +338,15 @@ class NetTrim:
 def _best_scaling(gain: Tensor, norms: Tensor, limit: Tensor, radius: float, steps: int = 20) -> float:
     """max over 0 <= s <= limit of <s, gain> - radius sqrt(<s^2, norms^2>), by a fixed point; every iterate is valid."""
     scale = torch.where(gain > 0, limit, 0)
-    energy, best, few = norms.square(), 0.0, gamma(len(gain) + 8)
+    best, few = 0.0, gamma(len(gain) + 8)
     for _ in range(steps):
-        norm = float((scale.square() * energy).sum().sqrt())
+        sizes = scale * norms
+        most = float(sizes.max()) if len(sizes) else 0.0
+        norm = most * float((sizes / max(most, TINY)).norm())
         won, paid = float((scale * gain).sum()), radius * norm
         best = max(best, down(won - paid, few * (float((scale * gain).abs().sum()) + paid)))
         if radius == 0 or norm == 0:
             break
-        wanted = gain * norm / (radius * energy.clamp(min=TINY))
+        wanted = gain / norms.clamp(min=TINY) * (norm / radius) / norms.clamp(min=TINY)
         scale = torch.minimum(wanted.clamp(min=0), limit)
     return best

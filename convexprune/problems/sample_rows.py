@@ -82,7 +82,9 @@ class SampleRows:
     def least_gain(self, rows: Tensor) -> float:
         """At most the smallest singular value of some rows (k,) in units of the columns, zero columns left out."""
         used = self.spans > 0
+        if not len(rows) or not bool(used.any()):
+            return 0.0
         x = (self.inputs[rows].double() / self.columns)[:, used]
         # no column is longer than 1, so an entry of x^T x is off by at most gamma, and the matrix by P times that
-        least = down(least_eigenvalue(x.T @ x), gamma(len(rows) + 8) * len(x[0]))
+        least = down(least_eigenvalue(x.T @ x), gamma(len(rows) + 8) * x.shape[1])
         return math.sqrt(least) * (1 - gamma(2)) if 0 < least < math.inf else 0.0
