@@ -53,9 +53,7 @@ class Layer:
             }  # fmt: skip
         for key, (value, shape) in expected.items():
             _check_array(self.name, key, value, shape)
-        if self.bias is not None and (
-            self.read.mean is None or (self.aimed is not None and self.aimed.mean is None)
-        ):
+        if self.bias is not None and (self.read.mean is None or (self.aimed is not None and self.aimed.mean is None)):
             raise ValueError(f"layer {self.name!r} has a bias: its moments need `mean` and `target_mean` too")
         if self.activation not in ACTIVATIONS:
             raise ValueError(f"layer {self.name!r}: activation {self.activation!r} is not one of {ACTIVATIONS}")

@@ -72,7 +72,9 @@ def solve(problem: Problem, solver: Solver | None = None, *, start: Tensor | Non
     note = attempt.note
     if status is Status.INFEASIBLE and certificate.bound < math.inf:
         status, note = Status.NUMERICAL, f"{note}; {UNPROVEN}" if note else UNPROVEN
-    return Solution(x, attempt.witness, status, certificate, seconds, attempt.iterations, repr(solver), attempt.trace, note)
+    return Solution(
+        x, attempt.witness, status, certificate, seconds, attempt.iterations, repr(solver), attempt.trace, note
+    )
 
 
 def check_solver(solver: Solver) -> Solver:

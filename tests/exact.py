@@ -241,7 +241,9 @@ def merging(problem, table):
     n = len(table)
 
     def least(keep):
-        return min(sum(min(table[j][i] for i in kept) for j in range(n)) for kept in itertools.combinations(range(n), keep))
+        return min(
+            sum(min(table[j][i] for i in kept) for j in range(n)) for kept in itertools.combinations(range(n), keep)
+        )
 
     if problem.keep is not None:
         return least(problem.keep)

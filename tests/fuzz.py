@@ -160,7 +160,9 @@ def check_errors(problem, x):
     """Errors are not below the exact ones."""
     truth = exact.moments(problem.layer)
     for claimed, true in zip(problem.output_errors(x).tolist(), truth.errors(x), strict=True):
-        assert exact.norm_at_least(claimed, true * truth.count), f"error {claimed!r} is below {float(true * truth.count) ** 0.5!r}"
+        assert exact.norm_at_least(claimed, true * truth.count), (
+            f"error {claimed!r} is below {float(true * truth.count) ** 0.5!r}"
+        )
 
 
 def moved(draw, problem):
@@ -398,7 +400,14 @@ def budget(draw):
         over = [exact.dot(g, e) / Fraction(problem.goal) - 1, *(a / b - 1 for a, b in zip(e, cap, strict=True))]
         assert Fraction(problem.violation(x[:, None])) >= max(over)
     gaps = []
-    prices = [0.0, draw.power(-30, 30), 1e300, 1e-300, math.nan, *(float(n / max(g, 1e-30)) for n, g in zip(each[1], each[0], strict=True))]
+    prices = [
+        0.0,
+        draw.power(-30, 30),
+        1e300,
+        1e-300,
+        math.nan,
+        *(float(n / max(g, 1e-30)) for n, g in zip(each[1], each[0], strict=True)),
+    ]
     prices.append(float(each[1].sum()) / problem.goal)
     for price in (None, *prices):
         gaps.append(check_bound(problem.lower_bound(price), Fraction(best) + Fraction(1, 10**30)))

@@ -158,9 +158,7 @@ class OptimalBrainSurgeon:
         return Quadratic(self.layer.weight, self.layer.read.raw, None)
 
 
-def _below(
-    quadratic: Quadratic, values: tuple[Tensor, Tensor], slopes: tuple[Tensor, Tensor], free: Tensor
-) -> Tensor:
+def _below(quadratic: Quadratic, values: tuple[Tensor, Tensor], slopes: tuple[Tensor, Tensor], free: Tensor) -> Tensor:
     """(M,): at most what each neuron's value can come down to from here, moving its free weights; at least 0."""
     (value, doubt), (slope, blur) = values, slopes
     # with half the gradient h: value - sum h^2 / (mu G_ii)

@@ -289,4 +289,3 @@ class Reconstruction:
     def _root(self) -> Tensor:
         """(M,): sqrt(a)."""
         return self._importance.sqrt()
-
