@@ -122,8 +122,8 @@ class CrossMoments:
             return cls(None, energies, cross, none, torch.zeros_like(cross[0]), none)
         central = torch.where(inputs.live, product_minus(mean[:, None], inputs.mean[None, :], cross), 0.0)
         variance = product_minus(mean, mean, energies)
-        doubts = (raised(2 * UNIT * each.abs()) for each in (mean, torch.where(inputs.live, inputs.mean, 0.0)))
-        return cls(mean, variance, central, *doubts, none, gamma(3))
+        doubt, input_doubt = raised(2 * UNIT * mean.abs()), raised(2 * UNIT * inputs.mean.abs() * inputs.live)
+        return cls(mean, variance, central, doubt, input_doubt, none, gamma(3))
 
     def raw(self, inputs: Moments) -> CrossMoments:
         """The same about 0."""
@@ -251,7 +251,7 @@ class InputMoments:
 
 
 class TargetMoments:
-    """Running sums of y x^T, y and y^2, for targets that are not the layer's own outputs (a cascade); `a + b` as well."""
+    """Running sums of y x^T, y and y^2, for targets that are not the layer's own outputs (a cascade); `a + b` too."""
 
     def __init__(self, out: int, width: int) -> None:
         self.inputs, self.targets = Sums(width), Sums(out)

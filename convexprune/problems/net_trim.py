@@ -307,8 +307,8 @@ class NetTrim:
     def _refuted(self, gain: Tensor, norms: Tensor, reach: Tensor) -> bool:
         """Whether gain - radius |Z_active| exceeds what any feasible point makes of it, in one neuron or in all.
 
-        A feasible u_m has |X_A u_m| <= |Y_m| + radius over any active samples A, so |c u_m| <= (|Y_m| + radius) / s with
-        s the smallest singular value of X_A / c, and sum_p z_p (X u)_p = <X^T z, u> <= |X^T z / c| |c u_m|.
+        A feasible u_m has |X_A u_m| <= |Y_m| + radius over any active samples A, so |c u_m| <= (|Y_m| + radius) / s,
+        s the smallest singular value of X_A / c, and <z, X u> = <X^T z, u> <= |X^T z / c| |c u_m|.
         """
         spread = raised((reach / self._rows.columns[:, None]).square().sum(0).sqrt(), len(reach) + 8)
         used = raised(spread * self._norm_limits).nan_to_num(nan=math.inf)

@@ -209,7 +209,7 @@ class NeuronMerging:
         return Quadratic(self.incoming, Moments.given(1, self.gram.detach().cpu().double(), None), None)
 
     def _judged(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """(n,), (n,): c(j, x_j), and by how much each may be off: by differences of neurons, so that nothing cancels."""
+        """(n,), (n,): c(j, x_j), and by how much each may be off: from differences, so that nothing cancels."""
         joined = self._joined(x)
         if joined is None:
             return torch.full_like(self.importance, math.inf), torch.zeros_like(self.importance)
