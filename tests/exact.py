@@ -282,3 +282,15 @@ def budget_optimum(problem):
 def norm_at_least(claimed, squared):
     """Whether a float is at least the root of a rational."""
     return math.isinf(claimed) or Fraction(claimed) ** 2 >= squared
+
+
+def chain_difference(pair, x):
+    """zhat_L - z_L at a point x."""
+    ends = []
+    for weights, biases in ((pair.weights, pair.biases), (pair.pruned_weights, pair.pruned_biases)):
+        y = rational(x)
+        for place, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
+            y = [max(value, Fraction(0)) for value in y] if place else y
+            y = [dot(row, y) + b for row, b in zip(rational(weight), rational(bias), strict=True)]
+        ends.append(y)
+    return [b - a for a, b in zip(*ends, strict=True)]

@@ -6,6 +6,7 @@ from 1e-12 to 1e12, means up to 1e7 standard deviations, columns repeated, nearl
 
 import argparse
 import contextlib
+import itertools
 import math
 import random
 import time
@@ -15,6 +16,15 @@ from fractions import Fraction
 import exact
 import torch
 
+from convexprune.bounds import (
+    Ball,
+    Box,
+    ChainPair,
+    Exact,
+    IntervalPropagation,
+    LinearRelaxation,
+    difference_bounds,
+)
 from convexprune.curve import Curve
 from convexprune.layer import Layer
 from convexprune.moments import InputMoments, TargetMoments
@@ -409,6 +419,42 @@ def budget(draw):
     return max(doubts), min(gaps)
 
 
+def worst_case(draw):
+    """Bounds over a set against points of it, corners most of all; the mixed-integer program now and then."""
+    widths = [draw.integer(1, 4) for _ in range(draw.integer(2, 4))]
+    unit, shapes = draw.power(-6, 6), list(itertools.pairwise(widths))
+    weights = [unit * draw.normal(b, a) for a, b in shapes]
+    biases = [unit * draw.power(-3, 3) * draw.normal(b) for _, b in shapes]
+    pruned = [w * (draw.normal(*w.shape) > -0.3) if draw.chance(0.8) else w for w in weights]
+    others = [b * (1 + draw.power(-16, 0) * draw.chance(0.3)) for b in biases]
+    pair, radius = ChainPair(weights, biases, pruned, others), draw.power(-6, 4) * draw.chance(0.9)
+    center = draw.normal(1, widths[0]) * draw.power(-4, 4)
+    around = Box(center, radius) if draw.chance(0.7) else Ball(center, radius)
+    x = torch.cat([center[:, None], around.points(40, draw.generator)], 1)[0]
+    z, zhat = pair.run(x)
+    seen = zhat - z
+    some = torch.cat([seen.argmax(0), seen.argmin(0), torch.zeros(1, dtype=torch.long)]).unique()
+    inside = [x[at] for at in some.tolist() if _inside(around, x[at])]
+    true = [exact.chain_difference(pair, point) for point in inside]
+    methods = [IntervalPropagation(), LinearRelaxation()]
+    methods += [Exact()] if draw.chance(0.03) and isinstance(around, Box) else []
+    gap = 1.0
+    for method in methods:
+        bounds = difference_bounds(pair, around, method)
+        for low, high, *values in zip(*(b[0].tolist() for b in (bounds.lower, bounds.upper)), *true, strict=True):
+            for value in values:
+                assert Fraction(low) <= value <= Fraction(high), f"{type(method).__name__}: {float(value)!r} is outside"
+            size = max(abs(low), abs(high))
+            gap = min(gap, 1 - float(max(map(abs, values), default=0)) / size if size else 0.0)
+    return 0.0, gap
+
+
+def _inside(around, point):
+    center, radius = exact.rational(around.center[0]), Fraction(around.radius)
+    steps = [abs(a - b) for a, b in zip(exact.rational(point), center, strict=True)]
+    return max(steps) <= radius if isinstance(around, Box) else exact.dot(steps, steps) <= radius**2
+
+
 PROBLEMS = {
     "reconstruction": reconstruction,
     "optimal_brain_surgeon": surgeon,
@@ -417,6 +463,7 @@ PROBLEMS = {
     "sparsity_allocation": allocation,
     "neuron_merging": merging,
     "error_budget": budget,
+    "worst_case": worst_case,
 }
 
 
