@@ -14,13 +14,15 @@ turn, is a class with `Form` among its own bases.
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor
 
 from convexprune.problem import Problem, Solver, check_problem, check_solver, stated
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from convexprune.curve import Curve
     from convexprune.patterns import Pattern
 
@@ -202,6 +204,16 @@ class PerspectiveProblem(SparseLeastSquares, Form):
         """(N,): a d >= 0 with G - diag(d) positive semidefinite, from which to look for a better one."""
 
 
+class LeastSquares(NamedTuple):
+    """Minimise tr(W G W^T) - 2 <C, W> over the weights of some neurons, zero where `removed`."""
+
+    neurons: Tensor  # (M,) bool
+    gram: Tensor  # (N, N)
+    cross: Tensor  # (neurons, N)
+    removed: Tensor  # (neurons, N) bool
+    dense: Tensor  # (neurons, N)
+
+
 class EqualityQuadratic(Form):
     """Minimise tr(x G x^T) - 2 <C, x> + energy over x (M, P) that is zero where `removed`."""
 
@@ -216,6 +228,14 @@ class EqualityQuadratic(Form):
     @stated
     def removed(self) -> Tensor:
         """(M, P) bool."""
+
+    @abstractmethod
+    def pieces(self) -> Iterable[LeastSquares]:
+        """The same without the bias, which is put at its best: for a large mean that is far better conditioned."""
+
+    @abstractmethod
+    def completed(self, weight: Tensor) -> Tensor:
+        """(M, P), float64: the weights (M, N) of all pieces with the bias that belongs to them."""
 
 
 class KnapsackProblem(Form):

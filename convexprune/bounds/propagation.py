@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from convexprune.bounds.gains import Operator
+from convexprune.rounding import gamma, norm_above, raised, up
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,11 +66,11 @@ class Spread:
     def of(cls, gram: Tensor, rectified: bool = False) -> Spread:
         """The bounds that D^T D gives."""
         squares = gram.diagonal().clamp(min=0)
-        return cls(math.sqrt(float(squares.sum())), squares.sqrt(), gram, rectified)
+        return cls(norm_above(squares.sqrt()), raised(squares.sqrt()), gram, rectified)
 
     def times(self, factor: float) -> Spread:
         """Scale the bounds by `factor`; drops the Gram bound, since positions may mix."""
-        return Spread(self.total * factor, None if self.channels is None else self.channels * factor)
+        return Spread(up(self.total * factor), None if self.channels is None else raised(self.channels * factor))
 
     def plain(self) -> Spread:
         """Keep only the bound of ||D||_F."""
@@ -92,7 +93,7 @@ class Spread:
         if self.channels is None or len(self.channels) != len(channels):
             return self.plain()
         left = self.channels * channels
-        return Spread(min(self.total, float(left.norm())), left)
+        return Spread(min(self.total, norm_above(left)), left)
 
     def plus(self, other: Spread) -> Spread:
         """The bounds of a sum: (D_1 + D_2)^T (D_1 + D_2) is at most (1 + t) D_1^T D_1 + (1 + 1/t) D_2^T D_2."""
@@ -102,11 +103,11 @@ class Spread:
             return other
         channels = gram = None
         if self.channels is not None and other.channels is not None and len(self.channels) == len(other.channels):
-            channels = self.channels + other.channels
+            channels = raised(self.channels + other.channels)
             if self.gram is not None and other.gram is not None:
                 share = other.total / self.total
-                gram = (1 + share) * self.gram + (1 + 1 / share) * other.gram
-        return _tight(self.total + other.total, channels, gram)
+                gram = _covered((1 + share) * self.gram + (1 + 1 / share) * other.gram, 8)
+        return _tight(up(self.total, other.total), channels, gram)
 
 
 class Rule(Protocol):
@@ -125,11 +126,11 @@ class Frobenius:
 
     def through(self, operator: Operator, before: Spread) -> Spread:
         """Bounds of op(D)."""
-        return Spread(operator.frobenius() * before.total)
+        return Spread(up(operator.frobenius() * before.total))
 
     def scaled(self, scale: Tensor, before: Spread) -> Spread:
         """Multiply by max |s|; in the paper a norm's scale belongs to no layer."""
-        return Spread(_largest(scale) * before.total)
+        return Spread(up(_largest(scale) * before.total))
 
 
 @dataclass(frozen=True)
@@ -138,11 +139,11 @@ class Spectral:
 
     def through(self, operator: Operator, before: Spread) -> Spread:
         """Bounds of op(D)."""
-        return Spread(operator.spectral * before.total)
+        return Spread(up(operator.spectral * before.total))
 
     def scaled(self, scale: Tensor, before: Spread) -> Spread:
         """Multiply by max |s|."""
-        return Spread(_largest(scale) * before.total)
+        return Spread(up(_largest(scale) * before.total))
 
 
 @dataclass(frozen=True)
@@ -156,38 +157,59 @@ class ByChannel:
 
     def through(self, operator: Operator, before: Spread) -> Spread:
         """Bounds of op(D)."""
-        whole = operator.spectral * before.total
-        channels = operator.rows() * before.total
+        whole = up(operator.spectral * before.total)
+        channels = raised(operator.rows() * before.total)
         gram = None
         if before.channels is not None and operator.channels % len(before.channels) == 0:
-            channels = torch.minimum(channels, operator.blocks(len(before.channels)) @ before.channels)
+            parts = raised(operator.blocks(len(before.channels)) @ before.channels, len(before.channels))
+            channels = torch.minimum(channels, parts)
         if before.gram is not None and operator.channels == len(before.gram):
-            pieces = [tap @ before.gram @ tap.T for tap in operator.taps()]
+            pieces = [_carried(tap, before.gram) for tap in operator.taps()]
             sizes = [math.sqrt(max(float(piece.trace()), 0.0)) for piece in pieces]
             # (sum A_k)^T (sum A_k) <= sum A_k^T A_k / share_k for shares that sum to 1
             gram = sum(
                 (piece * (sum(sizes) / size) for piece, size in zip(pieces, sizes, strict=True) if size > 0),
                 start=torch.zeros_like(pieces[0]),
             )
+            gram = _covered(gram, len(sizes) + 8)
             roots = [piece.diagonal().clamp(min=0).sqrt() for piece in pieces]
-            channels = torch.minimum(channels, torch.stack(roots).sum(0))
+            channels = torch.minimum(channels, raised(torch.stack(roots).sum(0), len(roots) + 4))
         return _tight(whole, channels, gram)
 
     def scaled(self, scale: Tensor, before: Spread) -> Spread:
         """Multiply each channel by its own scale."""
         s = scale.detach().cpu().double()
-        whole = _largest(s) * before.total
+        whole = up(_largest(s) * before.total)
         if before.channels is None or len(before.channels) != len(s):
             return Spread(whole)
-        return _tight(whole, before.channels * s.abs(), None if before.gram is None else s[:, None] * before.gram * s)
+        gram = None if before.gram is None else _covered(s[:, None] * before.gram * s, 4)
+        return _tight(whole, raised(before.channels * s.abs()), gram)
 
 
 def _tight(total: float, channels: Tensor | None, gram: Tensor | None) -> Spread:
-    """Tighten each of the three bounds by the others; the gains have been rounded upwards already."""
+    """Tighten each of the three bounds by the others."""
     if gram is not None:
-        roots = gram.diagonal().clamp(min=0).sqrt()
+        roots = raised(gram.diagonal().clamp(min=0).sqrt())
         channels = roots if channels is None else torch.minimum(channels, roots)
-    return Spread(total if channels is None else min(total, float(channels.norm())), channels, gram)
+    return Spread(total if channels is None else min(total, norm_above(channels)), channels, gram)
+
+
+def _carried(tap: Tensor, gram: Tensor) -> Tensor:
+    """At least A G A^T, in the order of semidefinite matrices."""
+    size = tap.abs() @ gram.diagonal().clamp(min=0).sqrt()
+    return _above(tap @ gram @ tap.T, size, 2 * len(gram) + 8)
+
+
+def _covered(gram: Tensor, roundings: int) -> Tensor:
+    """At least a matrix whose entries took so many roundings of what two of its diagonal allow."""
+    return _above(gram, gram.diagonal().clamp(min=0).sqrt(), roundings)
+
+
+def _above(gram: Tensor, size: Tensor, roundings: int) -> Tensor:
+    """Errors of at most c s_i s_j in each entry are at most c |s|_1 diag(s), by their rows."""
+    above = gram.clone()
+    above.diagonal().add_(raised(size * size.sum(), len(size) + 4) * gamma(roundings))
+    return above
 
 
 def _largest(scale: Tensor) -> float:

@@ -21,17 +21,18 @@ import torch
 from torch import Tensor
 
 from convexprune.extras import extras
-from convexprune.forms import PerspectiveProblem
+from convexprune.forms import GroupedLeastSquares, PerspectiveProblem
 from convexprune.layer import Layer
 from convexprune.layout import Layout, check_pattern
 from convexprune.patterns import Pattern, excess, select
 from convexprune.problem import Formulation
+from convexprune.quadratic import Quadratic, Step
+from convexprune.rounding import UNIT, down, gamma, lowered, raised, total, total_doubt, up
 
 if TYPE_CHECKING:
     import cvxpy as cp
 
 Minorant = tuple[float, Tensor]
-CONSTANT = 1e-13  # a variance that small, relative to the second moment, is the rounding of a constant
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,26 +94,23 @@ class Reconstruction(PerspectiveProblem):
         """The number of kernel positions behind each input channel; 1 if linear."""
         return self.layer.kernel
 
-    @cached_property
+    @property
     def gram(self) -> Tensor:
-        """G (N, N), float64: what is left of the Gram matrix when the bias is at its best."""
-        mean, raw = self._mean, self.layer.gram
-        return raw if mean is None else torch.where(self._varies[:, None] & self._varies, raw - mean[:, None] * mean, 0)
+        """G (N, N), float64: what is left of the Gram matrix when the bias is at its best.
+
+        Inputs whose variance is no more than rounding are left out: their rows are 0.
+        """
+        return self._quadratic.gram
 
     @cached_property
     def cross(self) -> Tensor:
         """C (M, N), float64."""
-        mean, aim = self._mean, self.layer.target_mean
-        if mean is None or aim is None:
-            return self.layer.cross * self._root[:, None]
-        return torch.where(self._varies, self.layer.cross - torch.outer(aim, mean), 0.0) * self._root[:, None]
+        return self._quadratic.cross * self._root[:, None]
 
     @cached_property
     def energies(self) -> Tensor:
         """(M,): a E[y^2], less a E[y]^2 where there is a bias."""
-        aim = self.layer.target_mean
-        left = self.layer.energies if self._mean is None or aim is None else self.layer.energies - aim.square()
-        return left * self._root.square()
+        return self._quadratic.energies * self._importance
 
     def select(self, scores: Tensor, grow: float = 1.0) -> Tensor:
         """(M, N) bool: the support in the pattern with the largest sum of scores (M, N) >= 0; see `patterns.select`."""
@@ -121,17 +119,19 @@ class Reconstruction(PerspectiveProblem):
     def completed(self, weight: Tensor) -> Tensor:
         """(M, P), float64: W for V (M, N), with the best bias as the last column, if the layer has one."""
         weight = weight.detach().cpu().double() / self._root[:, None]
-        mean, aim = self._mean, self.layer.target_mean
-        if mean is None or aim is None:
-            return weight
-        return torch.cat([weight, (aim - weight @ mean)[:, None]], 1)
+        return weight if self.layer.bias is None else torch.cat([weight, self.layer.best_bias(weight)[:, None]], 1)
 
     def value(self, x: Tensor) -> float:
-        """sum_m a_m E (x_m u - y_m)^2."""
-        weighted = self.layer.squared_errors(x) * self._root.square()
-        total, size = float(weighted.sum()), float((self.layer.energies * self._root.square()).sum())
-        # a sum of squares: what is below 0 by more than the rounding of its terms comes of impossible moments
-        return total if total < -1e-9 * size else max(total, 0.0)
+        """sum_m a_m E (x_m u - y_m)^2, to the nearest; inf for a point that is not finite."""
+        if not bool(torch.isfinite(x).all()):
+            return math.inf
+        return total(self.layer.squared_errors(x) * self._importance)
+
+    def rounding(self, x: Tensor) -> float:
+        """By how much `value` may be off."""
+        left = self.layer.residual(x)
+        doubts, size = left.error_doubts * self._importance, float((left.errors * self._importance).sum())
+        return up(float(raised(doubts.sum(), len(doubts) + 1)), gamma(4) * size)
 
     def violation(self, x: Tensor) -> float:
         """Weights (or blocks) kept beyond the pattern, as a fraction of the layer's weights."""
@@ -155,7 +155,7 @@ class Reconstruction(PerspectiveProblem):
         certain to be semidefinite; d is also tried as the smallest eigenvalue of G, in units of its diagonal and not.
         At least 0, which is all there is where G is singular. Raises ValueError for other shapes.
         """
-        return strongest(self.minorants(witness), self.select)
+        return strongest(self.minorants(witness), self)
 
     def minorants(self, witness: Tensor | tuple[Tensor, Tensor] | None) -> tuple[Minorant, ...]:
         """For each d that is tried, what the bound is made of: value >= constant - the scores (M, N) where W is not 0.
@@ -163,11 +163,12 @@ class Reconstruction(PerspectiveProblem):
         So for any W at all, whatever the pattern. Raises ValueError as `lower_bound`.
         """
         v, d = witness if isinstance(witness, tuple) else (witness, None)
-        v = self.target if v is None else self._checked(v)
+        v = self.layer.weight if v is None else self._checked(v)
         if v is None:
             return ((0.0, torch.zeros_like(self.target)),)
         diagonals = self._diagonals if d is None else (*self._diagonals, self._repaired(d))
-        return tuple(self._perspective(v, each) for each in diagonals)
+        at = self._quadratic.at(v)
+        return tuple(self._perspective(at, each) for each in diagonals)
 
     @property
     def diagonal(self) -> Tensor:
@@ -186,54 +187,76 @@ class Reconstruction(PerspectiveProblem):
     @cached_property
     def _diagonals(self) -> tuple[Tensor, Tensor]:
         """Two choices of d (N,): the smallest eigenvalue of G for each input, and the same in units of G's diagonal."""
-        live = self.gram.diagonal() > 0
-        plain = max(_least_eigenvalue(self.gram[live][:, live]), 0.0)
-        return plain * live.double(), max(self._curvature, 0.0) * self.gram.diagonal() * live
+        live = self._quadratic.inputs.live
+        scaled = max(self._quadratic.curvature, 0.0) * self._quadratic.root.square() * live
+        if not bool(scaled.any()):
+            return torch.zeros_like(scaled), torch.zeros_like(scaled)
+        plain = float(torch.linalg.eigvalsh(self.gram[live][:, live])[0])
+        return self._repaired(max(plain, 0.0) * (1 - 1e-6) * live), lowered(scaled)
 
     def _repaired(self, d: Tensor) -> Tensor:
         """(N,): the largest t d, t <= 1, for which G - diag(t d) is certain to be positive semidefinite."""
-        if tuple(d.shape) != tuple(self.gram.diagonal().shape):
-            raise ValueError(f"witness has a d of shape {tuple(d.shape)}, expected {tuple(self.gram.diagonal().shape)}")
+        live = self._quadratic.inputs.live
+        if tuple(d.shape) != tuple(live.shape):
+            raise ValueError(f"witness has a d of shape {tuple(d.shape)}, expected {tuple(live.shape)}")
         d = d.detach().cpu().double()
-        live = self.gram.diagonal() > 0
         if not bool(torch.isfinite(d).all()) or bool((d < 0).any()):
             return torch.zeros_like(d)
-        scale = self.gram.diagonal()[live].sqrt()
-        least = _least_eigenvalue((self.gram[live][:, live] - torch.diag(d[live])) / (scale[:, None] * scale))
+        d = torch.where(live, d, 0.0)
         # G - t D = (1 - t) G + t (G - D), and the least eigenvalues of the two are known
-        whole = max(self._curvature, 0.0)
-        share = 1.0 if least >= 0 else whole / (whole - least)
-        return torch.where(live, share * d, 0.0)
+        whole, least = self._quadratic.curvature, self._quadratic.curvature_less(d)
+        share = 1.0 if least >= 0 else down(whole / (whole - least), 4 * UNIT) if whole > 0 else 0.0
+        return lowered(share * d)
 
     @cached_property
-    def _curvature(self) -> float:
-        """The smallest eigenvalue of G in coordinates with unit diagonal, constant inputs left out."""
-        live = self.gram.diagonal() > 0
-        scale = self.gram.diagonal()[live].sqrt()
-        return _least_eigenvalue(self.gram[live][:, live] / (scale[:, None] * scale))
+    def _quadratic(self) -> Quadratic:
+        return self.layer.quadratic
 
-    @cached_property
-    def _varies(self) -> Tensor:
-        """(N,) bool: inputs that are not constant; of a constant one the bias takes all, but for rounding."""
-        raw, mean = self.layer.gram.diagonal(), self._mean
-        return raw > 0 if mean is None else raw - mean.square() > CONSTANT * raw
+    def _perspective(self, at: Step, d: Tensor) -> Minorant:
+        """The minorant at v and d, in steps from the origin A of the layer's quadratic: nothing cancels near it.
 
-    def _perspective(self, v: Tensor, d: Tensor) -> Minorant:
-        through = v @ self.gram - v * d
-        slope = self.cross - through
+        With D = v - A, p = K - D R and s_i = (d_i A_i + p_i)^2 / d_i, every support S has, row by row,
+
+            value >= v_r - D R D^T + sum_i (d_i A_i^2 + 2 p_i A_i) - sum_{i in S} s_i
+
+        The constant is rounded down, the scores are rounded up.
+        """
+        step, origin, weight = at.step, self._quadratic.origin, self._importance[:, None]
+        live, few = d > 0, gamma(8)
+        moved, held = step * d, origin * d
+        p = at.slopes + moved
+        size = p.abs().add_(held.abs())
+        blur = torch.add(at.slope_doubts, size, alpha=2 * few).add_(moved.abs(), alpha=few)
         # an input with d = 0 may take any weight: unless its slope vanishes there is no bound but 0
-        if bool(((d == 0) & (slope.abs() > 1e-12 * (self.cross.abs() + through.abs()).clamp(min=1e-300))).any()):
-            return 0.0, torch.zeros_like(slope)
-        scores = torch.where(d > 0, slope.square() / d.clamp(min=1e-300), 0.0)
-        curved = float((v * through).sum())
-        rounding = 64 * len(d) * 2.0**-53 * (float(self.energies.abs().sum()) + abs(curved))
-        return float(self.energies.sum()) - curved - rounding, scores
+        if bool(blur[:, ~live].any() or p[:, ~live].any()):
+            return 0.0, torch.zeros_like(p)
+        # rounded up together: a square, a product, a quotient and the importance
+        scores = (held + p).abs().add_(blur).square_().mul_(torch.where(live, (1 + gamma(20)) / d, 0.0)).mul_(weight)
+        if not bool(torch.isfinite(scores).all()):
+            return 0.0, torch.zeros_like(p)
+        gains = origin * torch.add(held, p, alpha=2)
+        blurred = ((blur + few * size) * origin.abs()).sum(1)
+        bent = step.square() @ d
+        return self._floor(at, bent, gains, blurred), scores
+
+    def _floor(self, at: Step, bent: Tensor, gains: Tensor, blurred: Tensor) -> float:
+        """Certainly not above the sum of v_r - D R D^T + the gains, where bent (M,) is D diag(d) D^T."""
+        targets, terms, few = at.of.targets, at.step.shape[1], gamma(8)
+        found = bent - (at.through * at.step).sum(1)
+        doubts = at.blur.square() + gamma(2 * terms + 8) * (at.reach.square() + bent)
+        doubts = doubts + 2 * blurred + few * gains.abs().sum(1)
+        if targets is not None:
+            found = found + targets.variance
+            doubts = doubts + targets.doubt.square() + (targets.relative + few) * targets.variance.abs()
+        doubt = float(raised(doubts * self._importance, 2 * terms + 8).sum()) * (1 + gamma(len(found) + 2))
+        parts = torch.cat([found * self._importance, (gains * self._importance[:, None]).flatten()])
+        return down(total(parts), total_doubt(parts) + doubt)
 
     def _checked(self, witness: Tensor) -> Tensor | None:
         width = self.target.shape[1]
         if tuple(witness.shape) not in (self.shape, tuple(self.target.shape)):
             raise ValueError(f"witness has shape {tuple(witness.shape)}, expected {tuple(self.target.shape)}")
-        v = witness.detach().cpu().double()[:, :width]
+        v = witness.detach().cpu().double()[:, :width] / self._root[:, None]
         return v if bool(torch.isfinite(v).all()) else None
 
     def _limits(self) -> Tensor:
@@ -246,24 +269,30 @@ class Reconstruction(PerspectiveProblem):
         return limits
 
     @cached_property
-    def _root(self) -> Tensor:
-        """(M,): sqrt(a)."""
+    def _importance(self) -> Tensor:
+        """(M,): a."""
         if self.importance is None:
             return torch.ones(len(self.layer.weight), dtype=torch.float64)
-        return self.importance.detach().cpu().double().sqrt()
+        return self.importance.detach().cpu().double()
 
-    @property
-    def _mean(self) -> Tensor | None:
-        return None if self.layer.bias is None else self.layer.mean
+    @cached_property
+    def _root(self) -> Tensor:
+        """(M,): sqrt(a)."""
+        return self._importance.sqrt()
 
 
-def strongest(minorants: Sequence[Minorant], select: Callable[[Tensor], Tensor]) -> float:
-    """The largest lower bound that some minorants give over the supports of `select`; at least 0."""
-    best = 0.0
-    for constant, scores in minorants:
-        gain = float(scores[select(scores)].sum())
-        best = max(best, constant - gain - 64 * scores.shape[1] * 2.0**-53 * gain)
-    return best
+def strongest(minorants: Sequence[Minorant], problem: GroupedLeastSquares) -> float:
+    """The largest lower bound that some minorants give over the supports in the problem's pattern; at least 0."""
+    return max(0.0, *(_least(constant, scores, problem) for constant, scores in minorants))
+
+
+def _least(constant: float, scores: Tensor, problem: GroupedLeastSquares) -> float:
+    """Certainly not above the constant less the scores of any support."""
+    chosen = scores[problem.select(scores)]
+    # a pattern adds the scores of a block up before it compares
+    block = scores.numel() // max(problem.pattern.folded(scores, problem.kernel).numel(), 1)
+    gain = total(chosen)
+    return down(constant, up(gain, total_doubt(chosen) + (2 * gamma(block) + gamma(8)) * gain))
 
 
 def mixed_integer(parts: Sequence[Reconstruction], pattern: Pattern, always: Tensor | None) -> Formulation:
@@ -317,11 +346,3 @@ def _squares(part: Reconstruction) -> Callable[[cp.Expression], cp.Expression]:
         return cp.sum_squares(scaled @ factor) - 2 * cp.sum(cp.multiply(cross, scaled)) + energy
 
     return square
-
-
-def _least_eigenvalue(matrix: Tensor) -> float:
-    """A lower bound of the smallest eigenvalue of a symmetric matrix: the computed one less what rounding can add."""
-    if not len(matrix):
-        return 0.0
-    values = torch.linalg.eigvalsh(matrix)
-    return float(values[0]) - 8 * len(matrix) * 2.0**-53 * float(values.abs().max())

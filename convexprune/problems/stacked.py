@@ -21,6 +21,7 @@ from convexprune.forms import SharedPattern, SparseLeastSquares, StackedProblem,
 from convexprune.patterns import Pattern, counted, excess, joined, select, spans
 from convexprune.problem import Formulation, LayerProblem
 from convexprune.problems.reconstruction import Minorant, Reconstruction, mixed_integer, strongest
+from convexprune.rounding import down, total, total_doubt
 
 
 def stacked(problems: Sequence[LayerProblem]) -> LayerProblem:
@@ -96,9 +97,9 @@ class Stacked(StackedProblem):
         return torch.cat([part.output_errors(own) for part, own in zip(self.parts, self.rows(x), strict=True)])
 
     def lower_bound(self, witness: tuple[Any, ...] | None) -> float:
-        """The sum of the parts' bounds, each at its own witness."""
+        """The sum of the parts' bounds, each at its own witness; rounded down."""
         each = self.witnesses(witness)
-        return _total(part.lower_bound(own) for part, own in zip(self.parts, each, strict=True))
+        return _least(part.lower_bound(own) for part, own in zip(self.parts, each, strict=True))
 
     def witnesses(self, witness: tuple[Any, ...] | None) -> tuple[Any, ...]:
         """A witness or None for each part. Raises ValueError for anything but None or a tuple of so many."""
@@ -209,11 +210,11 @@ class StackedReconstruction(Stacked, SharedPattern):
     def _joint(self, minorants: Sequence[Minorant]) -> float:
         constants = torch.tensor([constant for constant, _ in minorants], dtype=torch.float64)
         scores = torch.cat([own for _, own in minorants])
-        found = strongest([(float(constants.sum()), scores)], self.select)
         gains = torch.where(self.select(scores), scores, 0.0).reshape(len(constants), -1).sum(1)
         useful = constants >= gains
-        constants, scores = constants * useful, scores * useful.repeat_interleave(len(scores) // len(useful))[:, None]
-        return max(found, strongest([(float(constants.sum()), scores)], self.select))
+        fewer = torch.where(useful, constants, 0.0)
+        less = torch.where(useful.repeat_interleave(len(scores) // len(useful))[:, None], scores, 0.0)
+        return strongest([(_least(constants.tolist()), scores), (_least(fewer.tolist()), less)], self)
 
 
 def _is_reconstruction(problem: Any) -> TypeGuard[Reconstruction]:
@@ -222,5 +223,12 @@ def _is_reconstruction(problem: Any) -> TypeGuard[Reconstruction]:
 
 
 def _total(values: Iterable[float]) -> float:
-    """The sum, pairwise: of thousands of groups it keeps its digits, and infinities are no errors."""
-    return float(torch.tensor(list(values), dtype=torch.float64).sum())
+    """The sum, to the nearest: infinities are no errors."""
+    return total(torch.tensor(list(values), dtype=torch.float64))
+
+
+def _least(values: Iterable[float]) -> float:
+    """The sum, rounded down."""
+    each = torch.tensor(list(values), dtype=torch.float64)
+    found = total(each)
+    return down(found, total_doubt(each)) if math.isfinite(found) else found

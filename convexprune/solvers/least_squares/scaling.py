@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from convexprune.forms import GroupedLeastSquares, SparseLeastSquares
+from convexprune.rounding import gamma
 from convexprune.solvers.least_squares.grams import Grams
-from convexprune.solvers.least_squares.on_support import DEAD, ridge_of
+from convexprune.solvers.least_squares.on_support import ridge_of
 
 # of the unit diagonal, for a regular and for a nearly singular H: the Cholesky factors of its parts exist, and choices
 # hardly change (measured: up to 1e-4 the errors agree to three digits, 1e-3 moves them by half a percent)
@@ -79,7 +80,7 @@ class _Group(NamedTuple):
     @classmethod
     def of(cls, part: SparseLeastSquares) -> _Group:
         diagonal = part.gram.diagonal()
-        live = diagonal > DEAD * diagonal.max()
+        live = diagonal > 0
         scale = torch.where(live, diagonal, 1.0).sqrt()
         gram = torch.where(live[:, None] & live, part.gram / (scale[:, None] * scale), 0.0)
         gram.diagonal().fill_(1.0)
@@ -96,7 +97,9 @@ def _below(tensors: list[Tensor]) -> Tensor:
 
 
 def _least_squares(gram: Tensor, cross: Tensor, dense: Tensor, ridge: float) -> Tensor:
-    if float((dense @ gram - cross).abs().max()) <= 1e-12 * float(cross.abs().max()):
+    # no entry of H is beyond 1, so a row of dense H is known to that many roundings of the sum of its weights
+    settled = (dense @ gram - cross).abs().amax(1) <= gamma(4 * len(gram) + 16) * dense.abs().sum(1)
+    if bool(settled.all()):
         return dense
     factor = torch.linalg.cholesky(gram + ridge * torch.eye(len(gram), dtype=gram.dtype))
-    return torch.cholesky_solve((cross + ridge * dense).T, factor).T
+    return torch.where(settled[:, None], dense, torch.cholesky_solve((cross + ridge * dense).T, factor).T)
