@@ -32,7 +32,7 @@ from convexprune.report import described
 from convexprune.report.row import Moments
 from convexprune.report.shares import Share, Shares
 from convexprune.solution import Attempt, Certificate, Status
-from convexprune.solve import default_solver, solve
+from convexprune.solve import UNPROVEN, default_solver, solve
 from convexprune.solvers import (
     ADMM,
     CVXPY,
@@ -451,12 +451,9 @@ def split_layer(pattern):
     """A layer, and the same rows as three groups that have one Gram matrix."""
     layer = random_layer(80, out=6, inputs=8)
     groups = [
-        replace(
-            layer, weight=layer.weight[own], bias=layer.bias[own], cross=layer.cross[own], targets=None,
-            energies=layer.energies[own], target_mean=layer.target_mean[own],
-        )
+        replace(layer, weight=layer.weight[own], bias=layer.bias[own])
         for own in (slice(0, 2), slice(2, 4), slice(4, 6))
-    ]  # fmt: skip
+    ]
     whole = Reconstruction(layer, WHOLE[pattern])
     return whole, stacked([Reconstruction(group, WHOLE[pattern]) for group in groups])
 
@@ -514,7 +511,7 @@ def test_witnesses_of_the_groups_make_one_of_the_module():
 def test_a_group_that_says_nothing_takes_nothing_from_the_bound():
     """A singular group in a cascade has no perspective bound; what is known of the others stands."""
     first, second = (random_layer(seed, samples=200, bias=False, **WIDE) for seed in (1, 2))
-    singular = replace(first, gram=torch.ones(8, 8).double(), cross=10 * first.cross, inputs=None)
+    singular = Layer.from_moments(first.weight, torch.ones(8, 8), 10 * first.cross, first.energies)
     parts = [Reconstruction(layer, Unstructured(4)) for layer in (singular, second)]
     assert parts[0].lower_bound(None) == 0
     alone = replace(parts[1], pattern=Unstructured(8)).lower_bound(None)
@@ -576,9 +573,9 @@ def test_groupwise_says_the_worst_and_adds_up():
     solution = solve(
         problem, Groupwise(Stops((Status.MAX_ITER, Status.INFEASIBLE, Status.CONVERGED), calls)), start=start
     )
-    assert solution.status is Status.INFEASIBLE
+    assert solution.status is Status.NUMERICAL  # a claim without a witness
     assert solution.iterations == 1 + 2 + 3
-    assert solution.note == "1 of 3 groups: INFEASIBLE"
+    assert solution.note == f"1 of 3 groups: INFEASIBLE; {UNPROVEN}"
     assert solution.witness is None
     assert all(torch.equal(own, rows) for own, rows in zip(calls, problem.rows(start), strict=True))
     fine = solve(problem, Groupwise(Stops((Status.CONVERGED,) * 3, [])))

@@ -230,5 +230,5 @@ def _total(values: Iterable[float]) -> float:
 def _least(values: Iterable[float]) -> float:
     """The sum, rounded down."""
     each = torch.tensor(list(values), dtype=torch.float64)
-    found = total(each)
-    return down(found, total_doubt(each)) if math.isfinite(found) else found
+    found, doubt = total(each), total_doubt(each)
+    return down(found, doubt) if 0 < doubt < math.inf else found
