@@ -195,8 +195,9 @@ class Reconstruction:
         scaled = max(self._quadratic.curvature, 0.0) * self._quadratic.root.square() * live
         if not bool(scaled.any()):
             return torch.zeros_like(scaled), torch.zeros_like(scaled)
-        plain = float(torch.linalg.eigvalsh(self.gram[live][:, live])[0])
-        return self._repaired(max(plain, 0.0) * (1 - 1e-6) * live), lowered(scaled)
+        plain = max(float(torch.linalg.eigvalsh(self.gram[live][:, live])[0]), 0.0)
+        # a shade less, so that a factorisation shows what is left to be definite
+        return self._repaired((1 - 1e-6) * plain * live), lowered(scaled)
 
     def _repaired(self, d: Tensor) -> Tensor:
         """(N,): the largest t d, t <= 1, for which G - diag(t d) is certain to be positive semidefinite."""
@@ -236,7 +237,7 @@ class Reconstruction:
         scores = (held + p).abs().add_(blur).square_().mul_(torch.where(live, (1 + gamma(16)) / d, 0.0))
         if not bool(torch.isfinite(scores).all()):
             return -math.inf
-        kept = self.select(scores if self.importance is None else scores * self.importance.double()[:, None])
+        kept = self.select(scores if self.importance is None else scores * self._importance[:, None])
         lost = torch.where(kept, scores, 0.0)
         gains = origin * torch.add(held, p, alpha=2) - lost
         bent = step.square() @ d
