@@ -221,13 +221,13 @@ class Layer:
 
     @property
     def affine_gram_above(self) -> Tensor:
-        """(P, P): at least the exact one, as semidefinite matrices go: e e^T of the doubts is at most |e|_1 diag(e)."""
+        """(P, P): at least the exact one, as semidefinite matrices go: e e^T of the doubts is at most P diag(e)^2."""
         doubt, means = self.read.raw.doubt, self.read.mean_doubt
         if self.bias is not None:
             last = (means / torch.where(doubt > 0, doubt, 1.0)).max()
             doubt = torch.cat([doubt, last[None]])
         above = self.affine_gram.clone()
-        above.diagonal().add_(raised(doubt * doubt.sum() + gamma(2) * above.diagonal(), len(doubt) + 4))
+        above.diagonal().add_(raised(len(doubt) * doubt.square() + gamma(2) * above.diagonal(), 8))
         return above
 
     @property
