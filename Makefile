@@ -11,7 +11,7 @@ EXTRAS_bench := cvxpy,report,bench
 # the test files that take three quarters of the time; `make test` runs them too
 SLOW := allocation bounds_theorems cli distill goal guarantee perspective reconstruction report solvers sparsity_allocation
 
-.PHONY: demo test test-quick lint docs bench clean
+.PHONY: demo test test-quick fuzz lint docs bench clean
 
 demo: .venv/demo.stamp
 	$(BIN)/convexprune demo $(ARGS)
@@ -21,6 +21,9 @@ test: .venv/dev.stamp
 
 test-quick: .venv/dev.stamp
 	$(BIN)/pytest $(SLOW:%=--ignore=tests/test_%.py) $(ARGS)
+
+fuzz: .venv/dev.stamp
+	OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz.py $(ARGS)
 
 lint: .venv/dev.stamp
 	$(BIN)/ruff check .

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from convexprune.moments import CrossMoments, InputMoments, Moments, TargetMoments, affine
 from convexprune.quadratic import Quadratic, Residual
-from convexprune.rounding import raised
+from convexprune.rounding import gamma, raised
 
 ACTIVATIONS: Final = ("relu", None)
 
@@ -256,6 +256,17 @@ class Layer:
         return torch.cat([torch.cat([self.gram, mean]), torch.cat([mean, one], 1).T], 1)
 
     @property
+    def affine_gram_above(self) -> Tensor:
+        """(P, P): at least the exact one, as semidefinite matrices go: e e^T of the doubts is at most P diag(e)^2."""
+        doubt, means = self.read.raw.doubt, self.read.mean_doubt
+        if self.bias is not None:
+            last = (means / torch.where(doubt > 0, doubt, 1.0)).max()
+            doubt = torch.cat([doubt, last[None]])
+        above = self.affine_gram.clone()
+        above.diagonal().add_(raised(len(doubt) * doubt.square() + gamma(2) * above.diagonal(), 8))
+        return above
+
+    @property
     def affine_cross(self) -> Tensor:
         """(out, P): E[y x^T] with the constant input 1 last."""
         if self.bias is None or self.target_mean is None:
@@ -338,7 +349,8 @@ class Layer:
 
     def spectrum(self) -> tuple[int, float]:
         """Rank of the Gram matrix, and its condition number (inf where it is singular), both at float64's rounding."""
-        values = torch.linalg.eigvalsh(self.gram)
+        covariance, mean = self.read.covariance, self.mean
+        values = torch.linalg.eigvalsh(covariance if mean is None else torch.addr(covariance, mean, mean))
         top = float(values[-1])
         rank = int((values > len(values) * 2.0**-52 * top).sum())
         return rank, top / float(values[0]) if rank == len(values) else float("inf")

@@ -440,7 +440,11 @@ def worst_case(draw):
     methods += [Exact()] if draw.chance(0.03) and isinstance(around, Box) else []
     gap = 1.0
     for method in methods:
-        bounds = difference_bounds(pair, around, method)
+        try:
+            bounds = difference_bounds(pair, around, method)
+        except RuntimeError as error:
+            assert "HIGHS" in str(error)  # noqa: PT017   the solver says that it has found nothing
+            continue
         for low, high, *values in zip(*(b[0].tolist() for b in (bounds.lower, bounds.upper)), *true, strict=True):
             for value in values:
                 assert Fraction(low) <= value <= Fraction(high), f"{type(method).__name__}: {float(value)!r} is outside"

@@ -148,6 +148,16 @@ def test_moments_that_were_given_cancel_once():
             assert off <= Fraction(float(given.read.doubt[i])) * Fraction(float(given.read.doubt[j]))
 
 
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_gram_matrix_from_above(bias):
+    x = (normal(0, 60, 3) + 1e3) * torch.tensor([1e-3, 1.0, 1e5])
+    layer = Layer.from_samples(torch.ones(2, 3), x, torch.ones(2) if bias else None)
+    above = exact.rational(layer.affine_gram_above)
+    true = exact.moments(layer).gram
+    assert definite([[a - b for a, b in zip(*rows, strict=True)] for rows in zip(above, true, strict=True)])
+    torch.testing.assert_close(layer.affine_gram_above, layer.affine_gram, rtol=1e-9, atol=0)
+
+
 # F1: certificates that were false
 
 

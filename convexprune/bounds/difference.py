@@ -126,9 +126,9 @@ class Exact:
                 size = float(sizes[sample, row])
                 if size > 0:
                     d, c = (part[min(sample, len(part) - 1), row] / size for part in rows)
-                    terms = float((d - c).abs() @ z[sample] + c.abs() @ zhat[sample])
+                    terms = 1.0 + float((d - c).abs() @ z[sample] + c.abs() @ zhat[sample])
                     objective = (d - c).numpy() @ dense + c.numpy() @ pruned
-                    bound = up(self._largest(objective, constraints, max(terms, 1.0)) * size)
+                    bound = up(self._largest(objective, constraints, terms) * size)
                     found[sample, row] = min(bound, float(most[sample, row]))
         return found
 
@@ -141,14 +141,14 @@ class Exact:
             raise ValueError(f"solver {self.solver!r} is not installed; CVXPY finds {', '.join(installed)}")
 
     def _largest(self, objective: Any, constraints: list[Any], terms: float) -> float:
-        """The solver's upper bound of an objective of terms of that size, and its tolerance for each row and column."""
+        """The solver's upper bound of an objective of such terms, with its tolerance for each row and column."""
         with extras():
             import cvxpy as cp
 
         program = cp.Problem(cp.Maximize(objective), constraints)
         try:
             program.solve(solver=self.solver, **TIGHT.get(self.solver.upper(), {}))
-        except cp.SolverError as error:
+        except (cp.SolverError, ValueError) as error:  # CVXPY cannot unpack what has no status
             raise RuntimeError(f"{self.solver} did not solve the program: {error}") from error
         if program.status != "optimal":
             raise RuntimeError(f"{self.solver} reports {program.status!r}, not an optimum; try a smaller radius")

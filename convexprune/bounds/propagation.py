@@ -206,9 +206,9 @@ def _covered(gram: Tensor, roundings: int) -> Tensor:
 
 
 def _above(gram: Tensor, size: Tensor, roundings: int) -> Tensor:
-    """Errors of at most c s_i s_j in each entry are at most c |s|_1 diag(s), by their rows."""
+    """Errors of at most c s_i s_j in each of the C^2 entries are at most C c diag(s)^2, by Cauchy-Schwarz."""
     above = gram.clone()
-    above.diagonal().add_(raised(size * size.sum(), len(size) + 4) * gamma(roundings))
+    above.diagonal().add_(raised(len(size) * size.square(), 8) * gamma(roundings))
     return above
 
 

@@ -191,8 +191,9 @@ class Reconstruction(PerspectiveProblem):
         scaled = max(self._quadratic.curvature, 0.0) * self._quadratic.root.square() * live
         if not bool(scaled.any()):
             return torch.zeros_like(scaled), torch.zeros_like(scaled)
-        plain = float(torch.linalg.eigvalsh(self.gram[live][:, live])[0])
-        return self._repaired(max(plain, 0.0) * (1 - 1e-6) * live), lowered(scaled)
+        plain = max(float(torch.linalg.eigvalsh(self.gram[live][:, live])[0]), 0.0)
+        # a shade less, so that a factorisation shows what is left to be definite
+        return self._repaired((1 - 1e-6) * plain * live), lowered(scaled)
 
     def _repaired(self, d: Tensor) -> Tensor:
         """(N,): the largest t d, t <= 1, for which G - diag(t d) is certain to be positive semidefinite."""
