@@ -39,7 +39,7 @@ def dot(left, right):
     return sum(a * b for a, b in zip(left, right, strict=True))
 
 
-@functools.lru_cache(maxsize=2)
+@functools.lru_cache(maxsize=4)
 def moments(layer):
     """The layer's moments, computed once."""
     return ExactLayer(layer)
@@ -111,23 +111,30 @@ def solve(matrix, right):
 
 
 def reconstruction(problem):
-    """The least value over the pattern's supports, by trying them all."""
+    """The least value over the pattern's supports, of one layer or of a module's groups, by trying them all."""
+    each = [row for part in problem.parts for row in _by_count(part)]
+    quota = problem.pattern.quota(tuple(problem.target.shape))
+    if isinstance(problem.pattern, PerRow):
+        return sum(row[quota] for row in each)
+    best = [Fraction(0)]  # by how many weights the rows so far keep
+    for row in each:
+        shares = [range(max(0, k - len(row) + 1), min(k + 1, len(best))) for k in range(len(best) + len(row) - 1)]
+        best = [min(best[own] + row[k - own] for own in share) for k, share in enumerate(shares)]
+    return min(best[: quota + 1])
+
+
+def _by_count(problem):
+    """For each neuron the least value with 0, 1, ... weights."""
     exact, (out, width) = moments(problem.layer), tuple(problem.target.shape)
     bias = () if problem.layer.bias is None else (width,)
     weights = [Fraction(1)] * out if problem.importance is None else rational(problem.importance)
-    least = [
+    return [
         [
-            min(exact.least(m, (*kept, *bias))[0] for kept in itertools.combinations(range(width), k))
+            a * min(exact.least(m, (*kept, *bias))[0] for kept in itertools.combinations(range(width), k))
             for k in range(width + 1)
         ]
-        for m in range(out)
+        for m, a in enumerate(weights)
     ]
-    each = [[a * value for value in row] for a, row in zip(weights, least, strict=True)]
-    quota = problem.pattern.quota((out, width))
-    if isinstance(problem.pattern, PerRow):
-        return sum(row[quota] for row in each)
-    counts = itertools.product(range(width + 1), repeat=out)
-    return min(sum(row[k] for row, k in zip(each, ks, strict=True)) for ks in counts if sum(ks) <= quota)
 
 
 def surgeon(problem):

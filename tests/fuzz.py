@@ -37,6 +37,7 @@ from convexprune.problems import (
     OptimalBrainSurgeon,
     Reconstruction,
     SparsityAllocation,
+    stacked,
 )
 from convexprune.solvers import ClosedForm, Fast
 
@@ -194,6 +195,49 @@ def _reconstruction(draw):
     pattern = PerRow(draw.integer(0, width)) if draw.chance(0.4) else Unstructured(draw.integer(0, out * width))
     importance = draw.scales(out, 4).abs() if draw.chance(0.3) else None
     return Reconstruction(base, pattern, importance=importance)
+
+
+def stacked_reconstruction(draw):
+    """Two groups of one shape that share a pattern."""
+    first = layer(draw, width=2)
+    out, width = first.weight.shape
+    groups = [first, *_alike(draw, first, 1)]
+    count = draw.integer(0, out * width)
+    pattern = PerRow(draw.integer(0, width)) if draw.chance(0.3) else Unstructured(count)
+    parts = [Reconstruction(g, pattern, importance=draw.scales(out, 4) if draw.chance(0.3) else None) for g in groups]
+    problem = stacked(parts)
+    optimum, solved = exact.reconstruction(problem), []
+    with contextlib.suppress(torch.linalg.LinAlgError):
+        solved.append(Fast(dtype=torch.float64).solve(problem).x)
+    points = [x for x in (*moved(draw, problem), *solved) if bool(torch.isfinite(x).all())]
+    doubts = [check_value(problem, x, _summed_errors(problem, x)) for x in points]
+    gaps = [check_bound(problem.lower_bound(None), optimum)]
+    for v in witnesses(draw, points[::-1][:2]):
+        own = problem.rows(v)
+        gaps.append(check_bound(problem.lower_bound(own), optimum))
+        some = [(w, part.diagonal * draw.power(-3, 3)) for w, part in zip(own, parts, strict=True)]
+        some = [None if draw.chance(0.2) else pair for pair in some]
+        gaps.append(check_bound(problem.lower_bound(tuple(some)), optimum))
+    return max(doubts), min(gaps)
+
+
+def _alike(draw, first, count):
+    """Layers of the same shape."""
+    found = []
+    while len(found) < count:
+        other = layer(draw, bias=first.bias is not None, width=2)
+        if other.weight.shape == first.weight.shape:
+            found.append(other)
+    return found
+
+
+def _summed_errors(problem, x):
+    found = Fraction(0)
+    for part, own in zip(problem.parts, problem.rows(x), strict=True):
+        weights = [Fraction(1)] * len(own) if part.importance is None else exact.rational(part.importance)
+        errors = exact.moments(part.layer).errors(own)
+        found += sum(a * e for a, e in zip(weights, errors, strict=True))
+    return found
 
 
 def surgeon(draw):
@@ -461,6 +505,7 @@ def _inside(around, point):
 
 PROBLEMS = {
     "reconstruction": reconstruction,
+    "stacked_reconstruction": stacked_reconstruction,
     "optimal_brain_surgeon": surgeon,
     "l1_reconstruction": lasso,
     "net_trim": net_trim,

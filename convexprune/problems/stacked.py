@@ -21,7 +21,7 @@ from convexprune.forms import SharedPattern, SparseLeastSquares, StackedProblem,
 from convexprune.patterns import Pattern, counted, excess, joined, select, spans
 from convexprune.problem import Formulation, LayerProblem
 from convexprune.problems.reconstruction import Minorant, Reconstruction, mixed_integer, strongest
-from convexprune.rounding import down, total, total_doubt
+from convexprune.rounding import down, raised, total, total_doubt, up
 
 
 def stacked(problems: Sequence[LayerProblem]) -> LayerProblem:
@@ -85,6 +85,12 @@ class Stacked(StackedProblem):
     def value(self, x: Tensor) -> float:
         """The sum of the parts' values."""
         return _total(part.value(own) for part, own in zip(self.parts, self.rows(x), strict=True))
+
+    def rounding(self, x: Tensor) -> float:
+        """By how much `value` may be off."""
+        pairs = [(part.value(own), part.rounding(own)) for part, own in zip(self.parts, self.rows(x), strict=True)]
+        values, doubts = torch.tensor(pairs, dtype=torch.float64).T
+        return up(float(raised(doubts.sum(), len(doubts))), total_doubt(values))
 
     def violation(self, x: Tensor) -> float:
         """The largest of the parts' violations."""
