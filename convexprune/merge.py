@@ -35,6 +35,7 @@ class _Junction:
     readers: tuple[str, ...]
 
 
+@torch.inference_mode(False)  # of the caller's: what is made here can be trained
 def merge(
     model: nn.Module,
     keep: float | int | Mapping[str, float | int] | None = None,

@@ -45,6 +45,7 @@ class Unseen:
         )
 
 
+@torch.inference_mode(False)  # of the caller's: what is made here can be trained
 def certify_unseen(
     model: nn.Module,
     pruned: nn.Module,

@@ -45,6 +45,7 @@ class Compaction:
         return "\n".join([*lines, *(f"  left: {line}" for line in self.left)])
 
 
+@torch.inference_mode(False)  # of the caller's: what is made here can be trained
 def compact(
     model: nn.Module, *, batches: Iterable[Any] | None = None, round_to: int = 1
 ) -> tuple[nn.Module, Compaction]:

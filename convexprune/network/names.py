@@ -80,7 +80,7 @@ def choose(model: nn.Module, names: Iterable[str] | str | None) -> Chosen:
 
 def _check_finite(name: str, module: nn.Module) -> None:
     for key, parameter in module.named_parameters(recurse=False):
-        if not bool(torch.isfinite(parameter).all()):
+        if not bool(torch.isfinite(parameter.detach()).all()):
             raise ValueError(
                 f"layer {name!r}: its {key} holds NaN or inf; leave it out of `names`, or repair the model"
             )
