@@ -54,7 +54,7 @@ class Allocation:
         >>> from torch import tensor
         >>> steep = cp.Curve("steep", kept=tensor([10, 50, 100]), distortion=tensor([90.0, 10.0, 0.0]))
         >>> flat = cp.Curve("flat", kept=tensor([10, 50, 100]), distortion=tensor([3.0, 1.0, 0.0]))
-        >>> shares = cp.Allocation(0.6, curves=[steep, flat]).shares(model=None, batches=[])
+        >>> shares = cp.Allocation(0.6, curves=[steep, flat]).shares(model=None, calibration=[])
         >>> shares.counts, shares.certificate.value  # of 200 weights 120 may stay
         ({'steep': 100, 'flat': 10}, 3.0)
     """
