@@ -52,6 +52,7 @@ class Goal:
         whole(1)("rounds", self.rounds)
 
 
+@torch.inference_mode(False)  # of the caller's: what is made here can be trained
 def prune_within(
     model: nn.Module,
     batches: Calibration | Iterable[Any],

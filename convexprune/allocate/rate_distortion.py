@@ -119,6 +119,7 @@ class OutputChange:
         return measured
 
 
+@torch.inference_mode(False)  # of the caller's: what is made here can be trained
 def additivity(model: nn.Module, pruned: nn.Module, batches: Iterable[Any]) -> Additivity:
     """How far the distortions of the layers, each pruned alone, add up to that of all: a pass for each layer.
 
@@ -156,6 +157,7 @@ def additivity(model: nn.Module, pruned: nn.Module, batches: Iterable[Any]) -> A
     return Additivity.of(alone, change(pruned))
 
 
+@torch.inference_mode(False)  # of the caller's: what is made here can be trained
 def rate_distortion(
     model: nn.Module,
     batches: Calibration | Iterable[Any],

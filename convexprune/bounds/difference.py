@@ -97,7 +97,8 @@ class Exact:
 
     solver  CVXPY's name of a solver for mixed-integer linear programs
 
-    Raises ValueError for a `Ball`, RuntimeError if the solver does not report an optimum.
+    Raises ValueError for a `Ball` and for a solver that is not installed, RuntimeError if the solver does not report an
+    optimum.
     Source: Tjeng, Xiao, Tedrake, ICLR 2019, equations (4) to (6).
     """
 

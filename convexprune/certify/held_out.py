@@ -45,6 +45,7 @@ class Unseen:
         )
 
 
+@torch.inference_mode(False)  # of the caller's: what is made here can be trained
 def certify_unseen(
     model: nn.Module,
     pruned: nn.Module,
@@ -100,8 +101,8 @@ def certify_unseen(
             if sparse.shape != dense.shape:
                 shapes = tuple(sparse.shape), tuple(dense.shape)
                 raise ValueError(f"the pruned network's outputs have shape {shapes[0]}, the dense one's {shapes[1]}")
-            if bool(dense.isnan().any() | sparse.isnan().any()):
-                raise ValueError(f"a network makes NaN of held-out batch {index}")
+            if not bool(dense.isfinite().all() & sparse.isfinite().all()):
+                raise ValueError(f"a network makes NaN or inf of held-out batch {index}")
             rule = rule_name(predict, tuple(dense.shape))
             count += int(changed(dense, sparse, predict).sum())
             errors.append((sparse.double() - dense.double()).square().reshape(len(dense), -1).sum(1))

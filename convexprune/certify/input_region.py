@@ -71,6 +71,7 @@ class WorstCase:
         )
 
 
+@torch.inference_mode(False)  # of the caller's: what is made here can be trained
 def worst_case(
     model: nn.Module,
     pruned: nn.Module,
@@ -104,7 +105,8 @@ def worst_case(
     if not isinstance(around, Tensor) or not around.is_floating_point() or around.ndim < 2 or not len(around):
         raise ValueError("around must be a floating-point tensor (samples, ...) of at least one sample")
     check_batch(around, "around")
-    centers = around.detach().cpu().double().flatten(1)
+    around = around.detach().clone()  # it may have been made in inference mode
+    centers = around.cpu().double().flatten(1)
     region = _region(centers, radius, norm, within, tuple(around.shape[1:]))
     with undisturbed(model, pruned):
         pair = ChainPair(*_chain(model, around, "the model"), *_chain(pruned, around, "the pruned model"))
