@@ -118,6 +118,7 @@ def demo(
         _check_writable(out)
         images = datasets.digits(seed) if data is None else datasets.mnist(data)
         model = _network(images, weights, seed)
+        out.mkdir(parents=True, exist_ok=True)
         chosen = images.x_train[:samples]
         calibration = [chosen[start : start + 1000] for start in range(0, len(chosen), 1000)]
         with _drawn() as progress:
@@ -161,10 +162,13 @@ def _reported() -> Iterator[None]:
 
 
 def _check_writable(out: Path) -> None:
-    """Make the folder, and raise OSError where the results could not be written later."""
-    out.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryFile(dir=out):
-        pass
+    """Raise OSError where the results could not be written later: in the folder, or in what it would be made in."""
+    there = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
+    try:
+        with tempfile.TemporaryFile(dir=there):
+            pass
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(out)) from error
     for name in RESULTS:
         if (out / name).exists() and not (out / name).is_file():
             raise OSError(errno.EEXIST, "not a regular file, and the results would go there", str(out / name))

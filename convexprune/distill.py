@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from convexprune.network import Calibration, MaskKeeper, capture
 from convexprune.network.compare import behind, hooked, norms, rectified_modules
-from convexprune.network.forward import check_eager, check_model, copied, run, undisturbed
+from convexprune.network.forward import check_eager, check_model, copied, differentiable, run, undisturbed
 from convexprune.network.names import stacks
 from convexprune.network.weights import check_stored
 from convexprune.options import between, number, whole
@@ -59,6 +59,7 @@ class Distilled:
         return f"{text} ({self.steps} steps, {self.seconds:.1f} s){': ' if self.note else ''}{self.note}"
 
 
+@torch.inference_mode(False)  # of the caller's: what is made here can be trained
 def distill(
     model: nn.Module,
     pruned: nn.Module,
@@ -115,7 +116,7 @@ def distill(
     number(0)("hints", hints)
     check_seed("seed", seed)
     begun = time.perf_counter()
-    calibration = Calibration.of(batches, names)
+    model, calibration = differentiable(model), Calibration.of(batches, names)
     batches = list(calibration)
     layers = capture(model, batches[:1], calibration.names)
     rectified = rectified_modules(layers)

@@ -18,6 +18,7 @@ from convexprune.network.calibration import listed
 from convexprune.network.channels import ChannelGraph, Channels
 from convexprune.network.forward import check_model, copied, numbered, run, tensors_in, undisturbed
 from convexprune.network.kinds import FX_MONOTONE_NAMES, LINEARS, MONOTONE_NONEXPANSIVE
+from convexprune.network.names import check_layers
 from convexprune.options import flag, number, optional
 from convexprune.problem import Solver, check_solver
 from convexprune.problems import NeuronMerging, OptimalBrainSurgeon
@@ -35,6 +36,7 @@ class _Junction:
     readers: tuple[str, ...]
 
 
+@torch.inference_mode(False)  # of the caller's: what is made here can be trained
 def merge(
     model: nn.Module,
     keep: float | int | Mapping[str, float | int] | None = None,
@@ -89,6 +91,7 @@ def merge(
         check_solver(solver)
     names = listed(names)
     check_model(model)
+    check_layers(model)
     data = None if batches is None else list(Calibration.of(batches))
     small = copied(model)
     graph = ChannelGraph(small)

@@ -39,6 +39,7 @@ Build = Callable[..., LayerProblem | None]  # of a layer, and of its count where
 State = Callable[[Layer], LayerProblem | None]
 
 
+@torch.inference_mode(False)  # of the caller's: what is made here can be trained
 def prune(
     model: nn.Module,
     batches: Calibration | Iterable[Any],

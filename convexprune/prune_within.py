@@ -1,8 +1,8 @@
-"""Ask for a network error, get a network: the layers' errors are chosen by the bound, and the bound then holds.
+"""Prune to a given bound on the network's error: choose the layers' errors by the bound, which then holds.
 
-The network's error is at most  sum_l g_l e_l  (`guarantee`, by spectral norms), so `ErrorBudget` says how large each
-e_l may be. The pruned network's own bound is sharper, and its weights are not the dense ones; what it says of the first
-network scales the budget of the next, until the bound is just within the goal.
+The network's error is at most  sum_l g_l e_l  (`certify.graph`, by spectral norms), so `ErrorBudget` says how large
+each e_l may be. The bound of the pruned network is sharper, since its weights are not the dense ones; it scales the
+budget of the next network, until a bound is just within the goal.
 """
 
 from __future__ import annotations
@@ -52,6 +52,7 @@ class Goal:
         whole(1)("rounds", self.rounds)
 
 
+@torch.inference_mode(False)  # of the caller's: what is made here can be trained
 def prune_within(
     model: nn.Module,
     batches: Calibration | Iterable[Any],
@@ -78,6 +79,13 @@ def prune_within(
     Raises:
         ValueError: where the network has no bound, naming what is not covered, and where no network of the rounds was
             within the goal; else what `prune` raises.
+
+    Example:
+        >>> import torch, convexprune as cp
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 6), torch.nn.ReLU(), torch.nn.Linear(6, 3))
+        >>> pruned, report = cp.prune_within(model, [torch.rand(50, 8)], 0.2)
+        >>> report.network.guaranteed <= report.network.wanted
+        True
     """
     check_model(model)
     if solver is not None:

@@ -95,7 +95,10 @@ def test_of_several_inputs_the_order_of_the_keys_does_not_count(networks):
             "confidence is 1.0",
         ),
         (lambda m, p, u: cp.certify_unseen(m, p, u, iter([]), clip=1.0), "no used samples"),
-        (lambda m, p, u: cp.certify_unseen(m, p, [torch.full((1, 6), torch.nan)], u, clip=1.0), "NaN of held-out"),
+        (
+            lambda m, p, u: cp.certify_unseen(m, p, [torch.full((1, 6), torch.nan)], u, clip=1.0),
+            "NaN or inf of held-out",
+        ),
         (
             lambda m, p, u: cp.certify_unseen(m, p, [{"a": torch.ones(4, 6), "b": torch.ones(1, 6)}], u, clip=1.0),
             r"have \[1, 4\] rows",

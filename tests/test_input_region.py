@@ -189,7 +189,7 @@ def test_exact_at_dead_and_stable_neurons_and_without_a_solver():
         bounds = difference_bounds(pair, around, method)
         assert float(bounds.lower) == pytest.approx(-0.5)
         assert float(bounds.upper) == pytest.approx(0, abs=1e-7)
-    with pytest.raises(RuntimeError, match="NOSUCH"):
+    with pytest.raises(ValueError, match="NOSUCH"):
         difference_bounds(pair, around, Exact("NOSUCH"))
 
 

@@ -124,7 +124,7 @@ def test_a_goal_that_is_not_met_says_so():
     ("call", "error", "message"),
     [
         (lambda: cp.Goal(0.0), ValueError, "error is 0.0"),
-        (lambda: cp.prune_within(*network(), "10%"), ValueError, "error is '10%'"),
+        (lambda: cp.prune_within(*network(), "10%"), TypeError, "error is '10%'"),
         (lambda: cp.Goal(0.1, near=1.0), ValueError, "near is 1.0"),
         (lambda: cp.Goal(0.1, rounds=0), ValueError, "rounds is 0"),
         (lambda: cp.prune_within(*network(), 0.1, mode="cascade"), TypeError, "unexpected keyword argument .mode"),

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from torch import nn
 
 from convexprune.allocate.rate_distortion import LEVELS, Measure, checked_levels, rate_distortion
@@ -101,6 +102,7 @@ class Allocation:
         elif value is not None:
             raise TypeError(f"{key} is {value!r}; give a mapping from module names")
 
+    @torch.inference_mode(False)
     def shares(
         self,
         model: nn.Module,

@@ -119,6 +119,7 @@ class OutputChange:
         return measured
 
 
+@torch.inference_mode(False)  # of the caller's: what is made here can be trained
 def additivity(model: nn.Module, pruned: nn.Module, batches: Iterable[Any]) -> Additivity:
     """How far the distortions of the layers, each pruned alone, add up to that of all: a pass for each layer.
 
@@ -156,6 +157,7 @@ def additivity(model: nn.Module, pruned: nn.Module, batches: Iterable[Any]) -> A
     return Additivity.of(alone, change(pruned))
 
 
+@torch.inference_mode(False)  # of the caller's: what is made here can be trained
 def rate_distortion(
     model: nn.Module,
     batches: Calibration | Iterable[Any],
@@ -168,17 +170,34 @@ def rate_distortion(
     cache: str | os.PathLike[str] | None = None,
     progress: Callable[[Progress], None] | None = None,
 ) -> list[Curve]:
-    """A curve for each module: pruned alone, by Reconstruction, to each level; the model is left as it was.
+    """Measure a curve for each module: what pruning it alone to each level, by Reconstruction, loses.
 
-    levels   fractions of the module's weights to keep, of all groups of a convolution together
-    measure  `SecondOrder()` unless told; `OutputChange()` is the published one, `LayerError()` the cheapest
-    solver   prunes to each level, groups by `Groupwise(solver)`; None: the default of Reconstruction
-    damping  as in Layer.damped
-    cache    a folder with a file for each module: what is there is not measured again, if the layers, the data and the
-             settings are the same
-    batches, names, progress   as in `prune`
+    Args:
+        model: The dense network; never changed.
+        batches: Calibration data, as of `prune`.
+        names: Which layers, as in `Calibration`.
+        levels: Fractions of the module's weights to keep, of all groups of a convolution together.
+        measure: `SecondOrder()` if None; `OutputChange()` is the published measure, `LayerError()` the cheapest.
+        solver: Prunes to each level, groups by `Groupwise(solver)`; None takes the default of `Reconstruction`.
+        damping: As in `Layer.damped`.
+        cache: Folder with a file for each module: a curve is not measured again if the layers, the data and the
+            settings are the same.
+        progress: Called with a `Progress` at each module.
 
-    Raises ValueError for levels outside (0, 1] and for what `capture` refuses.
+    Returns:
+        A curve for each module, in forward order.
+
+    Raises:
+        ValueError: For levels outside (0, 1]; else what `capture` raises.
+
+    Source: Xu et al., ICCV 2023.
+
+    Example:
+        >>> import torch, convexprune as cp
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 4), torch.nn.ReLU())
+        >>> (curve,) = cp.rate_distortion(model, [torch.rand(20, 8)], levels=(0.25, 0.5, 1.0), measure=cp.LayerError())
+        >>> curve.name, curve.kept.tolist()
+        ('0', [8.0, 16.0, 32.0])
     """
     check_model(model)
     levels = checked_levels(levels)

@@ -102,7 +102,8 @@ class Exact:
 
     solver  CVXPY's name of a solver for mixed-integer linear programs that reports its dual bound
 
-    Raises ValueError for a `Ball`, RuntimeError if the solver does not report an optimum and a bound of it.
+    Raises ValueError for a `Ball` and for a solver that is not installed, RuntimeError if the solver does not report an
+    optimum and a bound of it.
     Source: Tjeng, Xiao, Tedrake, ICLR 2019, equations (4) to (6).
     """
 

@@ -160,6 +160,7 @@ def above(ends: Tensor) -> Tensor:
 def float64(tensor: Tensor, name: str) -> Tensor:
     """A float64 copy on the CPU; raises ValueError, with the name, for numbers that are not finite."""
     kept = tensor.detach().cpu().double()
+    kept = kept.clone() if kept.is_inference() else kept  # autograd cannot use it
     if not bool(kept.isfinite().all()):
         raise ValueError(f"{name} hold numbers that are not finite")
     return kept

@@ -71,6 +71,7 @@ class WorstCase:
         )
 
 
+@torch.inference_mode(False)  # of the caller's: what is made here can be trained
 def worst_case(
     model: nn.Module,
     pruned: nn.Module,
@@ -82,20 +83,37 @@ def worst_case(
     method: Method | None = None,
     predict: str | None = None,
 ) -> WorstCase:
-    """Bounds of pruned(x) - model(x) for every x within `radius` of each sample, not only at the samples.
+    """Bound pruned(x) - model(x) for every x within `radius` of each sample, not only at the samples.
 
-    around  (samples, ...) inputs of the networks
-    radius  in the units of the inputs, in the max norm (norm=math.inf) or in the 2-norm over a sample (norm=2)
-    within  the least and the most an entry of an input can be, such as (0, 1) for pixels: numbers, or tensors of the
-            shape of one sample; for the max norm only
-    predict what a prediction is: "classes" (the largest output), "sign" (of one logit) or "labels" (the sign of each).
-            None: "sign" for one output, else "classes"
-    method  `LinearRelaxation()` unless given; `Exact()` for tiny networks, `IntervalPropagation()` for a quick look
+    Both networks are chains of Linear and ReLU with the same shapes, read from a pass on `around` in evaluation mode;
+    they are not changed. The bounds are for their exact arithmetic: what they round in float32 is not counted.
 
-    Both networks are chains of Linear and ReLU with the same shapes, read from a pass on `around` in eval mode; they
-    are not changed. The bounds are for their exact arithmetic: what they round in float32 is not counted.
+    Args:
+        model: The dense network.
+        pruned: Its pruned copy.
+        around: Inputs (samples, ...) of the networks.
+        radius: In the units of the inputs, in the max norm (`norm=math.inf`) or the 2-norm over a sample (`norm=2`).
+        norm: `math.inf` or 2.
+        within: Smallest and largest value of an input's entry, such as (0, 1) for pixels: numbers, or tensors of the
+            shape of one sample; for the max norm only.
+        method: `LinearRelaxation()` if None; `Exact()` for tiny networks, `IntervalPropagation()` for a quick look.
+        predict: How an output is a prediction: "classes" (the largest output), "sign" (of one logit) or "labels" (the
+            sign of each). None means "sign" for one output, else "classes".
 
-    Raises ValueError naming the module or the operation that is not covered, and for inputs that make no set.
+    Returns:
+        The bounds, and for which samples both networks provably make the same prediction everywhere.
+
+    Raises:
+        ValueError: For a module or an operation that is not covered, by name, and for inputs that make no set.
+
+    Source: Zhang et al. 2018 (CROWN), for the difference of two networks.
+
+    Example:
+        >>> import torch, convexprune as cp
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.ReLU(), torch.nn.Linear(3, 2))
+        >>> found = cp.worst_case(model, model, torch.rand(5, 4), radius=0.01)
+        >>> bool(found.largest.max() < 1e-6)
+        True
     """
     for each, name in ((model, "the model"), (pruned, "the pruned model")):
         check_model(each, name)
@@ -104,7 +122,8 @@ def worst_case(
     if not isinstance(around, Tensor) or not around.is_floating_point() or around.ndim < 2 or not len(around):
         raise ValueError("around must be a floating-point tensor (samples, ...) of at least one sample")
     check_batch(around, "around")
-    centers = around.detach().cpu().double().flatten(1)
+    around = around.detach().clone()  # it may have been made in inference mode
+    centers = around.cpu().double().flatten(1)
     region = _region(centers, radius, norm, within, tuple(around.shape[1:]))
     with undisturbed(model, pruned):
         pair = ChainPair(*_chain(model, around, "the model"), *_chain(pruned, around, "the pruned model"))

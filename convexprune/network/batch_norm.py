@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import nn
 
 from convexprune.network.calibration import Calibration
@@ -14,6 +15,7 @@ from convexprune.network.kinds import BATCH_NORMS
 STATISTICS = ("running_mean", "running_var")
 
 
+@torch.inference_mode(False)  # of the caller's: what is made here can be trained
 def reestimate_batch_norm(model: nn.Module, batches: Iterable[Any]) -> None:
     """Replace the running mean and variance of every batch norm by their averages over the batches, in place.
 
@@ -42,6 +44,8 @@ def reestimate_batch_norm(model: nn.Module, batches: Iterable[Any]) -> None:
     ]
     if not norms:
         raise ValueError("the model has no batch norm with running statistics: there is nothing to re-estimate")
+    if any(norm.get_buffer(key).is_inference() for norm in norms for key in STATISTICS):
+        raise ValueError("the model was made in inference mode, so nothing in it can be changed; give a copy.deepcopy")
     momenta = [norm.momentum for norm in norms]
     with undisturbed(model):  # a failure leaves the statistics as they were
         try:

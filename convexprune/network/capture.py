@@ -26,6 +26,7 @@ from convexprune.options import flag
 Hook = Callable[[str, Stack, Tensor, Tensor], None]  # module name, its matrices, its input, its output
 
 
+@torch.inference_mode(False)  # of the caller's: what is made here can be trained
 def capture(
     model: nn.Module,
     batches: Calibration | Iterable[Any],

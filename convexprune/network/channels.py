@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from convexprune.network.forward import check_eager
 from convexprune.network.kinds import (
     ADAPTIVE_POOLS,
     AVERAGE_POOLS,
@@ -32,7 +31,6 @@ from convexprune.network.kinds import (
     computes,
 )
 from convexprune.network.matrices import stack_of
-from convexprune.network.weights import check_stored
 
 
 @dataclass(eq=False)
@@ -77,20 +75,12 @@ class LayerTracer(fx.Tracer):
 
 
 class ChannelGraph:
-    """The channels of a traced model.
-
-    Raises ValueError where the model cannot be traced, ValueError or TypeError where the weights of a layer are not
-    stored as real numbers (`check_stored`).
+    """The channels of a traced model. Raises ValueError where the model cannot be traced.
 
     unfollowed  layer -> why nothing is known of its channels: it is of a kind that is not listed here
     """
 
     def __init__(self, model: nn.Module, silent: dict[str, Tensor] | None = None) -> None:
-        check_eager(model)
-        for name, module in model.named_modules():
-            stack = stack_of(module)
-            if stack is not None:
-                check_stored(name, stack)
         try:
             self.graph = LayerTracer().trace(model)
         except Exception as error:  # whatever a model's forward does with the tracer's proxies

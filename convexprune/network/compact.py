@@ -17,8 +17,9 @@ from torch import Tensor, fx, nn
 
 from convexprune.network.calibration import Calibration
 from convexprune.network.channels import ChannelGraph, Channels, LayerTracer, unpadded
-from convexprune.network.forward import check_eager, check_model, copied, numbered, run, undisturbed
+from convexprune.network.forward import check_model, copied, numbered, run, undisturbed
 from convexprune.network.kinds import CONVOLUTIONS, FX_ENTRYWISE, LINEARS
+from convexprune.network.names import check_layers
 from convexprune.options import whole
 
 
@@ -45,6 +46,7 @@ class Compaction:
         return "\n".join([*lines, *(f"  left: {line}" for line in self.left)])
 
 
+@torch.inference_mode(False)  # of the caller's: what is made here can be trained
 def compact(
     model: nn.Module, *, batches: Iterable[Any] | None = None, round_to: int = 1
 ) -> tuple[nn.Module, Compaction]:
@@ -76,7 +78,7 @@ def compact(
     """
     whole(1)("round_to", round_to)
     check_model(model)
-    check_eager(model)
+    check_layers(model)
     data = None if batches is None else list(Calibration.of(batches))
     small = copied(model)
     removed: dict[str, int] = {}

@@ -47,8 +47,8 @@ def save(model: nn.Module, path: str | os.PathLike[str], metadata: Mapping[str, 
     Raises:
         OSError: If the file cannot be written, for example on a full disk. No partial file is left, and an existing
             file stays as it was.
-        ValueError: If the metadata has the key "aliases" or "format", or values that JSON cannot hold.
-        TypeError: If the state holds something other than dense tensors, or the metadata is no mapping from strings.
+        ValueError: If the metadata has the key "aliases" or "format", or numbers that JSON cannot hold.
+        TypeError: If the state holds something other than dense tensors, or the metadata something that JSON cannot.
 
     Example:
         >>> import tempfile, torch, convexprune as cp
@@ -144,7 +144,8 @@ def _as_json(metadata: Mapping[str, Any]) -> dict[str, str]:
         try:
             entries[key] = json.dumps(value, allow_nan=False)
         except (TypeError, ValueError, RecursionError) as error:
-            raise ValueError(f"metadata: {key!r} is {value!r:.80}, which JSON cannot hold: {error}") from error
+            kind = TypeError if isinstance(error, TypeError) else ValueError
+            raise kind(f"metadata: {key!r} is {value!r:.80}, which JSON cannot hold: {error}") from error
     return entries
 
 

@@ -16,7 +16,7 @@ from torch.nn.parameter import is_lazy
 
 from convexprune.network.interrupts import deferred, interruptible
 
-_BETWEEN: Final = ("convexprune.network.forward", "convexprune.network.recording", "convexprune.network.residual")
+_BETWEEN: Final = ("convexprune.network.recording", "convexprune.network.residual")  # they see what torch calls
 _LOCK: Final = threading.RLock()  # two threads that put one model back would leave it changed
 
 
@@ -157,10 +157,11 @@ def run(model: nn.Module, batch: Any, gradients: bool = False) -> Any:
 
 
 def _is_ours(error: Exception) -> bool:
-    """Whether a hook of this package says what is wrong; the recorder's frames only hand on what torch says."""
+    """Whether a hook of this package says what is wrong; what runs the model only hands on what torch says."""
     *_, (frame, _) = traceback.walk_tb(error.__traceback__)
     name = frame.f_globals.get("__name__", "")
-    return isinstance(error, BatchError) or (name.startswith("convexprune.") and name not in _BETWEEN)
+    between = frame.f_code is run.__code__ or name in _BETWEEN
+    return isinstance(error, BatchError) or (name.startswith("convexprune.") and not between)
 
 
 def _described(model: nn.Module, given: Any) -> str:
@@ -179,6 +180,12 @@ def _copy(value: Any) -> Any:
     if type(value) is dict:
         return {key: _copy(part) for key, part in value.items()}
     return type(value)(map(_copy, value)) if type(value) in (tuple, list) else value
+
+
+def differentiable(model: nn.Module) -> nn.Module:
+    """The model, or a copy where it was made in inference mode: autograd cannot use such tensors."""
+    made = any(tensor.is_inference() for tensor in (*model.parameters(), *model.buffers()))
+    return copied(model) if made else model
 
 
 def copied(model: nn.Module) -> nn.Module:

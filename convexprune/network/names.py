@@ -23,6 +23,13 @@ def stacks(model: nn.Module) -> dict[str, Stack]:
     return {name: stack for name, stack in found.items() if stack is not None}
 
 
+def check_layers(model: nn.Module) -> None:
+    """Raise ValueError or TypeError where a layer cannot be called by itself, or read as real numbers."""
+    check_eager(model)
+    for name, stack in stacks(model).items():
+        check_stored(name, stack)
+
+
 @dataclass(frozen=True)
 class Chosen:
     """The layers that some names mean.
@@ -80,7 +87,7 @@ def choose(model: nn.Module, names: Iterable[str] | str | None) -> Chosen:
 
 def _check_finite(name: str, module: nn.Module) -> None:
     for key, parameter in module.named_parameters(recurse=False):
-        if not bool(torch.isfinite(parameter).all()):
+        if not bool(torch.isfinite(parameter.detach()).all()):
             raise ValueError(
                 f"layer {name!r}: its {key} holds NaN or inf; leave it out of `names`, or repair the model"
             )

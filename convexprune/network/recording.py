@@ -10,11 +10,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._ops import HigherOrderOperator
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakIdKeyDictionary
 
-from convexprune.network.forward import edits, run, tensors_in
+from convexprune.network.forward import BatchError, edits, run, tensors_in
 from convexprune.network.kinds import DROPOUT, LOOKS
 from convexprune.network.matrices import stack_of
 
@@ -187,6 +188,8 @@ class Recorder(TorchFunctionMode):
 class _Below(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Sees the operations of aten, whoever calls them: scripts, transforms and extensions are no functions of torch."""
 
+    supports_higher_order_operators = True  # to refuse them by name
+
     def __init__(self, recorder: Recorder) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.recorder = recorder
@@ -194,6 +197,11 @@ class _Below(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
         """Run the operation; the recorder decides whether it is one to write down."""
         kwargs = kwargs or {}
+        if isinstance(func, HigherOrderOperator):
+            raise BatchError(
+                f"the model uses torch's {func._name}, whose branches cannot be recorded; write it as an `if`, a loop "
+                "or a torch.where"
+            )
         return self.recorder.below(func.overloadpacket.__name__, (args, kwargs), lambda: func(*args, **kwargs))
 
 

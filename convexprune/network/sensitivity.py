@@ -20,13 +20,22 @@ import torch
 from torch import Tensor, nn
 
 from convexprune.network.calibration import Calibration
-from convexprune.network.forward import check_model, check_untransformed, numbered, run, tensors_in, undisturbed
+from convexprune.network.forward import (
+    check_model,
+    check_untransformed,
+    differentiable,
+    numbered,
+    run,
+    tensors_in,
+    undisturbed,
+)
 from convexprune.network.matrices import Stack
 from convexprune.network.names import choose
 from convexprune.options import seed as check_seed
 from convexprune.options import whole
 
 
+@torch.inference_mode(False)  # of the caller's: what is made here can be trained
 def sensitivities(
     model: nn.Module,
     batches: Calibration | Iterable[Any],
@@ -67,12 +76,13 @@ def sensitivities(
     whole(1)("probes", probes)
     check_seed("seed", seed)
     calibration = Calibration.of(batches, names)
+    model = differentiable(model)
     chosen = choose(model, calibration.names)
     pairs, stacks = chosen.pairs, chosen.stacks
     sums: dict[str, Tensor] = {}
     samples = 0
     generator = torch.Generator().manual_seed(seed)
-    with undisturbed(model):
+    with undisturbed(model), torch.enable_grad():
         for index, batch in enumerate(calibration):
             with numbered(index):
                 outputs, calls = _graph(model, batch, stacks)
@@ -106,6 +116,7 @@ def directions(
     Each g_r is the gradient along a random direction of the outputs of one part of the samples. Together they cost one
     backward pass over the data. The relative standard deviation of the estimate is sqrt(2 / count). P counts the bias.
     """
+    model = differentiable(model)
     chosen = choose(model, names)
     pairs, stacks = chosen.pairs, chosen.stacks
     total = sum(len(next(tensors_in(batch))) for batch in batches)
@@ -115,7 +126,7 @@ def directions(
     generator = torch.Generator().manual_seed(seed)
     parameters = [p for stack in stacks.values() for p in (stack.weight, stack.bias) if p is not None]
     asked = [parameter.requires_grad for parameter in parameters]
-    with undisturbed(model):
+    with undisturbed(model), torch.enable_grad():
         try:
             for parameter in parameters:
                 parameter.requires_grad_(True)

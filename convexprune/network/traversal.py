@@ -117,7 +117,7 @@ class Traversal:
         keep  the modules whose rows are kept: their problems need samples
         """
         if self.calibration.positions is None and self.calibration.mask is None:
-            for name in keep:
+            for name in filter(keep.__contains__, self.modules):
                 check_rows(name, self.survey.rows[name], self.chosen.stacks[name])
         groups = [self.modules] if self.mode == "parallel" else self.survey.groups
         for group in groups:
