@@ -98,8 +98,8 @@ class _Comparison:
             # the twin is called with what the dense layer has read; no hook of ours is on it yet
             with torch.inference_mode(False), torch.no_grad():
                 change = behind(self.twins[name](*args, **kwargs), self.lone[name]) - behind(output, self.lone[name])
-                columns = _columns(change)
-                self.grams[name] = self.grams.get(name, 0) + columns.T @ columns
+                rows = columns(change)
+                self.grams[name] = self.grams.get(name, 0) + rows.T @ rows
         if name in self.squares:
             # a copy: what comes next may be in place
             self.dense.setdefault(name, []).append(behind(output, self.rectified[name]).clone())
@@ -144,7 +144,7 @@ def behind(output: Tensor, rectified: bool) -> Tensor:
     return output.relu() if rectified else output
 
 
-def _columns(change: Tensor) -> Tensor:
+def columns(change: Tensor) -> Tensor:
     """The change as a matrix (samples and positions, channels), float64."""
     channels = change if change.ndim < 3 else change.movedim(1, -1)
     return channels.reshape(-1, channels.shape[-1]).double()
