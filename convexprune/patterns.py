@@ -10,12 +10,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from numbers import Integral
-from typing import Final, Protocol, runtime_checkable
+from numbers import Integral, Real
+from typing import Any, Final, Protocol, runtime_checkable
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from convexprune.options import several, whole
 
 
 @runtime_checkable
@@ -39,7 +41,7 @@ class Unstructured:
     keep: float | int
 
     def __post_init__(self) -> None:
-        _check_keep(self.keep)
+        object.__setattr__(self, "keep", _checked_keep(self.keep))
 
     def quota(self, shape: tuple[int, int], kernel: int = 1) -> int:
         """The layer's count."""
@@ -61,7 +63,7 @@ class PerRow:
     keep: float | int
 
     def __post_init__(self) -> None:
-        _check_keep(self.keep)
+        object.__setattr__(self, "keep", _checked_keep(self.keep))
 
     def quota(self, shape: tuple[int, int], kernel: int = 1) -> int:
         """A neuron's count."""
@@ -87,11 +89,8 @@ class NM:
     m: int
 
     def __post_init__(self) -> None:
-        whole = isinstance(self.n, Integral) and isinstance(self.m, Integral)
-        if not (whole and 0 <= self.n <= self.m and self.m >= 1):
-            raise ValueError(
-                f"NM({self.n!r}, {self.m!r}) keeps n of every m weights: it needs integers 0 <= n <= m, m >= 1"
-            )
+        whole(1)("m", self.m)
+        whole(0, int(self.m))("n", self.n)
 
     def quota(self, shape: tuple[int, int], kernel: int = 1) -> int:
         """n."""
@@ -121,9 +120,9 @@ class Blocks:
     keep: float | int
 
     def __post_init__(self) -> None:
-        _check_keep(self.keep)
-        if len(self.size) != 2 or min(self.size) < 1:
-            raise ValueError(f"Blocks size is {self.size}; it must be (rows, inputs), both at least 1")
+        object.__setattr__(self, "keep", _checked_keep(self.keep))
+        several(2, whole(1))("size", self.size)
+        object.__setattr__(self, "size", (int(self.size[0]), int(self.size[1])))
 
     def quota(self, shape: tuple[int, int], kernel: int = 1) -> int:
         """The layer's count of blocks."""
@@ -153,7 +152,7 @@ class Channels:
     keep: float | int
 
     def __post_init__(self) -> None:
-        _check_keep(self.keep)
+        object.__setattr__(self, "keep", _checked_keep(self.keep))
 
     def quota(self, shape: tuple[int, int], kernel: int = 1) -> int:
         """The count of channels."""
@@ -177,8 +176,13 @@ class Support:
     mask: Tensor
 
     def __post_init__(self) -> None:
-        if self.mask.dtype != torch.bool or self.mask.ndim != 2:
-            raise ValueError(f"a support is a boolean (out, in) mask, not {self.mask.dtype} {tuple(self.mask.shape)}")
+        if not isinstance(self.mask, Tensor):
+            raise TypeError(f"mask is a {type(self.mask).__name__}; give a boolean tensor (out, in)")
+        if self.mask.dtype != torch.bool or self.mask.ndim != 2 or self.mask.layout != torch.strided:
+            kind = f"{self.mask.layout} {self.mask.dtype}" if self.mask.layout != torch.strided else self.mask.dtype
+            raise ValueError(f"mask is {kind} {tuple(self.mask.shape)}; give a dense boolean tensor (out, in)")
+        if self.mask.device.type == "meta":
+            raise ValueError("mask is on the meta device and holds no values; give one on the CPU")
 
     def quota(self, shape: tuple[int, int], kernel: int = 1) -> int:
         """All of the mask."""
@@ -288,10 +292,15 @@ def _largest(cells: Tensor, quota: int) -> Tensor:
     return above | (level & (level.cumsum(1) <= wanted))
 
 
-def _check_keep(keep: float | int) -> None:
-    number = isinstance(keep, (int, float)) and not isinstance(keep, bool)
-    if not number or not math.isfinite(keep) or keep < 0 or (isinstance(keep, float) and keep > 1):
-        raise ValueError(f"keep is {keep!r}; it must be a fraction in [0, 1] (a float) or a count >= 0 (an int)")
+def _checked_keep(keep: Any) -> float | int:
+    """The fraction or count as a Python number."""
+    wanted = "a fraction in [0, 1] (a float) or a count >= 0 (an int)"
+    if isinstance(keep, bool) or not isinstance(keep, Real):
+        raise TypeError(f"keep is {keep!r}; it must be {wanted}")
+    found = int(keep) if isinstance(keep, Integral) else float(keep)
+    if not found >= 0 or (isinstance(found, float) and found > 1):
+        raise ValueError(f"keep is {keep!r}; it must be {wanted}")
+    return found
 
 
 def _count(keep: float | int, total: int, of: str) -> int:

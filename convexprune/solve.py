@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from convexprune.forms import LassoProblem, adapted, declared, undeclared
-from convexprune.problem import Problem, Solver, can_start, check_problem, judge
-from convexprune.solution import Attempt, Certificate, Solution, Status
+from convexprune.problem import Problem, Solver, can_start, check_point, check_problem, judge
+from convexprune.solution import Attempt, Solution, Status
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -57,16 +57,11 @@ def solve(problem: Problem, solver: Solver | None = None, *, start: Tensor | Non
     if not isinstance(attempt, Attempt) or not isinstance(attempt.x, Tensor):
         kind = f"an Attempt of a {type(attempt.x).__name__}" if isinstance(attempt, Attempt) else type(attempt).__name__
         raise TypeError(f"{type(solver).__name__} returned {kind}; return Attempt(x, witness, status, iterations)")
+    check_point(f"the point that {type(solver).__name__} returned", attempt.x, shape)
     x, status = attempt.x.detach().cpu().double(), attempt.status
-    if tuple(x.shape) != shape:
-        bias = shape[0], shape[1] - 1
-        hint = " (the last column is the bias)" if tuple(x.shape) == bias else ""
-        raise ValueError(f"{type(solver).__name__} returned a point of shape {tuple(x.shape)}, not {shape}{hint}")
-    if bool(torch.isfinite(x).all()):
-        certificate = judge(problem, x, attempt.witness)
-    else:
+    certificate = judge(problem, x, attempt.witness)
+    if not bool(torch.isfinite(x).all()):
         status = Status.NUMERICAL
-        certificate = Certificate(float("inf"), problem.lower_bound(attempt.witness), float("inf"))
     return Solution(
         x, attempt.witness, status, certificate, seconds, attempt.iterations, repr(solver), attempt.trace, attempt.note
     )
@@ -78,10 +73,7 @@ def rejudged(solution: Solution, problem: Problem, x: Tensor) -> Solution:
 
 
 def _check_start(start: Any, shape: tuple[int, int], solver: Solver) -> None:
-    if not isinstance(start, Tensor):
-        raise TypeError(f"start is a {type(start).__name__}; give a tensor of shape {shape}")
-    if tuple(start.shape) != shape:
-        raise ValueError(f"start has shape {tuple(start.shape)}, expected {shape}")
+    check_point("start", start, shape)
     if not bool(torch.isfinite(start).all()):
         raise ValueError("start holds NaN or inf; give a point of finite numbers")
     if not can_start(solver):

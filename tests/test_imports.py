@@ -28,7 +28,7 @@ TOP = {"allocate", "certify", "cli", "__main__", "defaults", "distill", "merge",
 ALLOWED = {
     "moments": set(),
     "layer": {"moments"},
-    "patterns": set(),
+    "patterns": {"options"},
     "layout": {"patterns"},
     "solution": set(),
     "curve": {"options"},

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final
 import torch
 
 from convexprune.extras import extras
+from convexprune.options import positive, text, whole
 from convexprune.problem import Problem
 from convexprune.solution import Attempt, Status
 
@@ -23,6 +24,7 @@ LIMIT_NAMES: Final = {
     ("SCS", "time_limit"): ("time_limit_secs",),
     ("HIGHS", "max_iter"): ("simplex_iteration_limit", "ipm_iteration_limit", "qp_iteration_limit"),
 }
+LIMITS: Final = {"max_iter": whole(1), "time_limit": positive}  # leave one out for no limit
 # CVXPY's "inaccurate" means out of steps or time for a first-order method, and a stall for the others
 FIRST_ORDER: Final = ("SCS", "OSQP")
 
@@ -46,12 +48,13 @@ class CVXPY:
     options: tuple[tuple[str, Any], ...]
 
     def __init__(self, solver: str, **options: Any) -> None:
+        text("solver", solver)
+        for name, check in LIMITS.items():
+            if name in options:
+                check(name, options[name])
         installed = _installed()
         if solver.upper() not in installed:
             raise ValueError(f"solver {solver!r} is not installed; CVXPY finds {', '.join(installed)}")
-        for key in ("max_iter", "time_limit"):
-            if key in options and not options[key] > 0:
-                raise ValueError(f"{key} is {options[key]}; it must be > 0")
         object.__setattr__(self, "solver", solver.upper())
         object.__setattr__(self, "options", tuple(options.items()))
 

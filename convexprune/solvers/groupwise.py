@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from convexprune.forms import GroupedLeastSquares, SharedPattern, StackedProblem, adapted, declared, taken
+from convexprune.options import check_options, whole
 from convexprune.problem import Problem, Solver, can_start, check_solver
 from convexprune.solution import Attempt, Status
 from convexprune.solvers.least_squares.branch_and_bound import BranchAndBound
@@ -42,8 +43,7 @@ class Groupwise:
 
     def __post_init__(self) -> None:
         check_solver(self.inner)
-        if self.exact < 0:
-            raise ValueError(f"exact is {self.exact}; it must be a number of inputs >= 0")
+        check_options(self, exact=whole(0))
 
     @property
     def starts(self) -> bool:

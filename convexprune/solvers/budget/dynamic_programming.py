@@ -18,6 +18,7 @@ from torch import Tensor
 
 from convexprune import knapsack
 from convexprune.forms import KnapsackProblem
+from convexprune.options import check_options, optional, whole
 from convexprune.solution import Attempt, Status
 from convexprune.solvers.budget.lagrangian_price import LagrangianPrice, infeasible
 
@@ -35,8 +36,7 @@ class DynamicProgramming:
     buckets: int | None = 10_000
 
     def __post_init__(self) -> None:
-        if self.buckets is not None and self.buckets < 1:
-            raise ValueError(f"buckets is {self.buckets}; it must be at least 1, or None for one for each unit")
+        check_options(self, buckets=optional(whole(1)))
 
     def solve(self, problem: KnapsackProblem, start: Tensor | None = None) -> Attempt:
         """The start is not used; the witness is the price of `LagrangianPrice`.

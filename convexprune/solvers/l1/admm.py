@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from convexprune.forms import BallProblem, GroupedLeastSquares, LassoProblem, declared
+from convexprune.options import between, check_options, positive
 from convexprune.problem import Problem, Solver, judge
 from convexprune.solution import Attempt, Certificate, Status, TracePoint
 from convexprune.solvers.l1.splitting import Splitting, splitting
@@ -57,15 +58,7 @@ class ADMM:
     finish: WorkingSet | None = field(default_factory=WorkingSet)
 
     def __post_init__(self) -> None:
-        for name in ("eps_abs", "eps_rel", "handover"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be a finite number > 0")
-        if not 0 < self.alpha < 2:
-            raise ValueError(f"alpha is {self.alpha}; over-relaxation must be in (0, 2)")
-        if self.max_iter < 1:
-            raise ValueError(f"max_iter is {self.max_iter}; it must be at least 1")
-        if self.dtype not in (torch.float32, torch.float64):
-            raise ValueError(f"dtype is {self.dtype}; the steps run in torch.float32 or torch.float64")
+        check_options(self, alpha=between(0, 2), handover=positive)
         self._check_finish()
 
     def adapted(self, problem: Problem) -> Solver:

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from convexprune.forms import GroupedLeastSquares, SparseLeastSquares
 from convexprune.layout import Grid, Layout
+from convexprune.options import check_options, whole
 from convexprune.solution import Attempt, Status
 from convexprune.solvers.least_squares.elimination import gridded
 from convexprune.solvers.least_squares.on_support import refitted, ridge_of
@@ -46,6 +47,9 @@ class BranchAndBound:
 
     max_inputs: int = 30
     time_limit: float | None = None
+
+    def __post_init__(self) -> None:
+        check_options(self, max_inputs=whole(1))
 
     def adapted(self, problem: Any) -> BranchAndBound:
         """Itself, where the layer is small enough and the cells of the pattern make a grid."""

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from convexprune.forms import SparseLeastSquares
 from convexprune.layout import Layout, ranks
+from convexprune.options import check_options, positive, whole
 from convexprune.patterns import PerRow, Unstructured, select
 from convexprune.solution import Attempt, Status
 from convexprune.solvers.least_squares.elimination import layout_of
@@ -46,10 +47,7 @@ class ColumnSweep:
     dtype: torch.dtype = torch.float32
 
     def __post_init__(self) -> None:
-        if not 0 < self.damping < float("inf"):
-            raise ValueError(f"damping is {self.damping}; it must be a finite number > 0")
-        if self.block < 1:
-            raise ValueError(f"block is {self.block}; it must be at least 1")
+        check_options(self, damping=positive, block=whole(1))
 
     def solve(self, problem: SparseLeastSquares, start: Tensor | None = None) -> Attempt:
         """The start is not used. Status NUMERICAL where the Gram matrix with its damping is not positive definite."""

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from convexprune.forms import GroupedLeastSquares
 from convexprune.layout import Grid
+from convexprune.options import check_options
 from convexprune.solution import Attempt, Status
 from convexprune.solvers.least_squares.elimination import gridded, shrink_apart, shrink_together
 from convexprune.solvers.least_squares.on_support import refitted
@@ -70,6 +71,9 @@ class ExactOBS:
     memory: float = 2e9
     device: str = "cpu"
     dtype: torch.dtype = torch.float32
+
+    def __post_init__(self) -> None:
+        check_options(self)
 
     def adapted(self, problem: Any) -> ExactOBS:
         """Itself, where the cells of the problem's pattern make a grid and the memory is enough."""

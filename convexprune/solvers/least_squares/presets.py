@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from convexprune.forms import GroupedLeastSquares
+from convexprune.options import check_options, number, positive, whole
 from convexprune.problem import Solver
 from convexprune.solution import Attempt, Status
 from convexprune.solvers.least_squares.elimination import grid_of, layout_of
@@ -44,6 +45,9 @@ class Fast:
     polish: int = 8
     device: str = "cpu"
     dtype: torch.dtype = torch.float32
+
+    def __post_init__(self) -> None:
+        check_options(self, flops=positive, polish=whole(0))
 
     def solve(self, problem: GroupedLeastSquares, start: Tensor | None = None) -> Attempt:
         """The start is not used."""
@@ -74,6 +78,9 @@ class Balanced:
     rounds: int = 1
     device: str = "cpu"
     dtype: torch.dtype = torch.float32
+
+    def __post_init__(self) -> None:
+        check_options(self, grow=number(1), rounds=whole(0))
 
     def adapted(self, problem: Any) -> Solver:
         """Itself, or `RisingPenalty` where the pattern's cells cannot be swapped."""
@@ -114,6 +121,9 @@ class Best:
     device: str = "cpu"
     dtype: torch.dtype = torch.float32
 
+    def __post_init__(self) -> None:
+        check_options(self, grow=number(1), rounds=whole(0))
+
     def adapted(self, problem: Any) -> Solver:
         """Itself, or `RisingPenalty` where the pattern's cells cannot be swapped."""
         return _swapping(self, problem)
@@ -125,7 +135,7 @@ class Best:
         begun = time.perf_counter()
         scaled = Scaled.of(problem, self.device, self.dtype)
         sparse, steps, _ = RisingPenalty(self.grow, time_limit=self.time_limit).descend(problem, scaled)
-        left = None if self.time_limit is None else max(self.time_limit - (time.perf_counter() - begun), 0.0)
+        left = None if self.time_limit is None else max(self.time_limit - (time.perf_counter() - begun), 1e-9)
         search = SwapSearch(rounds=self.rounds, time_limit=left)
         mask, _, rounds, status = search.improve(problem, scaled, sparse)
         return Attempt(problem.completed(refitted(problem, mask.cpu())), None, status, steps + rounds)

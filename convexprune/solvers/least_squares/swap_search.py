@@ -19,6 +19,7 @@ from torch import Tensor
 
 from convexprune.forms import GroupedLeastSquares
 from convexprune.layout import ranks
+from convexprune.options import check_options, number, whole
 from convexprune.solution import Attempt, Status
 from convexprune.solvers.least_squares.elimination import gridded, shrink_apart, shrink_together
 from convexprune.solvers.least_squares.on_support import refitted
@@ -59,12 +60,8 @@ class SwapSearch:
     dtype: torch.dtype = torch.float32
 
     def __post_init__(self) -> None:
-        if not 0 < self.enter <= 1:
-            raise ValueError(f"enter is {self.enter}; it must be a fraction of the weights in (0, 1]")
-        if not 0 < self.cooling <= 1:
-            raise ValueError(f"cooling is {self.cooling}; it must be a factor in (0, 1]")
-        if self.rounds < 0:
-            raise ValueError(f"rounds is {self.rounds}; it must be at least 0")
+        share = number(0, 1, least_open=True)
+        check_options(self, rounds=whole(0), enter=share, cooling=share)
 
     def adapted(self, problem: Any) -> SwapSearch:
         """Itself, where the cells of the problem's pattern make a grid."""
