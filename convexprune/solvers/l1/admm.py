@@ -18,6 +18,7 @@ from convexprune.solution import Attempt, Certificate, Status, TracePoint
 from convexprune.solvers.l1.splitting import Splitting, splitting
 from convexprune.solvers.l1.working_set import WorkingSet
 from convexprune.solvers.least_squares.rising_penalty import RisingPenalty
+from convexprune.solvers.least_squares.spd_inverse import NotDefinite
 
 CHECK = 20  # steps between two looks at the certificate
 ADAPT = 10  # steps between two changes of rho
@@ -78,9 +79,22 @@ class ADMM:
         trivial = _zero_if_feasible(problem) if BallProblem in declared(problem) else None
         if trivial is not None:
             return trivial
-        split = splitting(problem, start, self.alpha, torch.device(self.device), self.dtype)
         run = _Run(problem, self._meets, begun)
-        handover = self.handover
+        status = self._descend(problem, start, run, deadline, self.dtype)
+        if status in (Status.MAX_ITER, Status.NUMERICAL) and self.dtype is torch.float32:
+            run.notes.append(f"float32 ended {status.name}, float64 went on from its best point")
+            status = self._descend(problem, run.found, run, deadline, torch.float64)
+        return run.attempt(status)
+
+    def _descend(
+        self, problem: Any, start: Tensor | None, run: _Run, deadline: float, dtype: torch.dtype
+    ) -> Status:  # fmt: skip
+        """First-order steps in one precision, and the finish when they are close; why they stopped."""
+        try:
+            split = splitting(problem, start, self.alpha, torch.device(self.device), dtype)
+        except NotDefinite:
+            return Status.NUMERICAL
+        handover, before, patience = self.handover, run.steps, _Patience()
         for step in range(1, self.max_iter + 1):
             split.step()
             if step % ADAPT == 0 and step <= SETTLED:
@@ -88,20 +102,21 @@ class ADMM:
             late = time.perf_counter() > deadline
             if step % CHECK and step < self.max_iter and not late:
                 continue
-            certificate = run.look(split, step)
+            certificate = run.look(split, before + step)
             status = self._verdict(problem, certificate)
-            if status is None and late:
-                status = Status.TIME_LIMIT
-            if status is not None:
-                return run.attempt(status)
-            if self.finish is not None and max(certificate.relative_gap, certificate.violation) < handover:
-                if self._finished(problem, split, run, deadline):
-                    return run.attempt(Status.CONVERGED)
-                handover /= 4
+            if status is not None or late:
+                return status or Status.TIME_LIMIT
+            distance = max(certificate.relative_gap, certificate.violation)
+            if distance < handover or patience.ends(step, distance):
+                if self._finished(problem, run, deadline, split.point, split.witness):
+                    return Status.CONVERGED
+                handover = min(handover, distance) / 4
         # badly scaled inputs keep first-order steps far from the optimum; the finish minds them less
-        if self.finish is not None and self._finished(problem, split, run, deadline):
-            return run.attempt(Status.CONVERGED)
-        return run.attempt(Status.MAX_ITER)
+        if self._finished(problem, run, deadline, split.point, split.witness):
+            return Status.CONVERGED
+        if dtype is torch.float64 and self._finished(problem, run, deadline, problem.dense, None):
+            return Status.CONVERGED
+        return Status.MAX_ITER
 
     def _rising(self) -> RisingPenalty:
         for name, default in vars(ADMM()).items():
@@ -130,20 +145,42 @@ class ADMM:
         if self._meets(certificate):
             return Status.CONVERGED
         if certificate.bound > DIVERGED * problem.value(problem.dense) and certificate.violation > self.eps_abs:
-            return Status.INFEASIBLE
+            return Status.INFEASIBLE if problem.violation(problem.dense) > 0 else None
         return None
 
-    def _finished(self, problem: Problem, split: Splitting, run: _Run, deadline: float) -> bool:
-        """Hand over to the finish; whether its certificate meets the rule."""
-        assert self.finish is not None
+    def _finished(self, problem: Problem, run: _Run, deadline: float, point: Tensor, witness: Tensor | None) -> bool:
+        """Hand over to the finish; whether its certificate meets the rule. One that does not fit is not asked again."""
+        if self.finish is None or run.crowded:
+            return False
         finish = replace(self.finish, **{name: getattr(self, name) for name in GIVEN})
         offset = time.perf_counter() - run.begun
-        finer = finish.refine(problem, split.point.cpu().double(), split.witness, deadline)
+        try:
+            finer = finish.refine(problem, point.cpu().double(), witness, deadline)
+        except MemoryError as error:
+            run.crowded = True
+            run.notes.append(f"the finish did not run: {error}")
+            return False
         run.adopt(finer, offset)
         return self._meets(run.best_certificate)
 
     def _meets(self, certificate: Certificate) -> bool:
         return certificate.meets(self.eps_abs, self.eps_rel)
+
+
+class _Patience:
+    """Says when first-order steps have stalled: a distance that has not halved while their number doubled."""
+
+    def __init__(self) -> None:
+        self.next, self.least, self.before = SETTLED, math.inf, math.inf
+
+    def ends(self, step: int, distance: float) -> bool:
+        """To be asked at every look."""
+        self.least = min(self.least, distance)
+        if step < self.next:
+            return False
+        stalled = self.least > self.before / 2
+        self.before, self.next = self.least, 2 * self.next
+        return stalled
 
 
 class _Run:
@@ -156,6 +193,13 @@ class _Run:
         self.last: tuple[Tensor, Tensor] | None = None
         self.best_certificate = Certificate(math.inf, -math.inf, math.inf)
         self.steps = 0
+        self.crowded = False  # the finish needs more memory than it may take
+        self.notes: list[str] = []
+
+    @property
+    def found(self) -> Tensor | None:
+        """The best point so far; None where none is finite."""
+        return None if self.best is None or not bool(torch.isfinite(self.best[0]).all()) else self.best[0]
 
     def look(self, split: Splitting, step: int) -> Certificate:
         """Judge the splitting's point now."""
@@ -172,7 +216,7 @@ class _Run:
 
     def _keep(self, x: Tensor, witness: Tensor, certificate: Certificate) -> None:
         def merit(c: Certificate) -> tuple[bool, float]:  # what meets the rule comes before what has a smaller sum
-            return not self.meets(c), c.violation + abs(c.relative_gap)
+            return not self.meets(c), c.violation + abs(c.relative_gap) if math.isfinite(c.value) else math.inf
 
         if self.best is None or merit(certificate) < merit(self.best_certificate):
             self.best, self.best_certificate = (x.clone(), witness.clone()), certificate
@@ -180,8 +224,10 @@ class _Run:
     def attempt(self, status: Status) -> Attempt:
         """The best of the run; of an infeasible problem the last, whose witness proves the largest bound."""
         found = self.last if status is Status.INFEASIBLE else self.best
-        assert found is not None
-        return Attempt(*found, status, self.steps, tuple(self.trace))
+        note = "; ".join(self.notes)
+        if found is None:
+            return Attempt(self.problem.dense, None, status, self.steps, note=note)
+        return Attempt(*found, status, self.steps, tuple(self.trace), note)
 
 
 def _zero_if_feasible(problem: Problem) -> Attempt | None:
