@@ -63,11 +63,12 @@ class DynamicProgramming:
             if bool((real != np.round(real)).any()):
                 raise ValueError("buckets is None, but some costs are no integers; give a number of buckets")
             return np.where(np.isfinite(cost), cost, -1).astype(np.int64), int(min(budget, real.max(1).sum()))
-        spare = budget if budget > 0 else 1.0
-        # a quotient above a whole number by a few rounding errors is that number
-        exact = real / spare * self.buckets
-        whole = np.ceil(exact * (1 - 8 * knapsack.UNIT))
-        return np.where(np.isfinite(cost), whole, -1).astype(np.int64), self.buckets
+        if budget == 0:  # only what is free fits
+            return np.where(cost == 0, 0, -1).astype(np.int64), self.buckets
+        # a quotient above a whole number by a few rounding errors is that number; what is above the budget never fits
+        exact = np.minimum(real / budget, 2.0) * self.buckets
+        rounded = np.ceil(exact * (1 - 8 * knapsack.UNIT))
+        return np.where(np.isfinite(cost), rounded, -1).astype(np.int64), self.buckets
 
 
 def _swept(cost: knapsack.Choice, loss: knapsack.Array, buckets: int) -> knapsack.Choice | None:

@@ -17,10 +17,12 @@ from torch import Tensor
 from convexprune.forms import GroupedLeastSquares
 from convexprune.layout import Grid
 from convexprune.options import check_options
+from convexprune.patterns import excess
 from convexprune.solution import Attempt, Status
 from convexprune.solvers.least_squares.elimination import gridded, shrink_apart, shrink_together
 from convexprune.solvers.least_squares.on_support import refitted
-from convexprune.solvers.least_squares.scaling import Scaled
+from convexprune.solvers.least_squares.scaling import Scaled, in_float64_if_lost
+from convexprune.solvers.least_squares.spd_inverse import NotDefinite
 from convexprune.solvers.least_squares.support_inverses import SupportInverses
 
 
@@ -89,6 +91,13 @@ class ExactOBS:
 
     def solve(self, problem: GroupedLeastSquares, start: Tensor | None = None) -> Attempt:
         """Least squares on the greedy support. Everything begins at the full support; `start` is not used."""
+        return in_float64_if_lost(self, lambda solver: solver.attempted(problem))
+
+    def attempted(self, problem: GroupedLeastSquares) -> Attempt:
+        """The elimination in the precision that `dtype` says.
+
+        Raises torch.linalg.LinAlgError where rounding leaves no finite cost before the pattern is met.
+        """
         layout, grid = gridded(problem, "ExactOBS")
         if layout.forced:
             mask = problem.select(torch.ones_like(problem.target))
@@ -96,6 +105,8 @@ class ExactOBS:
             mask = grid.spread(self.traces(problem).support(layout.quota))
         else:
             mask = grid.spread(self._grouped(problem, grid, layout.quota))
+        if excess(problem.pattern, mask, problem.kernel):
+            raise NotDefinite("no cell that is left has a finite cost")
         return Attempt(problem.completed(refitted(problem, mask)), None, Status.CONVERGED, int((~mask).sum()))
 
     def traces(self, problem: GroupedLeastSquares) -> Traces:

@@ -24,7 +24,7 @@ from convexprune.solution import Attempt, Status
 from convexprune.solvers.least_squares.elimination import grid_of, layout_of
 from convexprune.solvers.least_squares.on_support import improved_on_support, refitted
 from convexprune.solvers.least_squares.rising_penalty import RisingPenalty
-from convexprune.solvers.least_squares.scaling import Scaled
+from convexprune.solvers.least_squares.scaling import Scaled, in_float64_if_lost
 from convexprune.solvers.least_squares.swap_search import SwapSearch
 
 SHORT = 14  # ADMM steps in which a quickly rising penalty settles
@@ -51,6 +51,10 @@ class Fast:
 
     def solve(self, problem: GroupedLeastSquares, start: Tensor | None = None) -> Attempt:
         """The start is not used."""
+        return in_float64_if_lost(self, lambda solver: solver.attempted(problem))
+
+    def attempted(self, problem: GroupedLeastSquares) -> Attempt:
+        """The attempt in the precision that `dtype` says."""
         scaled = Scaled.of(problem, self.device, self.dtype)
         out, width = scaled.dense.shape
         most = max(int(self.flops / (2 * out * width**2)), SHORT)
@@ -90,6 +94,10 @@ class Balanced:
         """The start is not used."""
         if (plain := self.adapted(problem)) is not self:
             return plain.solve(problem)
+        return in_float64_if_lost(self, lambda solver: solver.attempted(problem))
+
+    def attempted(self, problem: GroupedLeastSquares) -> Attempt:
+        """The attempt in the precision that `dtype` says."""
         scaled = Scaled.of(problem, self.device, self.dtype)
         sparse, steps, _ = RisingPenalty(self.grow, every=2, max_iter=45).descend(problem, scaled)
         search = SwapSearch(rounds=self.rounds, enter=0.03)
@@ -132,6 +140,10 @@ class Best:
         """The start is not used."""
         if (plain := self.adapted(problem)) is not self:
             return plain.solve(problem)
+        return in_float64_if_lost(self, lambda solver: solver.attempted(problem))
+
+    def attempted(self, problem: GroupedLeastSquares) -> Attempt:
+        """The attempt in the precision that `dtype` says."""
         begun = time.perf_counter()
         scaled = Scaled.of(problem, self.device, self.dtype)
         sparse, steps, _ = RisingPenalty(self.grow, time_limit=self.time_limit).descend(problem, scaled)

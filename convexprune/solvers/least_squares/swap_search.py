@@ -23,7 +23,7 @@ from convexprune.options import check_options, number, whole
 from convexprune.solution import Attempt, Status
 from convexprune.solvers.least_squares.elimination import gridded, shrink_apart, shrink_together
 from convexprune.solvers.least_squares.on_support import refitted
-from convexprune.solvers.least_squares.scaling import Scaled
+from convexprune.solvers.least_squares.scaling import Scaled, in_float64_if_lost
 from convexprune.solvers.least_squares.spd_inverse import NotDefinite
 from convexprune.solvers.least_squares.support_inverses import SupportInverses
 
@@ -70,11 +70,12 @@ class SwapSearch:
 
     def solve(self, problem: GroupedLeastSquares, start: Tensor | None = None) -> Attempt:
         """Search from the support of `start` (M, P)."""
+        return in_float64_if_lost(self, lambda solver: solver.attempted(problem, start))
+
+    def attempted(self, problem: GroupedLeastSquares, start: Tensor | None) -> Attempt:
+        """The search in the precision that `dtype` says."""
         scaled = Scaled.of(problem, self.device, self.dtype)
-        weights = scaled.dense
-        if start is not None:
-            scale = scaled.grams64.rows(scaled.scale)
-            weights = (start.detach().cpu()[:, : scale.shape[1]] * scale).to(scaled.dense)
+        weights = scaled.dense if start is None else scaled.taken(start[:, : scaled.dense.shape[1]])
         mask, _, rounds, status = self.improve(problem, scaled, weights)
         x = problem.completed(refitted(problem, mask.cpu()))
         if start is not None and problem.violation(start) == 0 and problem.value(start) < problem.value(x):
