@@ -130,7 +130,7 @@ class ExactOBS:
                 cells = part.index.gather(1, slots[:, None])[:, 0]
                 which, at = bundles[chosen.cpu()], (begun + step)[chosen.cpu()]
                 order[which, at] = cells[chosen].cpu()
-                cost[which, at] = cheapest[chosen].cpu().double()
+                cost[which, at] = cheapest[chosen].cpu().double() * walk.scaled.unit**2
                 part.leave(slots, chosen)
         return Traces(order, cost)
 
