@@ -1,8 +1,8 @@
-"""What "sparse" means: which sets of kept weights a pattern allows, and the best of them for given scores.
+"""Sparsity patterns: the sets of kept weights that each allows, and the best of these sets for given scores.
 
 Every pattern divides the cells of a layer (single weights, blocks or channels of them) into groups of one size and
-keeps the same number in each group; what is kept is counted exactly and ties go to the lower index. Three methods say
-it all, so that a pattern of one's own works as these do; `layout` reads from them where the cells lie.
+keeps the same number in each group. Kept cells are counted exactly, and ties go to the lower index. A pattern is its
+three methods, so that a pattern of your own works as these do; `layout` derives from them where the cells lie.
 """
 
 from __future__ import annotations
@@ -36,7 +36,21 @@ class Pattern(Protocol):
 
 @dataclass(frozen=True)
 class Unstructured:
-    """Any `keep` weights of the layer: a fraction in [0, 1], rounded to the nearest count, or a count (an int)."""
+    """Any `keep` weights of the layer.
+
+    Args:
+        keep: A fraction in [0, 1] (a float), rounded to the nearest count, or a count (an int).
+
+    Raises:
+        ValueError: For a fraction or count out of its range; TypeError for what is neither.
+
+    Example:
+        >>> import torch, convexprune as cp
+        >>> from convexprune.patterns import select
+        >>> scores = torch.tensor([[5.0, 2.0, 0.0, 1.0], [1.0, 4.0, 3.0, 6.0]])
+        >>> select(cp.Unstructured(3), scores).int().tolist()
+        [[1, 0, 0, 0], [0, 1, 0, 1]]
+    """
 
     keep: float | int
 
@@ -58,7 +72,21 @@ class Unstructured:
 
 @dataclass(frozen=True)
 class PerRow:
-    """`keep` weights of each neuron: a fraction in [0, 1], rounded to the nearest count, or a count (an int)."""
+    """`keep` weights of each neuron.
+
+    Args:
+        keep: A fraction in [0, 1] (a float), rounded to the nearest count, or a count (an int).
+
+    Raises:
+        ValueError: For a fraction or count out of its range; TypeError for what is neither.
+
+    Example:
+        >>> import torch, convexprune as cp
+        >>> from convexprune.patterns import select
+        >>> scores = torch.tensor([[5.0, 2.0, 0.0, 1.0], [1.0, 4.0, 3.0, 6.0]])
+        >>> select(cp.PerRow(1), scores).int().tolist()
+        [[1, 0, 0, 0], [0, 0, 0, 1]]
+    """
 
     keep: float | int
 
@@ -82,7 +110,21 @@ class PerRow:
 class NM:
     """`n` of every `m` consecutive inputs; of a convolution, of `m` consecutive input channels at a kernel position.
 
-    The layout that sparse tensor cores read (2:4).
+    Sparse tensor cores read the layout 2:4.
+
+    Args:
+        n: Number of weights that each group keeps, from 0 to m.
+        m: Size of a group; it must divide the number of input channels.
+
+    Raises:
+        ValueError: For numbers out of their range; TypeError for what are no whole numbers.
+
+    Example:
+        >>> import torch, convexprune as cp
+        >>> from convexprune.patterns import select
+        >>> scores = torch.tensor([[5.0, 2.0, 0.0, 1.0], [1.0, 4.0, 3.0, 6.0]])
+        >>> select(cp.NM(2, 4), scores).int().tolist()
+        [[1, 1, 0, 0], [0, 1, 0, 1]]
     """
 
     n: int
@@ -114,7 +156,22 @@ class NM:
 
 @dataclass(frozen=True)
 class Blocks:
-    """Whole blocks of `size` = (rows, consecutive inputs); `keep` of them: a fraction in [0, 1], or an int count."""
+    """Whole blocks of rows times consecutive inputs, `keep` of them.
+
+    Args:
+        size: Rows and consecutive inputs of a block; they must divide the layer.
+        keep: A fraction in [0, 1] (a float), rounded to the nearest count, or a count (an int).
+
+    Raises:
+        ValueError: For a number out of its range; TypeError for one of another type.
+
+    Example:
+        >>> import torch, convexprune as cp
+        >>> from convexprune.patterns import select
+        >>> scores = torch.tensor([[5.0, 2.0, 0.0, 1.0], [1.0, 4.0, 3.0, 6.0]])
+        >>> select(cp.Blocks((2, 2), 1), scores).int().tolist()
+        [[1, 1, 0, 0], [1, 1, 0, 0]]
+    """
 
     size: tuple[int, int]
     keep: float | int
@@ -143,10 +200,23 @@ class Blocks:
 
 @dataclass(frozen=True)
 class Channels:
-    """Whole input channels, for all neurons and kernel positions; `keep` of them: a fraction in [0, 1], or a count.
+    """Whole input channels, for all neurons and kernel positions, `keep` of them.
 
-    `compact` then takes those that nothing reads any more out of the network. Behind a Flatten each input of a layer
-    is a channel of its own.
+    `compact` then removes the channels that nothing reads from the network. Behind a Flatten each input of a layer is a
+    channel of its own.
+
+    Args:
+        keep: A fraction in [0, 1] (a float), rounded to the nearest count, or a count (an int).
+
+    Raises:
+        ValueError: For a fraction or count out of its range; TypeError for what is neither.
+
+    Example:
+        >>> import torch, convexprune as cp
+        >>> from convexprune.patterns import select
+        >>> scores = torch.tensor([[5.0, 2.0, 0.0, 1.0], [1.0, 4.0, 3.0, 6.0]])
+        >>> select(cp.Channels(2), scores).int().tolist()
+        [[1, 0, 0, 1], [1, 0, 0, 1]]
     """
 
     keep: float | int
@@ -171,7 +241,21 @@ class Channels:
 
 @dataclass(frozen=True, eq=False)
 class Support:
-    """The weights where `mask` (M, N) is True, and no others."""
+    """The weights where a mask is True, and no others.
+
+    Args:
+        mask: Boolean tensor (M, N) on the CPU.
+
+    Raises:
+        TypeError: For what is no tensor; ValueError for one that is not boolean, dense and two-dimensional.
+
+    Example:
+        >>> import torch, convexprune as cp
+        >>> from convexprune.patterns import select
+        >>> scores = torch.tensor([[5.0, 2.0, 0.0, 1.0], [1.0, 4.0, 3.0, 6.0]])
+        >>> select(cp.Support(scores > 2.5), scores).int().tolist()
+        [[1, 0, 0, 0], [0, 1, 1, 1]]
+    """
 
     mask: Tensor
 
@@ -262,7 +346,7 @@ def joined(patterns: Sequence[Pattern]) -> Pattern | None:
 
 
 def spans(pattern: Pattern) -> bool:
-    """Whether the rows share one count, so that what one keeps another loses."""
+    """Whether the rows share one count, so that a weight kept in one row is a weight less in the others."""
     return isinstance(pattern, (Unstructured, Blocks))
 
 

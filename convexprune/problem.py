@@ -100,10 +100,25 @@ class Solver(Protocol):
 
 
 def judge(problem: Problem, x: Tensor, witness: Any = None) -> Certificate:
-    """The problem's verdict on x (M, P), whoever proposed it; a point that is not finite has value and violation inf.
+    """Judge a point, whoever proposed it: its value, its violation, and a lower bound of all feasible points.
 
-    Raises TypeError for what is no problem, no real tensor, or no witness that the problem can read; ValueError for a
-    point of another shape.
+    Args:
+        problem: The problem that judges.
+        x: The point (M, P). A point that is not finite has value and violation inf.
+        witness: A dual witness, as a solution holds it; any witness gives a valid bound, None the trivial one.
+
+    Returns:
+        The verdict, computed in float64.
+
+    Raises:
+        TypeError: For what is no problem, no tensor of real numbers, or no witness that the problem can read.
+        ValueError: For a point of another shape.
+
+    Example:
+        >>> import torch, convexprune as cp
+        >>> layer = cp.Layer.from_samples(torch.tensor([[5.0, 2.0, 0.0], [1.0, -4.0, 3.0]]), torch.eye(3))
+        >>> cp.judge(cp.NetTrim(layer, epsilon=0.1), layer.weight)
+        Certificate(value=15.0, bound=0.0, violation=0.0)
     """
     check_problem(problem)
     check_point("x", x, (problem.shape[0], problem.shape[1]))

@@ -20,7 +20,7 @@ _defaults: dict[type, Callable[[], Solver]] = {}
 
 
 def set_default(kind: type, factory: Callable[[], Solver]) -> None:
-    """Name the solver that problems get when the caller names none: of a form, or of exactly this class."""
+    """Set the default solver of a form, or of exactly one class of problems."""
     _defaults[kind] = factory
 
 
@@ -34,12 +34,28 @@ def default_solver(problem: Problem) -> Solver:
 
 
 def solve(problem: Problem, solver: Solver | None = None, *, start: Tensor | None = None) -> Solution:
-    """Solve a problem and certify the answer: the point is judged by the problem, in float64, never by the solver.
+    """Solve a problem and certify the answer: the problem judges the point in float64, never the solver.
 
-    `start` (M, P) is a point to begin from. Without `solver` the problem's default, our best, is used.
+    Args:
+        problem: The problem, such as `NetTrim(layer, epsilon=0.05)`.
+        solver: The solver; None takes the problem's default.
+        start: A point (M, P) to begin from.
 
-    Raises TypeError for what is no problem or no solver, and where the solver does not take the problem; ValueError
-    for a start that does not fit, and where the solver cannot begin from one.
+    Returns:
+        The point with its certificate, the solver's status, and the seconds and iterations that it took.
+
+    Raises:
+        TypeError: For what is no problem, no solver or no tensor, and for a problem that the solver does not take.
+        ValueError: For a start that does not fit, and for a solver that cannot begin from one.
+
+    Example:
+        >>> import torch, convexprune as cp
+        >>> layer = cp.Layer.from_samples(torch.tensor([[5.0, 2.0, 0.0], [1.0, -4.0, 3.0]]), torch.eye(3))
+        >>> solution = cp.solve(cp.Reconstruction(layer, cp.Unstructured(3)))
+        >>> solution.x.round(decimals=3).tolist()
+        [[5.0, 0.0, 0.0], [0.0, -4.0, 3.0]]
+        >>> solution.status.name, round(solution.certificate.value, 3), solution.certificate.violation
+        ('CONVERGED', 1.667, 0.0)
     """
     check_problem(problem)
     shape = (problem.shape[0], problem.shape[1])
@@ -51,7 +67,7 @@ def solve(problem: Problem, solver: Solver | None = None, *, start: Tensor | Non
         with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):  # of the caller's
             attempt = solver.solve(problem, start)
     except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
-        # a matrix that should have been positive definite was not: the dense layer, and the status says why
+        # a matrix that should be positive definite is not: return the dense layer with status NUMERICAL
         attempt = Attempt(problem.dense, None, Status.NUMERICAL, 0)
     seconds = time.perf_counter() - begun
     if not isinstance(attempt, Attempt) or not isinstance(attempt.x, Tensor):
@@ -68,7 +84,7 @@ def solve(problem: Problem, solver: Solver | None = None, *, start: Tensor | Non
 
 
 def rejudged(solution: Solution, problem: Problem, x: Tensor) -> Solution:
-    """The solution with another point, judged anew: what `prune` writes is what its certificate speaks of."""
+    """The solution with another point, judged anew, so that its certificate is that of the point `prune` writes."""
     return replace(solution, x=x, certificate=judge(problem, x, solution.witness))
 
 

@@ -34,16 +34,35 @@ class ADMM:
     """Over-relaxed ADMM with adaptive rho that ends in a sparse and feasible point.
 
     For a problem with a sparsity pattern, which is not convex, it is `RisingPenalty` with the same max_iter,
-    time_limit, device and dtype, and any other option that is not at its default raises ValueError.
+    time_limit, device and dtype.
 
-    eps_abs, eps_rel  stop when the certificate has violation <= eps_abs and relative gap <= eps_rel
-    max_iter          first-order steps
-    time_limit        seconds, or None
-    device, dtype     where and in what the first-order steps run; verdicts are always float64
-    alpha             over-relaxation, in (0, 2)
-    handover          the relative gap and violation at which the finish takes over
-    finish            the Newton-type finish, with ADMM's eps_abs, eps_rel and device; or None to stop at ADMM's own
-                      accuracy
+    Args:
+        eps_abs: The largest violation with which the run has converged.
+        eps_rel: The largest relative gap with which the run has converged.
+        max_iter: Largest number of first-order steps, in each precision.
+        time_limit: Seconds, or None for no limit.
+        device: Where the first-order steps run: "cpu", "cuda", ...
+        dtype: Precision of the first-order steps. If a run in torch.float32 ends MAX_ITER or NUMERICAL, it goes on in
+            torch.float64 from its best point, and the note says so. Verdicts are always float64.
+        alpha: Over-relaxation, in (0, 2).
+        handover: The relative gap and violation at which the finish takes over; it also does where the steps stall.
+        finish: The Newton-type finish, which runs with ADMM's eps_abs, eps_rel and device; None stops at ADMM's own
+            accuracy. If it needs more than its memory, ADMM's own point stays, and the note says so.
+
+    Raises:
+        ValueError: For an option out of its range, and for one that does not apply: on a problem with a sparsity
+            pattern all but the four above.
+        TypeError: For an option of another type.
+
+    Source:
+        Aghasi, Abdi, Romberg, SIMODS 2020, section 4; Boyd et al., Foundations and Trends in Machine Learning 2011.
+
+    Example:
+        >>> import torch, convexprune as cp
+        >>> layer = cp.Layer.from_samples(torch.tensor([[5.0, 2.0, 0.0], [1.0, -4.0, 3.0]]), torch.eye(3))
+        >>> solution = cp.solve(cp.NetTrim(layer, epsilon=0.1), cp.ADMM(eps_rel=1e-4))
+        >>> solution.status.name, solution.certificate.violation <= 1e-6
+        ('CONVERGED', True)
     """
 
     takes: ClassVar[tuple[type, ...]] = (BallProblem, LassoProblem, GroupedLeastSquares)
@@ -184,7 +203,7 @@ class _Patience:
 
 
 class _Run:
-    """What a run has seen: its trace, and the best point by the problem's own verdict."""
+    """The record of a run: its trace, and the best point by the problem's own verdict."""
 
     def __init__(self, problem: Problem, meets: Callable[[Certificate], bool], begun: float) -> None:
         self.problem, self.meets, self.begun = problem, meets, begun
@@ -210,12 +229,14 @@ class _Run:
         return certificate
 
     def adopt(self, attempt: Attempt, offset: float) -> None:
-        """Take over what the finish found."""
+        """Take over the finish's point and trace."""
         self.trace += [TracePoint(offset + p.seconds, p.certificate) for p in attempt.trace]
         self._keep(attempt.x, attempt.witness, judge(self.problem, attempt.x, attempt.witness))
 
     def _keep(self, x: Tensor, witness: Tensor, certificate: Certificate) -> None:
-        def merit(c: Certificate) -> tuple[bool, float]:  # what meets the rule comes before what has a smaller sum
+        def merit(
+            c: Certificate,
+        ) -> tuple[bool, float]:  # points that meet the rule come before points with a smaller sum
             return not self.meets(c), c.violation + abs(c.relative_gap) if math.isfinite(c.value) else math.inf
 
         if self.best is None or merit(certificate) < merit(self.best_certificate):

@@ -67,6 +67,6 @@ class Bounded:
                 break
             try:
                 d = centred(relaxation.gram, gradient, d, 0.5**turn * float(gradient @ d) / len(d))
-            except NotDefinite:  # too close to the edge for float64: what is found so far stands
+            except NotDefinite:  # too close to the edge for float64: keep the best bound so far
                 break
         return replace(attempt, witness=best)

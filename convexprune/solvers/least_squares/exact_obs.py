@@ -1,6 +1,6 @@
-"""Exact greedy elimination from all weights down: the cell whose loss costs least goes next, the others adapt.
+"""Exact greedy elimination from all weights down: each step removes the cheapest cell, and the others adapt.
 
-A cell is what the pattern keeps or drops: a weight, a block, a channel. Each neuron (each bundle of neurons that keep
+A cell is the unit that the pattern keeps or drops: a weight, a block, a channel. Each neuron (each bundle of neurons that keep
 and drop together) is taken apart by itself and its removals are recorded, in order and with their costs; merging the
 records by cost gives the greedy order of the whole layer, so that one run serves every sparsity.
 Source: Frantar, Singh, Alistarh, NeurIPS 2022 (ExactOBS); a neuron's order is that of Hassibi, Stork 1993.
@@ -60,11 +60,16 @@ class Traces:
 class ExactOBS:
     """Greedy elimination with inverses that are kept up to date.
 
-    memory  bytes for the inverses: neurons are taken in turns that fit. A pattern with several groups that join neurons
-            needs all of them at once
+    Args:
+        memory: Bytes for the inverses; neurons are taken in turns that fit. A pattern with several groups that join
+            neurons needs the inverses of all neurons at once.
+        device: Where the work is done: "cpu", "cuda", ...
+        dtype: Working precision, torch.float32 or torch.float64; what ends NUMERICAL in float32 begins anew in float64,
+            and the note says so.
 
-    Raises TypeError for a pattern with cells that are not some rows times some inputs, MemoryError where a pattern
-    joins neurons whose inverses do not fit.
+    Raises:
+        TypeError: For a pattern whose cells are not a set of rows times a set of inputs.
+        MemoryError: For a pattern that joins neurons whose inverses do not fit.
     """
 
     takes: ClassVar[type] = GroupedLeastSquares
@@ -116,7 +121,7 @@ class ExactOBS:
         cost = torch.full(walk.full.shape, torch.inf, dtype=torch.float64)
         for bundles in self._turns(problem, len(order)):
             part = walk.whole(bundles)
-            # what carries nothing, or can never be kept, leaves first
+            # cells that carry no signal, or can never be kept, leave first
             full = walk.full[bundles]
             begun = (~full).sum(1)
             first = torch.arange(full.shape[1]) < begun[:, None]
@@ -151,7 +156,7 @@ class ExactOBS:
         return mask
 
     def _bytes(self, problem: GroupedLeastSquares) -> int:
-        """What the inverses of one bundle take."""
+        """Bytes of the inverses of one bundle."""
         return 3 * torch.finfo(self.dtype).bits // 8 * problem.target.shape[1] ** 2
 
     def _turns(self, problem: GroupedLeastSquares, count: int) -> list[Tensor]:
@@ -160,7 +165,7 @@ class ExactOBS:
 
 
 class _Walk:
-    """What an elimination begins with: everything that carries something and may be kept."""
+    """The start of an elimination: the support of all cells that carry a signal and may be kept."""
 
     def __init__(self, problem: GroupedLeastSquares, options: ExactOBS) -> None:
         self.scaled = Scaled.of(problem, options.device, options.dtype)

@@ -1,4 +1,4 @@
-"""Three ways to a good reconstruction: `Fast`, `Balanced` and `Best`, each the parts of this folder put together.
+"""Three presets for a reconstruction: `Fast`, `Balanced` and `Best`. Each combines solvers of this folder.
 
 Fast      a short ADMM, and conjugate gradients on its support
 Balanced  ADMM to a support somewhat too large, exact elimination down to the pattern, a few rounds of swaps
@@ -32,10 +32,24 @@ SHORT = 14  # ADMM steps in which a quickly rising penalty settles
 
 @dataclass(frozen=True)
 class Fast:
-    """A good support in about the time of a single sweep over the columns.
+    """A good support in about the time of one sweep over the columns: a short ADMM, then conjugate gradients.
 
-    flops   what the ADMM steps may cost: small layers get the full schedule, large ones one that rises faster
-    polish  conjugate-gradient steps on the support
+    Args:
+        flops: Limit on the cost of the ADMM steps: small layers get the full schedule, large ones a shorter one.
+        polish: Number of conjugate-gradient steps on the support.
+        device: Where the work is done: "cpu", "cuda", ...
+        dtype: Working precision, torch.float32 or torch.float64; what ends NUMERICAL in float32 begins anew in float64,
+            and the note says so.
+
+    Raises:
+        ValueError: For an option out of its range; TypeError for one of another type.
+
+    Example:
+        >>> import torch, convexprune as cp
+        >>> layer = cp.Layer.from_samples(torch.tensor([[5.0, 2.0, 0.0], [1.0, -4.0, 3.0]]), torch.eye(3))
+        >>> solution = cp.solve(cp.Reconstruction(layer, cp.Unstructured(3)), cp.Fast())
+        >>> solution.x.round(decimals=3).tolist()
+        [[5.0, 0.0, 0.0], [0.0, -4.0, 3.0]]
     """
 
     takes: ClassVar[type] = GroupedLeastSquares
@@ -67,12 +81,25 @@ class Fast:
 
 @dataclass(frozen=True)
 class Balanced:
-    """The default: below the error of ADMM alone in about its time.
+    """The default: a lower error than ADMM alone, in about the same time.
 
-    grow    how much too large ADMM's support is
-    rounds  of swaps after the elimination
+    Args:
+        grow: Ratio of ADMM's support size to the pattern's count; the elimination removes the rest.
+        rounds: Number of rounds of swaps after the elimination.
+        device: Where the work is done: "cpu", "cuda", ...
+        dtype: Working precision, torch.float32 or torch.float64; what ends NUMERICAL in float32 begins anew in float64,
+            and the note says so.
 
-    Raises ValueError where these were given and the pattern's cells cannot be swapped.
+    Raises:
+        ValueError: For an option out of its range, and for `grow` or `rounds` with a pattern whose cells cannot be
+            swapped; TypeError for an option of another type.
+
+    Example:
+        >>> import torch, convexprune as cp
+        >>> layer = cp.Layer.from_samples(torch.tensor([[5.0, 2.0, 0.0], [1.0, -4.0, 3.0]]), torch.eye(3))
+        >>> solution = cp.solve(cp.Reconstruction(layer, cp.Unstructured(3)), cp.Balanced())
+        >>> solution.x.round(decimals=3).tolist()
+        [[5.0, 0.0, 0.0], [0.0, -4.0, 3.0]]
     """
 
     takes: ClassVar[type] = GroupedLeastSquares
@@ -111,13 +138,26 @@ class Balanced:
 
 @dataclass(frozen=True)
 class Best:
-    """The lowest error that is known how to reach in some ten times ADMM's time.
+    """The preset with the lowest error; it takes about ten times as long as ADMM.
 
-    grow        how much too large ADMM's support is
-    rounds      of swaps after the elimination
-    time_limit  seconds for both, or None
+    Args:
+        grow: Ratio of ADMM's support size to the pattern's count; the elimination removes the rest.
+        rounds: Largest number of rounds of swaps after the elimination.
+        time_limit: Seconds for all steps together, or None for no limit.
+        device: Where the work is done: "cpu", "cuda", ...
+        dtype: Working precision, torch.float32 or torch.float64; what ends NUMERICAL in float32 begins anew in float64,
+            and the note says so.
 
-    Raises ValueError where the first two were given and the pattern's cells cannot be swapped.
+    Raises:
+        ValueError: For an option out of its range, and for `grow` or `rounds` with a pattern whose cells cannot be
+            swapped; TypeError for an option of another type.
+
+    Example:
+        >>> import torch, convexprune as cp
+        >>> layer = cp.Layer.from_samples(torch.tensor([[5.0, 2.0, 0.0], [1.0, -4.0, 3.0]]), torch.eye(3))
+        >>> solution = cp.solve(cp.Reconstruction(layer, cp.PerRow(1)), cp.Best())
+        >>> solution.x.round(decimals=3).tolist()
+        [[5.0, 0.0, 0.0], [0.0, -4.0, 0.0]]
     """
 
     takes: ClassVar[type] = GroupedLeastSquares

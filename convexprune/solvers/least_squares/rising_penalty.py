@@ -33,13 +33,15 @@ CHANGED = (0.1, 0.005)  # of the support: above the first rho rises fastest, bel
 class RisingPenalty:
     """`ADMM` for sparse least squares.
 
-    grow        how many times the pattern's count the support may have: above 1, a start for `SwapSearch`
-    rho         the first penalty
-    rises       the factors of rho while the support changes by >= 10%, by >= 0.5%, by less
-    every       steps between two changes of rho
-    max_iter    ADMM steps
-    time_limit  seconds, or None
-    device, dtype  where and in what the steps run; the last least squares is float64
+    Args:
+        grow: Ratio of the support's size to the pattern's count; above 1 the result is a start for `SwapSearch`.
+        rho: The first penalty.
+        rises: Factors of rho while the support changes by at least 10%, by at least 0.5%, and by less; each > 1.
+        every: Number of steps between two changes of rho.
+        max_iter: Largest number of ADMM steps.
+        time_limit: Seconds, or None for no limit.
+        device: Where the steps run: "cpu", "cuda", ...
+        dtype: Precision of the steps, torch.float32 or torch.float64; the final least squares is float64.
     """
 
     takes: ClassVar[type] = GroupedLeastSquares

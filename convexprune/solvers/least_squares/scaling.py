@@ -34,7 +34,7 @@ RIDGES = {torch.float32: (1e-4, 1e-3), torch.float64: (1e-9, 1e-6)}
 class Scaled:
     """The moments in float64 on the CPU, and in `dtype` on the device the solver works on.
 
-    Every group is in a scale of its own: `grams.rows` makes of its figures those of its neurons.
+    Every group has a scale of its own: `grams.rows` expands a group's figures to its neurons.
 
     Raises torch.linalg.LinAlgError where the Gram matrix is not positive semidefinite.
     """
@@ -44,7 +44,9 @@ class Scaled:
     unit: float
     scale: Tensor  # (G, N)
     live: Tensor  # (G, N) bool, on the working device
-    ridge: Tensor  # (G, 1), on it: what inverses of parts of H want on their diagonal, in the working precision
+    ridge: (
+        Tensor  # (G, 1), on it: added to the diagonal of parts of H before they are inverted, in the working precision
+    )
     grams: Grams
     optimum: Tensor
     cross: Tensor  # optimum H
@@ -104,7 +106,7 @@ def in_float64_if_lost(solver: Any, run: Callable[[Any], Attempt]) -> Attempt:
 
 
 class _Group(NamedTuple):
-    """One group in float64, what is said of the group itself with a leading dimension of 1."""
+    """One group in float64; figures of the whole group have a leading dimension of 1."""
 
     gram: Tensor
     scale: Tensor
