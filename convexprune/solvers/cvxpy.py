@@ -94,7 +94,7 @@ class CVXPY:
         return Attempt(x, formulation.witness(), status, iterations)
 
     def _run(self, program: cp.Problem) -> None:
-        """Solve. The program's status says what went wrong; an option that the solver does not know raises ValueError."""
+        """Solve; the program's status says what went wrong. Raises ValueError for an option that the solver lacks."""
         with extras():
             import cvxpy as cp
 

@@ -236,7 +236,7 @@ class _Run:
     def _keep(self, x: Tensor, witness: Tensor, certificate: Certificate) -> None:
         def merit(
             c: Certificate,
-        ) -> tuple[bool, float]:  # points that meet the rule come before points with a smaller sum
+        ) -> tuple[bool, float]:  # points that meet the rule come first
             return not self.meets(c), c.violation + abs(c.relative_gap) if math.isfinite(c.value) else math.inf
 
         if self.best is None or merit(certificate) < merit(self.best_certificate):

@@ -44,9 +44,7 @@ class Scaled:
     unit: float
     scale: Tensor  # (G, N)
     live: Tensor  # (G, N) bool, on the working device
-    ridge: (
-        Tensor  # (G, 1), on it: added to the diagonal of parts of H before they are inverted, in the working precision
-    )
+    ridge: Tensor  # (G, 1), on it: added to the diagonal of parts of H before they are inverted
     grams: Grams
     optimum: Tensor
     cross: Tensor  # optimum H

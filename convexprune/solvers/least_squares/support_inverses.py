@@ -29,8 +29,8 @@ class SupportInverses:
     """P and W of R bundles in slots: slot j of bundle i holds cell `index[i, j]` where `live[i, j]`.
 
     grams, one for each bundle, with unit diagonal; cross (R, h, N), mask (R, K) bool. `ridge` (R, 1) is added to the
-    diagonal; `spare` slots stay free, so that this number of cells can enter without larger arrays; cells in `pinned` (R, K) bool
-    never leave; `grid` says which inputs a cell has, and is None where cell k is input k.
+    diagonal; `spare` slots stay free, so that this number of cells can enter without larger arrays; cells in `pinned`
+    (R, K) bool never leave; `grid` says which inputs a cell has, and is None where cell k is input k.
     Raises torch.linalg.LinAlgError where a support's Gram matrix cannot be factored.
     """
 
