@@ -7,8 +7,8 @@ problems, or `Problem` for any.
     declared(problem) = the forms among type(problem).__bases__, and those that they refine
 
 A parent's declaration does not count: a subclass may have added a term or a constraint, which a solver of the form
-would not see. A subclass that is still of the form names it again, as in `class Mine(L1Reconstruction, LassoProblem)`. A
-form, in turn, is a class with `Form` among its own bases.
+would not see. A subclass that is still of the form names it again, as in
+`class Mine(L1Reconstruction, LassoProblem)`. A form, in turn, is a class with `Form` among its own bases.
 """
 
 from __future__ import annotations

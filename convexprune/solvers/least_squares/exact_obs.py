@@ -1,8 +1,8 @@
 """Exact greedy elimination from all weights down: each step removes the cheapest cell, and the others adapt.
 
 A cell is the unit that the pattern keeps or drops: a weight, a block, a channel. Each neuron (each bundle of neurons
-that keep and drop together) is taken apart by itself and its removals are recorded, in order and with their costs; merging the
-records by cost gives the greedy order of the whole layer, so that one run serves every sparsity.
+that keep and drop together) is taken apart by itself and its removals are recorded, in order and with their
+costs; merging the records by cost gives the greedy order of the whole layer, so that one run serves every sparsity.
 Source: Frantar, Singh, Alistarh, NeurIPS 2022 (ExactOBS); a neuron's order is that of Hassibi, Stork 1993.
 """
 
