@@ -12,6 +12,7 @@ from convexprune.forms import BallProblem, LassoProblem, declared
 
 BALANCE = 3.0  # residuals further apart than this factor change rho
 UNEQUAL = 30.0  # a column with more than this times the median energy gets a weight of its own
+TINY = 1e6  # and so does one with the median energy over this: inputs that a ReLU rarely lets through are no such ones
 
 
 class Splitting(Protocol):
@@ -62,7 +63,7 @@ class BallSplitting:
         self.kernel = torch.cholesky_inverse(torch.linalg.cholesky(kernel)).to(dtype)
         self.grown = self.unit[1] / self.unit[0]  # a weight is this times its scaled one
         size = float(problem.dense.abs().mean()) / self.grown or 1.0
-        self.rho = 0.1 / (float(self.weight.min()) * size)
+        self.rho = 0.1 / (float(self.weight.median()) * size)
         shape = (self.inputs.shape[1], self.outputs.shape[1])
         blank = torch.zeros(shape, dtype=dtype, device=device)
         self.S = blank if start is None else (start.T.to(device, torch.float64) / self.grown).to(dtype)
@@ -162,8 +163,8 @@ def _energies(diagonal: Tensor) -> Tensor:
     if not bool(alive.any()):
         return torch.ones_like(diagonal)
     median = diagonal[alive].median()
-    large, small = diagonal > UNEQUAL * median, alive & (diagonal < median / UNEQUAL**2)
-    return torch.where(large | small, diagonal, diagonal[alive & ~large & ~small].mean())
+    large, small = diagonal > UNEQUAL * median, alive & (diagonal < median / TINY)
+    return torch.where(large | small, diagonal, diagonal[~large & ~small].mean())
 
 
 def _unit(values: Tensor) -> float:
