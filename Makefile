@@ -9,7 +9,7 @@ EXTRAS_docs := cvxpy,report,docs
 EXTRAS_bench := cvxpy,report,bench
 
 # the test files that take three quarters of the time; `make test` runs them too
-SLOW := allocation bounds_theorems cli distill goal guarantee perspective reconstruction report solvers sparsity_allocation
+SLOW := allocation bounds_theorems cli distill goal guarantee perspective reconstruction replay report solvers sparsity_allocation
 
 .PHONY: demo test test-quick fuzz lint docs bench clean
 

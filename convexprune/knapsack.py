@@ -45,10 +45,10 @@ class Priced:
 
 
 def dual(cost: Array, distortion: Array, budget: float, price: float) -> float:
-    """L(p), rounded down to be at most its exact value; -inf for a price that is negative or not finite."""
-    if not (0 <= price < math.inf):
-        return -math.inf
+    """L(p), certainly not above its exact value; -inf for a price that is negative, or beyond what can be computed."""
     real = np.isfinite(cost)
+    if not (0 <= price < math.inf) or not math.isfinite(price * float(np.where(real, cost, 0).max())):
+        return -math.inf
     spent, lost = price * np.where(real, cost, 0), np.where(real, distortion, 0)
     # a sum of two terms, one of them a product
     paid = np.where(real, lost + spent - gamma(6) * (np.abs(lost) + spent), np.inf)

@@ -233,9 +233,12 @@ def test_a_branch_that_is_pruned_after_its_repair_has_no_bound():
     torch.manual_seed(0)
     net, batches = Blocks("rectified", False).eval(), [torch.randn(5, 3, 6, 6)]
     build = lambda layer: cp.Reconstruction(layer, cp.Unstructured(0.5))  # noqa: E731
-    _, report = cp.prune(net, batches, build, cp.Magnitude(), mode="residual")
+    names = ["stem", "a", "b", "side", "c", "d"]
+    _, report = cp.prune(net, batches, build, cp.Magnitude(), mode="residual", names=names)
     assert report.network.guaranteed is None
     assert "a branch was pruned after b, which was to repair it" in report.network.reason
+    _, report = cp.prune(net, batches, build, cp.Magnitude(), mode="residual")  # the head is judged behind it
+    assert report.network.measured <= report.network.guaranteed
 
 
 class Shifted:

@@ -64,23 +64,23 @@ def test_the_passes_are_those_that_are_stated(mode, build):
     stated = walk.passes
     model.counts = [0] * 7
     pruned, _ = cp.prune(model, calibration, build, cp.ADMM(max_iter=20), mode)
-    # and one pass of each network to measure
-    assert model.counts[0] == 5 * (stated.dense + 1)
-    assert pruned.counts[0] == 5 * (stated.pruned + 1)
+    # and two passes of each network to measure, one of them recorded
+    assert model.counts[0] == 5 * (stated.dense + 2)
+    assert pruned.counts[0] == 5 * (stated.pruned + 2)
     if mode == "parallel":
         assert stated.dense == 2  # the survey and the capture
-        assert model.counts == [15] * 7
+        assert model.counts == [20] * 7
     else:
         assert stated.dense == 8
-        assert model.counts == [5 * (1 + 7 - index + 1) for index in range(7)]  # each only as far as its layer
-        assert pruned.counts == [5 * (7 - index + 1) for index in range(7)]
+        assert model.counts == [5 * (1 + 7 - index + 2) for index in range(7)]  # each only as far as its layer
+        assert pruned.counts == [5 * (7 - index + 2) for index in range(7)]
 
 
 def test_a_search_surveys_and_captures_once():
     model = Counting()
     counted = Calibration(list(torch.randn(5, 8, 6)))
     cp.prune_within(model, counted, cp.Goal(0.5, rounds=3, near=0.999))
-    assert model.counts[0] in (5 * (3 + rounds) for rounds in (1, 2, 3))  # survey, capture, norms, a pass each
+    assert model.counts[0] in (5 * (3 + 2 * rounds) for rounds in (1, 2, 3))  # survey, capture, norms, two passes each
 
 
 @pytest.mark.parametrize("mode", MODES)

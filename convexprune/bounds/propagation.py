@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -94,6 +95,35 @@ class Spread:
             return self.plain()
         left = self.channels * channels
         return Spread(min(self.total, norm_above(left)), left)
+
+    def widened(self, extra: Spread) -> Spread:
+        """The same tensor with a change of at most `extra` on top of D, entry by entry, whatever D is of."""
+        if not extra.total:
+            return self
+        total = self.plus(extra.grouped(None if self.channels is None else len(self.channels), self.gram is not None))
+        folded = None
+        if self.folded is not None:
+            folded = partial(_folded, self.folded, extra)
+        return replace(total, rectified=self.rectified, repair=self.repair, folded=folded)
+
+    def grouped(self, channels: int | None, gram: bool) -> Spread:
+        """The norms alone, of this many runs of channels if they divide; and  D^T D <= diag(d sum_c d_c)  from them.
+
+        By Cauchy-Schwarz (sum_c d_c |x_c|)^2 <= sum_c d_c  sum_c d_c x_c^2.
+        """
+        if channels is None or self.channels is None or len(self.channels) % channels:
+            return self.plain()
+        runs = torch.linalg.vector_norm(self.channels.reshape(channels, -1), dim=1)
+        return Spread(self.total, runs, torch.diag(runs * runs.sum()) if gram else None)
+
+    def excess(self, bound: Spread) -> Spread:
+        """By how much these norms are above those of `bound`."""
+        over = max(self.total - bound.total, 0.0)  # in this order NaN stays
+        known = self.grouped(None if bound.channels is None else len(bound.channels), False)
+        if known.channels is None or bound.channels is None:
+            return Spread(over)
+        channels = (known.channels - bound.channels).clamp(min=0)
+        return Spread(max(over, float(channels.norm())), channels)
 
     def plus(self, other: Spread) -> Spread:
         """The bounds of a sum: (D_1 + D_2)^T (D_1 + D_2) is at most (1 + t) D_1^T D_1 + (1 + 1/t) D_2^T D_2."""
@@ -210,6 +240,10 @@ def _above(gram: Tensor, size: Tensor, roundings: int) -> Tensor:
     above = gram.clone()
     above.diagonal().add_(raised(len(size) * size.square(), 8) * gamma(roundings))
     return above
+
+
+def _folded(before: Callable[[Tensor], Spread], extra: Spread, scale: Tensor) -> Spread:
+    return before(scale).widened(ByChannel().scaled(scale, extra))
 
 
 def _largest(scale: Tensor) -> float:

@@ -1,4 +1,4 @@
-"""The layers' own errors carried along the real graph to the network's output: before the pruned network is run.
+"""The layers' own errors carried along the real graph to the network's output.
 
 Every tensor D that a forward pass made carries bounds of its change over the calibration samples, here by ||D||_F:
 
@@ -11,15 +11,17 @@ Every tensor D that a forward pass made carries bounds of its change over the ca
     a mean over P     e_out <= e_in / sqrt(P)      also over each of many disjoint windows
 
 `bounds.propagation` has the rules for layers and norms: by Frobenius norms, by spectral norms, channel by channel.
-What is not in this list stops the chain, by name. Source: the triangle inequality; for a plain chain this is
-`bounds.chain`, whose proofs hold link by link.
+What is not in this list leaves a tensor without a bound, by name; behind it a judged layer of a cascade has one again.
+No bound is below the change that was seen, and there is none where it is below by more than rounding. Source: the
+triangle inequality; for a plain chain this is `bounds.chain`, whose proofs hold link by link.
 """
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 from torch import Tensor, nn
@@ -27,6 +29,7 @@ from torch import Tensor, nn
 from convexprune.bounds.gains import Operator
 from convexprune.bounds.propagation import ByChannel, Rule, Spread
 from convexprune.certify.operations import COPIES, Uncovered, carried, changed, norm_scale
+from convexprune.certify.side_by_side import Seen
 from convexprune.network.kinds import SUMS
 from convexprune.network.matrices import Stack
 from convexprune.network.names import stacks
@@ -59,52 +62,34 @@ class Propagation:
         self.holders = Counter(id(parameter) for parameter in held if parameter is not None)
         self.operators: dict[Any, Operator] = {}  # they remember their norms, which are the work
 
-    def bound(self, own: Mapping[str, Spread], rule: Rule | None = None) -> GraphBound:
-        """From each module's own error; a module that is not there is as it was. Without `rule`, `ByChannel`."""
-        walk = _Walk(self.modules, self.stacks, self.operators, own, self.mode != "parallel", rule or ByChannel())
-        order = {name: index for index, name in enumerate(own)}  # in which they were pruned
-        latest: dict[int, int] = {}  # of the layers that a tensor depends on
-        spreads: dict[int, Spread] = {}
-        found: dict[str, float] = {}
-        called: set[str] = set()
-        for step in self.record.steps:
-            reads = [spreads[number] for number in step.reads if number in spreads]
-            ages = [latest[number] for number in step.reads if number in spreads]
-            shapes = zip(step.reads, step.shaped, strict=False)
-            stretched = any(not fits and changed(spreads.get(number)) for number, fits in shapes)
-            made = Spread(0.0)
-            try:
-                if step.layer is not None:
-                    if step.layer in called:
-                        raise Uncovered(f"{step.place} is called more than once")
-                    made = walk.layer(step.layer, step, max(reads, key=lambda each: each.total, default=made))
-                    called.add(step.layer)
-                    if made.repair is None:
-                        found[step.layer] = made.total
-                elif any(each.repair for each in reads):
-                    made = walk.repaired(step, reads, ages, order)
-                elif any(map(changed, reads)):
-                    if step.operation in SUMS and stretched:
-                        raise Uncovered(f"{step.place} stretches a tensor over another, and is not covered")
-                    made = carried(step, self.modules[step.module], reads, walk.rule)
-            except Uncovered as error:
-                return GraphBound(None, found, str(error))
-            for number in step.makes:
-                spreads[number] = made
-                latest[number] = max([order.get(step.layer or "", -1), *ages])
+    def bound(
+        self, own: Mapping[str, Spread], rule: Rule | None = None, seen: Mapping[int, Seen] | None = None
+    ) -> GraphBound:
+        """From each module's own error; a module that is not there is as it was. Without `rule`, `ByChannel`.
+
+        seen  what the networks were seen to do; None: the bound is that of exact arithmetic, and of these steps
+        """
+        rule, cascade = rule or ByChannel(), self.mode != "parallel"
+        walk = _Walk(self.modules, self.stacks, self.operators, own, cascade, rule, seen or {})
+        try:
+            for step in self.record.steps:
+                walk.take(step)
+            total = walk.total(self.record.results)
+        except Uncovered as error:
+            return GraphBound(None, walk.found, str(error))
         why = self._unfit(own)
-        if why:
-            return GraphBound(None, found, why)
-        return GraphBound(spreads.get(self.record.results[0], Spread(0.0)).total, found)
+        return GraphBound(None if why else total, walk.found, why)
 
     def _unfit(self, own: Mapping[str, Spread]) -> str:
         """Why the record does not say what the pruned network does, or nothing."""
-        if len(self.record.results) != 1:
-            return "the model does not return one tensor"
         if self.record.random:
             return "the model draws random numbers, others in each of the two networks"
         if self.record.transformed:
             return "the model uses torch.func, whose transforms are not covered"
+        calls = Counter(step.place for step in self.record.steps if step.layer is not None)
+        for place, count in calls.items():
+            if count > 1:
+                return f"{place} is called more than once"
         for name in own:
             for key, parameter in self.modules[name]._parameters.items():
                 if f"{name}.{key}" in self.record.parameters or self.holders[id(parameter)] > 1:
@@ -114,7 +99,7 @@ class Propagation:
 
 @dataclass(frozen=True)
 class _Walk:
-    """What is the same at every step."""
+    """Along the steps: what is known of each tensor by its number."""
 
     modules: Mapping[str, Any]
     stacks: Mapping[str, Stack]
@@ -122,6 +107,71 @@ class _Walk:
     own: Mapping[str, Spread]
     cascade: bool
     rule: Rule
+    seen: Mapping[int, Seen]
+    spreads: dict[int, Spread] = field(default_factory=dict)
+    unknown: dict[int, str] = field(default_factory=dict)  # why there is no bound
+    latest: dict[int, int] = field(default_factory=dict)  # of the layers that it depends on, in the order of pruning
+    found: dict[str, float] = field(default_factory=dict)  # of the layers' outputs
+
+    def take(self, step: Step) -> None:
+        """Bound what the step makes, or keep why not. Raises Uncovered where what has changed leaves all tensors."""
+        latest = max([self._order(step.layer), *(self.latest.get(number, -1) for number in step.reads)])
+        self.latest.update(dict.fromkeys(step.makes, latest))
+        try:
+            made = self._made(step)
+            for number in step.makes:
+                made = self.checked(step, number, made)
+        except Uncovered as error:
+            if not step.makes:
+                raise
+            self.unknown.update(dict.fromkeys(step.makes, str(error)))
+            return
+        self.spreads.update(dict.fromkeys(step.makes, made))
+        if step.layer is not None and made.repair is None:
+            self.found[step.layer] = made.total
+
+    def total(self, results: Sequence[int]) -> float:
+        """The bound of what the model returns. Raises Uncovered where there is none."""
+        if len(results) != 1:
+            raise Uncovered("the model does not return one tensor")
+        if results[0] in self.unknown:
+            raise Uncovered(self.unknown[results[0]])
+        return self.spreads.get(results[0], Spread(0.0)).total
+
+    def _made(self, step: Step) -> Spread:
+        unknown = [self.unknown[number] for number in step.reads if number in self.unknown]
+        judged = self.cascade and step.layer in self.own  # by what it makes, whatever it reads
+        if unknown and not judged:
+            raise Uncovered(unknown[0])
+        reads = [self.spreads[number] for number in step.reads if number in self.spreads]
+        if step.layer is not None:
+            before = Spread(math.inf) if unknown else max(reads, key=lambda each: each.total, default=Spread(0.0))
+            return self.layer(step.layer, step, before)
+        if any(each.repair for each in reads):
+            return self.repaired(step, reads)
+        if not any(map(changed, reads)):
+            return Spread(0.0)
+        shapes = zip(step.reads, step.shaped, strict=False)
+        if step.operation in SUMS and any(not fits and changed(self.spreads.get(number)) for number, fits in shapes):
+            raise Uncovered(f"{step.place} stretches a tensor over another, and is not covered")
+        return carried(step, self.modules[step.module], reads, self.rule)
+
+    def _order(self, layer: str | None) -> int:
+        return list(self.own).index(layer) if layer is not None and layer in self.own else -1
+
+    def checked(self, step: Step, number: int, made: Spread) -> Spread:
+        """The bounds, and no less than the change as it was, where rounding alone can be behind what is missing.
+
+        A tensor whose change a later layer is to repair has no bound of its own.
+        """
+        if number not in self.seen or made.repair is not None:
+            return made
+        seen = self.seen[number]
+        over = seen.change.excess(made)
+        if over.total <= seen.tolerance:
+            return made.widened(over)
+        by = "its certificate allows" if step.layer in self.own else "its rule allows"
+        raise Uncovered(f"{step.place} was changed by {seen.change.total:.3g}, where {by} {made.total:.3g}")
 
     def layer(self, name: str, step: Step, before: Spread) -> Spread:
         """A whole Linear or convolution, or a module of another kind that is a matrix."""
@@ -159,14 +209,14 @@ class _Walk:
 
         return replace(own.plus(through), folded=folded)
 
-    def repaired(self, step: Step, reads: Sequence[Spread], ages: Sequence[int], order: Mapping[str, int]) -> Spread:
+    def repaired(self, step: Step, reads: Sequence[Spread]) -> Spread:
         """Between a layer that repairs a residual sum and the sum, and the sum itself.
 
         With s the norm's scale and b the other branch, the layer aims at y' = y + (b - b_now) / s, so that its own
         error, scaled, is the sum's: s yhat + b_now - (s y + b) = s (yhat - y'), but in channels of a faint s.
         """
         # of two layers that repair one sum the later knows what the earlier has done
-        age = lambda each: -1 if each.repair is None else order[each.repair.layer]  # noqa: E731
+        age = lambda each: -1 if each.repair is None else self._order(each.repair.layer)  # noqa: E731
         first, *others = sorted(reads, key=age, reverse=True)
         assert first.repair is not None
         if step.operation == "batch_norm" and not others:
@@ -177,7 +227,7 @@ class _Walk:
             return first
         if step.operation not in SUMS or not step.even or len(step.reads) != 2:
             raise Uncovered(f"{step.place} reads a layer that was judged by a residual sum, and is no such sum")
-        if max(ages) > order[first.repair.layer]:
+        if max(self.latest.get(number, -1) for number in step.reads) > self._order(first.repair.layer):
             raise Uncovered(f"{step.place}: a branch was pruned after {first.repair.layer}, which was to repair it")
         total, faint = replace(first, repair=None, folded=None), first.repair.faint(FAINT * (1 + ROUNDING))
         if faint is not None:

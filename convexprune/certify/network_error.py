@@ -1,25 +1,31 @@
-"""The network's error: guaranteed from its layers' certificates, by three rules, beside what is measured."""
+"""The network's error: guaranteed from its layers' certificates, by three rules, beside what is measured.
+
+A bound is shown only where both networks were seen to do what the record says that it is computed from.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Final
+from dataclasses import replace
+from typing import Any, Final
 
 import torch
+from torch import Tensor, nn
 
 from convexprune.bounds.propagation import ByChannel, Frobenius, Repair, Rule, Spectral, Spread
-from convexprune.certify.graph import GraphBound, Propagation
+from convexprune.certify.graph import Propagation
+from convexprune.certify.side_by_side import SideBySide
 from convexprune.network.calibration import Calibration
-from convexprune.network.compare import changes, turns
+from convexprune.network.forward import numbered, run, tensors_in, undisturbed
+from convexprune.network.replay import distance
 from convexprune.network.traversal import Traversal
 from convexprune.report import Link, NetworkError
 from convexprune.report.row import Row
 
 RULES: Final[Mapping[str, Rule]] = {"Frobenius": Frobenius(), "spectral": Spectral(), "by channel": ByChannel()}
 SHARPEST: Final = "by channel"
-MEMORY: Final = 1e9  # bytes of dense outputs that are held to compare layers with, more layers taking more passes;
-# and of a layer's matrix of changes, output by output
+ROUNDING: Final = 1e-10  # relative: what sums and norms in float64 may miss
 
 
 def network_error(
@@ -27,36 +33,72 @@ def network_error(
     rows: Sequence[Row],
     tell: Callable[[int], None],
 ) -> NetworkError:
-    """The bounds along the network's graph, or why there are none, beside what is measured: a pass of each network.
+    """The bounds along the network's graph, or why there are none, beside what is measured: one pass over the batches.
 
     walk  that the rows were judged on
     tell  is called with the number of each batch that was measured
     """
-    model, pruned, calibration, survey, mode = walk.model, walk.pruned, walk.calibration, walk.survey, walk.mode
     own = own_errors(rows)
-    network = Propagation(pruned, survey.record, mode)
-    refusal = _refusal(calibration) or survey.uneven
-    bounds = {name: network.bound(own, rule) for name, rule in RULES.items()} if not refusal else {}
-    best = bounds[SHARPEST] if bounds else GraphBound(None, {}, refusal)
-    reached = best.layers if best.total is not None else {}
-    rectified = {name: walk.rectified.get(name, False) for name in reached}
-    lone = {name: rectified[name] for name in own if name in rectified} if mode == "parallel" else {}
-    outputs = {name: walk.chosen.stacks[name].outputs for name in lone}  # a layer of more keeps its certificate's error
-    lone = {name: each for name, each in lone.items() if 8 * outputs[name] ** 2 <= MEMORY}
-    sizes = {step.layer: 8 * math.prod(step.sizes[-1]) for step in survey.record.steps if step.layer in reached}
-    groups = turns({name: size for name, size in sizes.items() if name}, MEMORY) or [[]]
-    found = changes(model, pruned, calibration, {name: rectified[name] for name in groups[0]}, lone, tell)
-    layers = dict(found.layers)
-    for group in groups[1:]:  # their dense outputs do not fit beside the others'
-        layers |= changes(model, pruned, calibration, {name: rectified[name] for name in group}, {}, tell).layers
-    if lone:
-        own |= {name: Spread.of(found.alone[name], lone[name]) for name in lone}
-        bounds[SHARPEST] = best = network.bound(own, RULES[SHARPEST])
-    if calibration.unsteady:
-        best, bounds, layers = GraphBound(None, {}, calibration.unsteady), {}, {}
-    totals = {name: bound.total for name, bound in bounds.items() if bound.total is not None}
-    links = tuple(Link(name, best.layers[name], layers[name]) for name in sizes if name in layers)
-    return NetworkError(found.output, best.total, found.size, best.obstacle, totals, links)
+    network = Propagation(walk.pruned, walk.survey.record, walk.mode)
+    refusal = _refusal(walk.calibration) or walk.survey.uneven or network.bound(own).obstacle
+    if refusal:
+        return replace(_measured(walk, None, tell), reason=refusal)
+    beside = SideBySide(walk.model, walk.pruned, network.record, own, walk.rectified, walk.mode == "parallel")
+    found = _measured(walk, beside, tell)
+    reason = found.reason or walk.calibration.unsteady
+    if reason or found.measured is None:
+        return replace(found, reason=reason or "the model does not return one tensor")
+    return _guaranteed(found, found.measured, network, beside)
+
+
+def _guaranteed(found: NetworkError, measured: float, network: Propagation, beside: SideBySide) -> NetworkError:
+    """The bound by each rule, with what rounding adds, if nothing that was measured speaks against it."""
+    seen = beside.seen()
+    bounds = {name: network.bound(beside.own(name == SHARPEST), rule, seen) for name, rule in RULES.items()}
+    best = bounds[SHARPEST]
+    # a pass over other batches sums in another order: a unit of rounding for each network's outputs
+    order = beside.unit * (2 * (found.scale or 0.0) + measured) if beside.judged else 0.0
+    rounding = order + sum(beside.apart)
+    totals = {name: _up(bound.total + rounding) for name, bound in bounds.items() if bound.total is not None}
+    reason = best.obstacle or beside.objection()
+    if not reason and not measured <= totals[SHARPEST]:
+        reason = f"the measured error is above the bound of {totals[SHARPEST]:.3g}, which is therefore not shown"
+    if reason:
+        return replace(found, reason=reason)
+    links = tuple(
+        Link(name, _up(best.layers[name]), seen[number].change.total if number in seen else 0.0)
+        for name, number in network.record.layers.items()
+        if name in best.layers
+    )
+    return replace(found, guaranteed=totals[SHARPEST], rules=totals, layers=links)
+
+
+def _up(bound: float) -> float:
+    return bound * (1 + ROUNDING)
+
+
+def _measured(walk: Traversal, beside: SideBySide | None, tell: Callable[[int], None]) -> NetworkError:
+    """Run both networks; the reason is what `beside`, who looks on, has against a bound."""
+    change: float | None = 0.0
+    size, reason = 0.0, ""
+    with undisturbed(walk.model, walk.pruned):
+        for index, batch in enumerate(walk.calibration):
+            with numbered(index):
+                theirs, ours = _output(walk.model, batch), _output(walk.pruned, batch)
+                if theirs is None or ours is None or change is None:
+                    change = None
+                else:
+                    change = math.hypot(change, distance(ours, theirs))
+                    size = math.hypot(size, distance(theirs, torch.zeros_like(theirs)))
+                    reason = reason or (beside.add(batch, theirs, ours) if beside else "")
+            tell(index)
+    return NetworkError(change, None, size, reason)
+
+
+def _output(model: nn.Module, batch: Any) -> Tensor | None:
+    """A copy, as the next pass may write to the same memory; None where there is not one tensor."""
+    tensors = [tensor.clone() for tensor in tensors_in(run(model, batch))]
+    return tensors[0] if len(tensors) == 1 else None
 
 
 def _refusal(calibration: Calibration) -> str:

@@ -111,7 +111,7 @@ def _mean(step: Step, before: Spread) -> Spread:
         return before.times(share) if _batched(step) else before.plain().times(share)
     planes = len(step.sizes[0])
     given = (step.detail,) if isinstance(step.detail, int) else step.detail
-    axes = {axis % planes for axis in given} if isinstance(given, (tuple, list)) else {0}
+    axes = {axis % planes for axis in given} if isinstance(given, (tuple, list)) and given else {0}  # (): over all
     if 0 in axes:
         raise Uncovered(f"{step.place} averages over the samples, and is not covered")
     return before.plain().times(share) if 1 in axes else before.times(share)

@@ -69,6 +69,20 @@ class Stack(ABC):
         """The module without its bias, on inputs of this size; None where no bound of its norm is known."""
         return None
 
+    def made(self, weight: Tensor, bias: Tensor | None, *args: Any, **kwargs: Any) -> Tensor:
+        """What the module makes of its arguments, as a function of its weight and bias: no hook, nothing set on it."""
+        kind: Any = kind_of(self.module)
+        stored: dict[str, Tensor | None] = {self.weight_name: weight}
+        if self.bias_name is not None:
+            stored[self.bias_name] = bias
+        plain = kind.__new__(kind)
+        for name, value in vars(self.module).items():
+            if name not in stored and not callable(getattr(kind, name, None)):  # a method that was put on the instance
+                vars(plain)[name] = value
+        vars(plain)["_parameters"] = {**self.module._parameters, **stored}
+        made: Tensor = kind.forward(plain, *args, **kwargs)
+        return made
+
     @property
     def kernel(self) -> int:
         """How many inputs of a matrix belong to one channel: the kernel's positions, or 1."""
@@ -340,14 +354,20 @@ def stack_of(module: nn.Module) -> Stack | None:
 
     A subclass counts only while it computes what its parent does: one with a forward of its own is something else.
     """
+    kind = kind_of(module)
+    stack: Any = None if kind is None else KINDS.get(kind) or KINDS.get(_path(kind))
+    return None if stack is None else stack(module)
+
+
+def kind_of(module: nn.Module) -> type[nn.Module] | None:
+    """The registered class whose function the module computes, or None."""
     for kind in type(module).__mro__:
-        stack: Any = KINDS.get(kind) or KINDS.get(_path(kind))
-        if stack is not None and all(
+        if (kind in KINDS or _path(kind) in KINDS) and all(
             getattr(type(module), method) is getattr(kind, method)
             for method in ("forward", "_conv_forward")
             if hasattr(kind, method)
         ):
-            return stack(module)  # type: ignore[no-any-return]
+            return kind
     return None
 
 

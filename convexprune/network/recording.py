@@ -15,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakIdKeyDictionary
 
+from convexprune.network.call import Call
 from convexprune.network.forward import BatchError, edits, run, tensors_in
 from convexprune.network.kinds import DROPOUT, LOOKS
 from convexprune.network.matrices import stack_of
@@ -35,6 +36,7 @@ class Step:
     shaped     of each tensor that it read, whether it has the shape of the first that it made
     detail     the index of a getitem, the amounts of a pad, the axes of a mean
     module     the name of the module that it happened in
+    call       what it takes to do it again; None of a change in place
     """
 
     operation: str
@@ -46,6 +48,7 @@ class Step:
     shaped: tuple[bool, ...] = ()
     detail: Any = None
     module: str = ""
+    call: Call | None = field(default=None, compare=False, repr=False)
 
     @property
     def even(self) -> bool:
@@ -66,6 +69,8 @@ class Recorder(TorchFunctionMode):
         self.steps: list[Step] = []
         self._numbers: WeakIdKeyDictionary = WeakIdKeyDictionary()  # tensor -> its number, and its edits by then
         self._written: dict[int, int] = {}  # storage -> the number of who was written to it last
+        self._names: dict[int, str] = {}  # parameter -> its name
+        self._leaves: dict[int, str | Tensor | None] = {}
         self._made = 0
         self._transformed = False
         self._inside: list[tuple[str, nn.Module]] = []
@@ -73,6 +78,7 @@ class Recorder(TorchFunctionMode):
         self._hooks = ExitStack()
 
     def __enter__(self) -> Recorder:
+        self._names = {id(parameter): name for name, parameter in self.model.named_parameters()}
         with ExitStack() as hooks:
             for name, module in self.model.named_modules():
                 if isinstance(module, torch.jit.ScriptModule):  # takes no hooks; what it reads goes unseen
@@ -90,6 +96,10 @@ class Recorder(TorchFunctionMode):
         super().__exit__(*error)  # type: ignore[no-untyped-call]
         self._hooks.close()
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Recorder:
+        """A module that is copied during a pass is watched by the same."""
+        return self
+
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
@@ -98,25 +108,31 @@ class Recorder(TorchFunctionMode):
         if self._quiet:
             return func(*args, **kwargs)
         reads = self.numbers((args, kwargs))
-        sizes = _sizes((args, kwargs))
-        result = self._alone(lambda: func(*args, **kwargs))
+        sizes, call = _sizes((args, kwargs)), self._call(func, args, kwargs)
+        result = self.quietly(lambda: func(*args, **kwargs))
         if reads and not _only_looks(func, result):
             changed = args[0] if result is None and args else result  # y[i] = z returns nothing and changes y
-            self._add(_operation(func, args, kwargs), None, reads, changed, sizes, _detail(func, args, kwargs))
+            self._add(_operation(func, args, kwargs), None, reads, changed, sizes, _detail(func, args, kwargs), call)
         return result
 
-    def below(self, name: str, inputs: Any, call: Callable[[], Any]) -> Any:
+    def below(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run an operation of aten, and write it down where no function of torch has called it."""
         if self._quiet:
-            return call()
-        reads, sizes = self.numbers(inputs), _sizes(inputs)
-        result = self._alone(call)
+            return func(*args, **kwargs)
+        reads, sizes = self.numbers((args, kwargs)), _sizes((args, kwargs))
+        call = self._call(func, args, kwargs)
+        result = self.quietly(lambda: func(*args, **kwargs))
         if reads:
-            self._add(f"aten.{name}", None, reads, result, sizes)
+            self._add(f"aten.{func.overloadpacket.__name__}", None, reads, result, sizes, call=call)
         return result
 
-    def _alone(self, call: Callable[[], Any]) -> Any:
-        """What it calls in turn is not written down."""
+    def _call(self, func: Callable[..., Any] | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+        """With the numbers that the tensors have now."""
+        with torch._C.DisableTorchFunction():
+            return Call.of(func, args, kwargs, lambda tensor: int(self._numbers[tensor][0]))
+
+    def quietly(self, call: Callable[[], Any]) -> Any:
+        """What this calls is not written down."""
         self._quiet += 1
         try:
             return call()
@@ -132,18 +148,28 @@ class Recorder(TorchFunctionMode):
         results = self.numbers(output)
         parameters = self.model.named_parameters(remove_duplicate=False)
         read = {name: self._numbers[each][0] for name, each in parameters if each in self._numbers}
-        return Record(tuple(self.steps), results, read, transformed=self._transformed)
+        return Record(tuple(self.steps), results, read, self._leaves, transformed=self._transformed)
 
     def _number(self, tensor: Tensor) -> int:
         with torch._C.DisableTorchFunction():
             number, seen = self._numbers.get(tensor, (None, None))  # type: ignore[no-untyped-call]
             if number is None:
-                return self._name(tensor)
-            if edits(tensor) != seen:  # through a view of it, or of which it is one
+                number = self._name(tensor)
+                self._leaves[number] = self._names.get(id(tensor)) or self._copy(tensor)
+            elif edits(tensor) != seen:  # through a view of it, or of which it is one
                 writer = self._written.get(_storage(tensor), number)
                 size = tuple(tensor.shape)
                 self._add(CHANGED, None, (number, writer), tensor, (size, size))
-            return int(self._numbers[tensor][0])
+                number = self._numbers[tensor][0]
+                self._leaves[number] = self._copy(tensor)
+            return int(number)
+
+    def _copy(self, tensor: Tensor) -> Tensor | None:
+        try:
+            copied: Tensor = self.quietly(lambda: tensor.detach().clone())
+            return copied
+        except (NotImplementedError, RuntimeError):  # a kind of tensor that takes no copies
+            return None
 
     def _name(self, tensor: Tensor) -> int:
         """A new number."""
@@ -161,6 +187,7 @@ class Recorder(TorchFunctionMode):
         result: Any,
         sizes: Sequence[tuple[int, ...]],
         detail: Any = None,
+        call: Call | None = None,
     ) -> None:
         name, module = self._inside[-1] if self._inside else ("", self.model)
         place = f"{name or 'the model'} ({type(module).__name__})"
@@ -171,7 +198,11 @@ class Recorder(TorchFunctionMode):
         made = _sizes(result)[:1]
         both = (sizes[0], made[0]) if sizes and made else ()
         shaped = tuple(size == each for size in sizes for each in made)
-        self.steps.append(Step(operation, layer, place, reads, makes, both, shaped, detail, name))
+        self.steps.append(Step(operation, layer, place, reads, makes, both, shaped, detail, name, call))
+        self.added(self.steps[-1], result)
+
+    def added(self, step: Step, result: Any) -> None:
+        """For those who look on: a step was written down, and this is what it made."""
 
     def _enter(self, name: str, layer: bool, module: nn.Module, _args: Any) -> None:
         self._inside.append((name, module))
@@ -180,7 +211,9 @@ class Recorder(TorchFunctionMode):
     def _leave(self, name: str, layer: bool, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         if layer:
             with torch._C.DisableTorchFunction():
-                self._add(type(module).__name__, name, self.numbers((args, kwargs)), output, _sizes((args, kwargs)))
+                reads, sizes = self.numbers((args, kwargs)), _sizes((args, kwargs))
+                call = self._call(None, args, kwargs)
+                self._add(type(module).__name__, name, reads, output, sizes, call=call)
         self._quiet -= layer
         self._inside.pop()
 
@@ -196,13 +229,12 @@ class _Below(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
         """Run the operation; the recorder decides whether it is one to write down."""
-        kwargs = kwargs or {}
         if isinstance(func, HigherOrderOperator):
             raise BatchError(
                 f"the model uses torch's {func._name}, whose branches cannot be recorded; write it as an `if`, a loop "
                 "or a torch.where"
             )
-        return self.recorder.below(func.overloadpacket.__name__, (args, kwargs), lambda: func(*args, **kwargs))
+        return self.recorder.below(func, args, kwargs or {})
 
 
 @dataclass(frozen=True)
@@ -211,6 +243,9 @@ class Record:
 
     parameters  the numbers of those parameters of the model that a step reads, by all their names; a layer reads its
                 own unseen
+    leaves      number -> the tensor that a step reads and none has made, as it was then: a parameter's name, or a copy
+                (None of a tensor that takes none)
+    inputs      of those the batch's own
     random      whether the pass has drawn random numbers
     transformed  whether torch.func was at work, whose tensors stand for others that nobody sees
     """
@@ -218,12 +253,24 @@ class Record:
     steps: tuple[Step, ...]
     results: tuple[int, ...]
     parameters: Mapping[str, int] = field(default_factory=dict)
+    leaves: Mapping[int, str | Tensor | None] = field(default_factory=dict, compare=False, repr=False)
+    inputs: tuple[int, ...] = ()
     random: bool = False
     transformed: bool = False
 
     def like(self, other: Record) -> bool:
         """Whether two batches were computed alike, but for how many samples they hold."""
         return _whatever_the_batch(self) == _whatever_the_batch(other)
+
+    @property
+    def layers(self) -> dict[str, int]:
+        """The modules that are whole steps, with the number that each of them made last."""
+        return {step.layer: step.makes[0] for step in self.steps if step.layer is not None}
+
+    @property
+    def batch(self) -> list[str | Tensor | None]:
+        """A copy of the batch's tensors."""
+        return [self.leaves.get(number) for number in self.inputs]
 
 
 def record(model: nn.Module, batch: Any) -> Record:
@@ -232,7 +279,7 @@ def record(model: nn.Module, batch: Any) -> Record:
     with Recorder(model) as recorder:
         output = run(model, batch)
     drawn = any(not torch.equal(*each) for each in zip(before, _random_state(model), strict=True))
-    return replace(recorder.record(output), random=drawn)
+    return replace(recorder.record(output), random=drawn, inputs=recorder.numbers(batch))
 
 
 def _random_state(model: nn.Module) -> list[Tensor]:
@@ -255,13 +302,15 @@ def _storage(tensor: Tensor) -> int:
 
 def _sizes(value: Any) -> list[tuple[int, ...]]:
     with torch._C.DisableTorchFunction():
-        return [tuple(tensor.shape) for tensor in tensors_in(value)]
+        # a nested tensor has no shape
+        return [(-1,) * each.dim() if each.is_nested else tuple(each.shape) for each in tensors_in(value)]
 
 
 def _operation(func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> str:
     name = getattr(func, "__name__", type(func).__name__).strip("_")
-    if name == "pad" and kwargs.get("mode", "constant") != "constant":
-        return f"pad by {kwargs['mode']}"
+    mode = kwargs.get("mode", args[2] if len(args) > 2 else "constant")
+    if name == "pad" and mode != "constant":
+        return f"pad by {mode}"
     if kwargs.get("alpha", 1) != 1 or (name in ("add", "sub") and len(args) > 2):  # torch.add(x, alpha, y)
         return f"{name} with alpha"
     if name == "view" and any(isinstance(each, torch.dtype) for each in (*args, *kwargs.values())):
@@ -269,7 +318,8 @@ def _operation(func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, 
     threshold = args[2] if len(args) > 2 else kwargs.get("threshold", 20)
     if name == "softplus" and threshold < 20:  # it jumps there, by log(1 + exp(-threshold)) / beta
         return f"softplus with a threshold of {threshold}"
-    return f"{name} in training" if name in DROPOUT and kwargs.get("training", True) else name
+    training = kwargs.get("training", args[2] if len(args) > 2 else True)
+    return f"{name} in training" if name in DROPOUT and training else name
 
 
 def _detail(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

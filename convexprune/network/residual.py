@@ -51,7 +51,7 @@ def repaired(
     theirs, ours = _branches(dense, batch, calls), _branches(model, batch, calls)
     return {
         name: [
-            y + _over((b - b_now).to(y), s)
+            y + _over(b.to(y) - b_now.to(y), s)
             for y, (b, s), (b_now, _) in zip(outputs, theirs[name], ours[name], strict=True)
         ]
         for name, outputs in targets.items()

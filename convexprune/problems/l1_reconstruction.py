@@ -20,7 +20,7 @@ from convexprune.extras import extras
 from convexprune.forms import LassoProblem
 from convexprune.layer import Layer
 from convexprune.problem import Formulation
-from convexprune.rounding import down, gamma, lowered, raised, total, total_doubt, up
+from convexprune.rounding import TINY, down, gamma, lowered, raised, total, total_doubt, up
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,7 +103,7 @@ class L1Reconstruction(LassoProblem):
         gain, loss = scale * aligned, 0.5 * scale * (scale * energy)
         found = gain - loss - raised(scale * doubt + gamma(8) * (gain.abs() + loss))
         bound = down(total(found.clamp(min=0)), total_doubt(found))
-        return bound if 0 < bound < math.inf else 0.0
+        return bound if TINY < bound < math.inf else 0.0  # below it products vanish, and their allowances with them
 
     def to_cvxpy(self) -> Formulation:
         """The same lasso as a quadratic program; its objective leaves out nothing, so values agree."""

@@ -164,8 +164,9 @@ class NetTrim(BallProblem):
             return math.inf
         left, scale = self._left(x), self._unit
         error, above = norm_above(left.errors), left.excess * math.sqrt(max(int(self.active.sum()), 1))
-        # the zero point leaves Y itself, whatever the rounding of its norm
-        share = error / scale * (1 + gamma(2)) if bool(x.any()) and error else 1.0 if error else 0.0
+        share = error / scale * (1 + gamma(2))
+        if error and not bool(x.any()):
+            share = 1.0  # the zero point leaves Y itself, whatever the rounding of its norm
         most = max(share - self.epsilon, above / scale if above > 0 else 0.0)
         return up(most, gamma(8) * most) if most > 0 else 0.0
 
@@ -192,14 +193,15 @@ class NetTrim(BallProblem):
         if not bool(torch.isfinite(z).all()):
             return 0.0
         z = torch.where(self.active, z, z.clamp(max=0))
-        z = z / z.abs().amax(0).clamp(min=TINY)  # any multiple of a column serves: one whose squares are in range
+        peaks = z.abs().amax(0).clamp(min=TINY)
+        z = z / peaks  # any multiple of a column serves: one whose squares are in range
         (gain, norms), reach = self._gains(z), self._rows.reach(z)
         limit = lowered(1 / reach.amax(0).clamp(min=TINY))
         bound = _best_scaling(gain, norms, limit, self._radius_above)
-        if not math.isfinite(bound):
+        if not TINY < bound < math.inf:  # below it products vanish, and their allowances with them
             return 0.0
         # a bound above the dense layer's norm: it is not feasible, and perhaps nothing is
-        if bound > self.value(self.dense) and self._refuted(gain, norms, reach):
+        if bound > self.value(self.dense) and self._refuted(gain, norms, reach, peaks / peaks.max()):
             return math.inf
         return bound
 
@@ -309,19 +311,21 @@ class NetTrim(BallProblem):
             doubt = doubt + (self._rows.heights @ inside.abs()) * self._own
         return terms.sum(0) - raised(doubt, len(z) + 4), raised(inside.square().sum(0).sqrt(), len(z) + 4)
 
-    def _refuted(self, gain: Tensor, norms: Tensor, reach: Tensor) -> bool:
-        """Whether gain - radius |Z_active| exceeds what any feasible point makes of it, in one neuron or in all.
+    def _refuted(self, gain: Tensor, norms: Tensor, reach: Tensor, sizes: Tensor) -> bool:
+        """Whether gain - radius |Z_active| exceeds what any feasible point makes of it, in one neuron or, with each at
+        its size (M,), in all together.
 
         A feasible u_m has |X_A u_m| <= |Y_m| + radius over any active samples A, so |c u_m| <= (|Y_m| + radius) / s,
         s the smallest singular value of X_A / c, and <z, X u> = <X^T z, u> <= |X^T z / c| |c u_m|.
         """
         spread = raised((reach / self._rows.columns[:, None]).square().sum(0).sqrt(), len(reach) + 8)
-        used = raised(spread * self._norm_limits).nan_to_num(nan=math.inf)
+        used = raised(spread * self._norm_limits).nan_to_num(nan=0.0, posinf=math.inf)
         paid = raised(self._radius_above * norms)
         if bool((gain > raised(used + paid)).any()):
             return True
-        won, most = down(total(gain), total_doubt(gain)), up(self._radius_above * norm_above(norms))
-        return won > up(most + up(float(used.sum()) * (1 + gamma(len(used) + 2))))
+        won, gone = gain * sizes, raised(used * sizes).nan_to_num(nan=0.0, posinf=math.inf)
+        most = up(self._radius_above * norm_above(norms * sizes), float(raised(gone.sum(), len(gone))))
+        return down(total(won), total_doubt(won) + gamma(4) * float(won.abs().sum())) > up(most, gamma(8) * most)
 
     @cached_property
     def _norm_limits(self) -> Tensor:

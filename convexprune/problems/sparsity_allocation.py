@@ -160,8 +160,9 @@ class SparsityAllocation(KnapsackProblem):
         if self.cheapest > budget:
             return math.inf
         price, value = witness if isinstance(witness, tuple) else (witness or 0.0, None)
-        bound = max(knapsack.dual(cost, loss, budget, float(price)), knapsack.dual(cost, loss, budget, 0.0))
-        if value is None or not bound < value < math.inf:
+        priced = knapsack.dual(cost, loss, budget, float(price))
+        bound = max(priced, knapsack.dual(cost, loss, budget, 0.0))
+        if value is None or not -math.inf < priced <= bound < value < math.inf:
             return bound
         found, complete = knapsack.best_below(cost, loss, budget, float(price), value)
         if not complete:
