@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Final
 
 import torch
 from torch import Tensor
 
-from convexprune.moments import InputMoments, TargetMoments, affine
+from convexprune.moments import CrossMoments, InputMoments, Moments, TargetMoments, affine
+from convexprune.quadratic import Quadratic, Residual
+from convexprune.rounding import gamma, raised
 
 ACTIVATIONS: Final = ("relu", None)
 
@@ -27,13 +30,9 @@ class Layer:
     name: str
     weight: Tensor  # (out, in)   a convolution as a matrix: in = in_channels / groups * kernel size
     bias: Tensor | None  # (out,)
-    gram: Tensor  # (in, in)    E[x x^T]
-    cross: Tensor  # (out, in)   E[y x^T]
-    energies: Tensor  # (out,)      E[y^2], one for each output
-    samples: int  # how many x the expectations run over
+    read: Moments  # of x, about the mean; layers that read the same tensor share one
+    aimed: CrossMoments | None = None  # of y, with x; None where y = W x + b
     activation: str | None = None  # what follows the layer: "relu", or None
-    mean: Tensor | None = None  # (in,)       E[x]; with `target_mean`, needed for a bias
-    target_mean: Tensor | None = None  # (out,)      E[y]
     inputs: Tensor | None = field(default=None, repr=False)  # (samples, in)   kept only when asked for
     targets: Tensor | None = field(default=None, repr=False)  # (samples, out)  y; None where y = W x + b
     kernel: int = 1  # kernel positions: inputs i, i + kernel, ... are one position of consecutive channels
@@ -43,19 +42,18 @@ class Layer:
     def __post_init__(self) -> None:
         _check_weight(self.name, self.weight, self.bias)
         out, width = self.weight.shape
-        expected = {
-            "gram": (width, width), "cross": (out, width), "energies": (out,), "mean": (width,),
-            "target_mean": (out,), "inputs": (self.samples, width), "targets": (self.samples, out),
+        expected: dict[str, tuple[Tensor | None, tuple[int, ...]]] = {
+            "gram": (self.read.covariance, (width, width)), "mean": (self.read.mean, (width,)),
+            "inputs": (self.inputs, (self.samples, width)), "targets": (self.targets, (self.samples, out)),
         }  # fmt: skip
-        for key, shape in expected.items():
-            value = getattr(self, key)
-            if value is None:
-                continue
-            if tuple(value.shape) != shape:
-                raise ValueError(f"layer {self.name!r}: {key} has shape {tuple(value.shape)}, expected {shape}")
-            if not bool(torch.isfinite(value).all()):
-                raise ValueError(f"layer {self.name!r}: {key} holds NaN or inf; check the calibration data")
-        if self.bias is not None and (self.mean is None or self.target_mean is None):
+        if self.aimed is not None:
+            expected |= {
+                "cross": (self.aimed.covariance, (out, width)), "energies": (self.aimed.variance, (out,)),
+                "target_mean": (self.aimed.mean, (out,)),
+            }  # fmt: skip
+        for key, (value, shape) in expected.items():
+            _check_array(self.name, key, value, shape)
+        if self.bias is not None and (self.read.mean is None or (self.aimed is not None and self.aimed.mean is None)):
             raise ValueError(f"layer {self.name!r} has a bias: its moments need `mean` and `target_mean` too")
         if self.activation not in ACTIVATIONS:
             raise ValueError(f"layer {self.name!r}: activation {self.activation!r} is not one of {ACTIVATIONS}")
@@ -89,11 +87,9 @@ class Layer:
                     f"layer {name!r}: targets have shape {tuple(targets.shape)}, expected {(len(inputs), len(weight))}"
                 )
         read, aimed = InputMoments(weight.shape[1]), TargetMoments(*weight.shape)
-        for start in range(0, len(inputs), 8192):
-            x = inputs[start : start + 8192].double()
-            read.add(x)
-            if targets is not None:
-                aimed.add(x, targets[start : start + 8192])
+        read.add(inputs)
+        if targets is not None:
+            aimed.add(inputs, targets)
         return cls.from_sums(
             weight, read.finished(), bias, activation, name, None if targets is None else aimed, inputs, targets
         )
@@ -102,7 +98,7 @@ class Layer:
     def from_sums(
         cls,
         weight: Tensor,
-        read: InputMoments,
+        read: Moments,
         bias: Tensor | None = None,
         activation: str | None = "relu",
         name: str = "layer",
@@ -116,19 +112,8 @@ class Layer:
         _check_weight(name, weight, bias)
         weight = _double(weight)
         bias = None if bias is None else _double(bias)
-        if aimed is None:
-            shift = torch.zeros(len(weight), dtype=torch.float64) if bias is None else bias
-            through = weight @ read.gram
-            drift = weight @ read.mean
-            cross = through + torch.outer(shift, read.mean)
-            target_mean = drift + shift
-            energies = ((through * weight).sum(1) + 2 * shift * drift + shift.square()).clamp(min=0)
-        else:
-            cross, target_mean, energies = (a / aimed.count for a in (aimed.cross, aimed.mean, aimed.energies))
-        return cls(
-            name, weight, bias, read.gram, cross, energies, read.count, activation, read.mean, target_mean, inputs,
-            targets,
-        )  # fmt: skip
+        goal = None if aimed is None else aimed.finished()
+        return cls(name, weight, bias, read, goal, activation, inputs, targets)
 
     @classmethod
     def from_moments(
@@ -150,24 +135,70 @@ class Layer:
         """
         _check_weight(name, weight, bias)
         weight, gram = _double(weight), _double(gram)
-        width = weight.shape[1]
-        if gram.shape != (width, width):
-            raise ValueError(f"layer {name!r}: gram has shape {tuple(gram.shape)}, expected {(width, width)}")
+        out, width = weight.shape
+        _check_array(name, "gram", gram, (width, width))
         if bias is not None:
             bias = _double(bias)
             if mean is None:
                 raise ValueError(f"layer {name!r} has a bias: give the inputs' mean E[x] as well")
         mean = None if mean is None else _double(mean)
+        _check_array(name, "mean", mean, (width,))
+        read = Moments.given(samples, gram, mean)
         if cross is None:
-            read = InputMoments(0)
-            read.count, read.gram = samples, gram
-            read.mean = torch.zeros(width, dtype=torch.float64) if mean is None else mean
-            return cls.from_sums(weight, read, bias, activation, name)
+            return cls(name, weight, bias, read, None, activation)
         if energy is None:
             raise ValueError(f"layer {name!r}: with `cross`, give `energy` = E[y^2] for each output as well")
         energies = torch.as_tensor(energy, dtype=torch.float64).cpu().reshape(-1)
-        target_mean = None if target_mean is None else _double(target_mean)
-        return cls(name, weight, bias, gram, _double(cross), energies, samples, activation, mean, target_mean)
+        cross, target_mean = _double(cross), None if target_mean is None else _double(target_mean)
+        for key, value, shape in (
+            ("cross", cross, (out, width)), ("energies", energies, (out,)), ("target_mean", target_mean, (out,)),
+        ):  # fmt: skip
+            _check_array(name, key, value, shape)
+        if target_mean is None and bias is None:
+            read = Moments.given(samples, gram, None)  # moments about a mean need both means
+        return cls(name, weight, bias, read, CrossMoments.given(cross, energies, target_mean, read), activation)
+
+    @property
+    def samples(self) -> int:
+        """How many x the expectations run over."""
+        return self.read.count
+
+    @property
+    def mean(self) -> Tensor | None:
+        """(in,): E[x]; None where moments were given without it."""
+        return self.read.mean
+
+    @property
+    def gram(self) -> Tensor:
+        """(in, in): E[x x^T]."""
+        return self.read.gram
+
+    @cached_property
+    def cross(self) -> Tensor:
+        """(out, in): E[y x^T]."""
+        if self.aimed is not None:
+            return self.aimed.raw(self.read).covariance
+        through = self.weight @ self.gram
+        return through if self.bias is None or self.mean is None else through.addr(self.bias, self.mean)
+
+    @cached_property
+    def energies(self) -> Tensor:
+        """(out,): E[y^2], one for each output."""
+        if self.aimed is not None:
+            return self.aimed.raw(self.read).variance
+        varied = ((self.weight @ self.read.covariance) * self.weight).sum(1)
+        mean = self.target_mean
+        return (varied if mean is None else varied + mean.square()).clamp(min=0)
+
+    @property
+    def target_mean(self) -> Tensor | None:
+        """(out,): E[y]; None where the inputs' mean is not known."""
+        if self.aimed is not None:
+            return self.aimed.mean
+        if self.mean is None:
+            return None
+        drift = self.weight @ self.mean
+        return drift if self.bias is None else drift + self.bias
 
     @property
     def energy(self) -> float:
@@ -187,6 +218,17 @@ class Layer:
         one = torch.ones(1, 1, dtype=torch.float64)
         mean = self.mean[None]
         return torch.cat([torch.cat([self.gram, mean]), torch.cat([mean, one], 1).T], 1)
+
+    @property
+    def affine_gram_above(self) -> Tensor:
+        """(P, P): at least the exact one, as semidefinite matrices go: e e^T of the doubts is at most P diag(e)^2."""
+        doubt, means = self.read.raw.doubt, self.read.mean_doubt
+        if self.bias is not None:
+            last = (means / torch.where(doubt > 0, doubt, 1.0)).max()
+            doubt = torch.cat([doubt, last[None]])
+        above = self.affine_gram.clone()
+        above.diagonal().add_(raised(len(doubt) * doubt.square() + gamma(2) * above.diagonal(), 8))
+        return above
 
     @property
     def affine_cross(self) -> Tensor:
@@ -212,17 +254,35 @@ class Layer:
             return self.targets.double()
         return affine(self.affine_inputs, self.affine_weight)
 
+    @cached_property
+    def centred(self) -> Quadratic:
+        """E (y - W' x - b')^2 in the weights W' (out, in), with the bias at its best."""
+        return Quadratic(self._origin[0], self.read, self.aimed)
+
+    @cached_property
+    def quadratic(self) -> Quadratic:
+        """The error in the weights alone: `centred` where there is a bias, else E (y - W' x)^2."""
+        if self.bias is not None:
+            return self.centred
+        return Quadratic(self._origin[0], self.read.raw, None if self.aimed is None else self.aimed.raw(self.read))
+
+    def residual(self, x: Tensor) -> Residual:
+        """What the weights x (out, P) leave of the targets, y - x u, by its moments."""
+        return Residual(self.centred, None if self.bias is None else self._origin[1], _double(x))
+
+    def best_bias(self, weight: Tensor) -> Tensor:
+        """(out,): the bias with which weights (out, in) err least, E[y] - W' E[x]; of a layer that has one."""
+        start = self._origin[1]
+        return start - self.residual(torch.cat([weight, start[:, None]], 1)).offsets[0]
+
     def squared_errors(self, x: Tensor) -> Tensor:
-        """(out,), float64: E (x_m u - y_m)^2 for each output m of the weights x (out, P), by the moments."""
-        x = _double(x)
-        return ((x @ self.affine_gram) * x).sum(1) - 2 * (self.affine_cross * x).sum(1) + self.energies
+        """(out,), float64: E (x_m u - y_m)^2 for each output m of the weights x (out, P), by the moments; nearest."""
+        return self.residual(x).errors
 
     def error_norms(self, x: Tensor) -> Tensor:
         """(out,), float64: at least || X x_m - Y_m || over the samples, with what rounding may hide."""
-        x = _double(x)
-        # by how much rounding may have lowered a sum of terms of this size that cancel
-        size = (x.abs() @ self.affine_gram.diagonal().clamp(min=0).sqrt()).square() + self.energies
-        return (self.samples * (self.squared_errors(x).clamp(min=0) + 8 * 2.0**-53 * size)).sqrt()
+        left = self.residual(x)
+        return raised((self.samples * (left.errors + left.error_doubts)).sqrt())
 
     def damped(self, fraction: float) -> Layer:
         """The layer with a ridge lambda |W' - W|^2, lambda = fraction * mean diagonal of the Gram matrix.
@@ -232,20 +292,29 @@ class Layer:
         """
         if not 0 <= fraction < float("inf"):
             raise ValueError(f"layer {self.name!r}: damping fraction is {fraction}, expected a finite number >= 0")
-        ridge = fraction * float(self.gram.diagonal().mean())
+        diagonal = self.read.covariance.diagonal()
+        ridge = fraction * float((diagonal if self.mean is None else diagonal + self.mean.square()).mean())
         return replace(
             self,
-            gram=self.gram + ridge * torch.eye(len(self.gram), dtype=torch.float64),
-            cross=self.cross + ridge * self.weight,
-            energies=self.energies + ridge * self.weight.square().sum(1),
+            read=self.read.damped(ridge),
+            aimed=None if self.aimed is None else self.aimed.damped(ridge, self.weight),
             damping=self.damping + fraction,
             inputs=None,
             targets=None,
         )
 
+    @cached_property
+    def _origin(self) -> tuple[Tensor, Tensor]:
+        """Weights and bias that errors are measured from: those that make the targets, else none."""
+        none = torch.zeros(len(self.weight), dtype=torch.float64)
+        if self.aimed is not None:
+            return torch.zeros_like(self.weight), none
+        return self.weight, none if self.bias is None else self.bias
+
     def spectrum(self) -> tuple[int, float]:
         """Rank of the Gram matrix, and its condition number (inf where it is singular), both at float64's rounding."""
-        values = torch.linalg.eigvalsh(self.gram)
+        covariance, mean = self.read.covariance, self.mean
+        values = torch.linalg.eigvalsh(covariance if mean is None else torch.addr(covariance, mean, mean))
         top = float(values[-1])
         rank = int((values > len(values) * 2.0**-52 * top).sum())
         return rank, top / float(values[0]) if rank == len(values) else float("inf")
@@ -253,6 +322,15 @@ class Layer:
 
 def _double(tensor: Tensor) -> Tensor:
     return tensor.detach().cpu().double()
+
+
+def _check_array(name: str, key: str, value: Tensor | None, shape: tuple[int, ...]) -> None:
+    if value is None:
+        return
+    if tuple(value.shape) != shape:
+        raise ValueError(f"layer {name!r}: {key} has shape {tuple(value.shape)}, expected {shape}")
+    if not bool(torch.isfinite(value).all()):
+        raise ValueError(f"layer {name!r}: {key} holds NaN or inf; check the calibration data")
 
 
 def _check_weight(name: str, weight: Tensor, bias: Tensor | None) -> None:

@@ -88,7 +88,7 @@ def _merged(
     if maker.bias is not None:
         incoming = torch.cat([incoming, maker.bias.detach()[:, None]], 1)
     outgoing = torch.cat([reader.weight.detach() for reader in readers])
-    gram = None if data is None else capture(small, data, [junction.maker])[0].affine_gram
+    gram = None if data is None else capture(small, data, [junction.maker])[0].affine_gram_above
     count = len(incoming)
     whole = NeuronMerging(incoming, outgoing, keep=1, gram=gram)
     merges = GreedyMerging().merges(whole)

@@ -1,48 +1,291 @@
-"""Running sums of what layers read and aim at, over any number of batches."""
+"""Moments about the mean of what layers read and aim at, over any number of batches, with what rounding did to them.
+
+With a centre c that the first rows fix (their mean, rounded),
+
+    S = sum (x - c)(x - c)^T,    s = sum (x - c),    Cov = S / n - (s / n)(s / n)^T,    mean = c + s / n
+
+whatever c is. x - c rounds relative to itself, so nothing cancels that the data has not: S_ii is at most 1 + n / m
+times n Cov_ii if m rows made c. Two sums meet by a change of centre, which is exact:
+
+    sum (x - c')(x - c')^T = S + s t^T + t s^T + n t t^T,    t = c - c'
+
+A matrix of moments comes with a `doubt` e: each entry (i, j) is within e_i e_j of its exact value. By Cauchy-Schwarz
+doubts of parts add up as squares, e_i^2.
+Source: Chan, Golub, LeVeque, The American Statistician 1983 (shifted sums, and the pairwise update); Higham, section
+3.3 (running error analysis).
+"""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
+from convexprune.rounding import UNIT, gamma, product_minus, raised
 
-class InputMoments:
-    """Running float64 sums of x x^T and x; layers that read the same tensor share one."""
+ROWS = 1024  # samples that are added at a time
+FIRST = 256  # rows whose mean is the centre
+APART = 128  # from so many rows on a batch's products are formed apart: the sums before then round once, not row by row
+
+
+@dataclass(frozen=True, eq=False)
+class Moments:
+    """Mean and second moments of x (N,) over `count` samples; layers that read the same tensor share one.
+
+    mean        (N,), within `mean_doubt` of E[x]; None where it is not known: `covariance` is then about 0
+    covariance  (N, N): E[(x - E[x])(x - E[x])^T], each entry within doubt_i doubt_j
+    size        (N,): no entry of `covariance` is beyond size_i size_j
+    noise       (N,): a variance up to it is only rounding, of ours or of whoever computed what was given
+    """
+
+    count: int
+    mean: Tensor | None
+    covariance: Tensor
+    doubt: Tensor
+    mean_doubt: Tensor
+    size: Tensor
+    noise: Tensor
+
+    @classmethod
+    def given(cls, count: int, gram: Tensor, mean: Tensor | None) -> Moments:
+        """Of E[x x^T] and E[x], both exact; what a mean takes off rounds once. An asymmetric matrix is averaged."""
+        even = (gram + gram.T) / 2
+        none = torch.zeros(len(even), dtype=torch.float64)
+        # an average of two different numbers rounds, one of two equal numbers does not
+        doubt = none if bool((gram == gram.T).all()) else (gamma(2) * even.abs().amax(1)).sqrt()
+        if mean is None:
+            return cls(count, None, even, doubt, none, _size(even), doubt.square())
+        central = product_minus(mean[:, None], mean[None, :], even)
+        # a second moment that is the mean's square exactly is that of a constant
+        varies = central.diagonal() != 0
+        central = torch.where(varies[:, None] & varies, central, 0.0)
+        size = _size(central)
+        squares = doubt.square() + gamma(4) * size.square() + gamma(4) * UNIT * mean.square()
+        doubt = torch.where(varies, raised(squares).sqrt(), 0.0)
+        return cls(count, mean, central, doubt, none, size, gamma(4) * even.diagonal().abs())
+
+    @property
+    def gram(self) -> Tensor:
+        """(N, N): E[x x^T]."""
+        return self.raw.covariance
+
+    @cached_property
+    def raw(self) -> Moments:
+        """The same about 0, the mean put back; the layers that share this share that."""
+        if self.mean is None:
+            return self
+        gram = torch.addr(self.covariance, self.mean, self.mean)
+        height = (self.size.square() + self.mean.square()).sqrt()
+        share = _share(self.mean_doubt, height)
+        squares = self.doubt.square() + (2 * share + share**2 + gamma(4)) * height.square()
+        doubt = raised(squares).sqrt()
+        return Moments(self.count, None, gram, doubt, torch.zeros_like(doubt), raised(height), doubt.square())
+
+    def damped(self, ridge: float) -> Moments:
+        """With ridge I added."""
+        more = self.covariance.clone()
+        more.diagonal().add_(ridge)
+        squares = self.doubt.square() + gamma(1) * more.diagonal().abs()
+        size = raised((self.size.square() + ridge).sqrt())
+        return Moments(self.count, self.mean, more, raised(squares).sqrt(), self.mean_doubt, size, self.noise)
+
+    @cached_property
+    def live(self) -> Tensor:
+        """(N,) bool: inputs that vary; of one that certainly does not, the row and its doubt are exactly 0."""
+        return (self.covariance.diagonal() != 0) | (self.doubt != 0)
+
+
+@dataclass(frozen=True, eq=False)
+class CrossMoments:
+    """Moments of targets y (M,) with inputs x (N,), as in `Moments`: about the means, or about 0 where mean is None.
+
+    mean        (M,), within `mean_doubt` of E[y]
+    variance    (M,), each within doubt_m^2 + relative |variance_m|
+    covariance  (M, N), of y and x, each entry within doubt_m input_doubt_i + relative |covariance_mi|
+    """
+
+    mean: Tensor | None
+    variance: Tensor
+    covariance: Tensor
+    doubt: Tensor
+    input_doubt: Tensor
+    mean_doubt: Tensor
+    relative: float = 0.0
+
+    @classmethod
+    def given(cls, cross: Tensor, energies: Tensor, mean: Tensor | None, inputs: Moments) -> CrossMoments:
+        """Of E[y x^T], E[y^2] and E[y], all exact; what the means take off rounds once."""
+        none = torch.zeros_like(energies)
+        if mean is None or inputs.mean is None:
+            return cls(None, energies, cross, none, torch.zeros_like(cross[0]), none)
+        central = torch.where(inputs.live, product_minus(mean[:, None], inputs.mean[None, :], cross), 0.0)
+        variance = product_minus(mean, mean, energies)
+        doubt, input_doubt = raised(2 * UNIT * mean.abs()), raised(2 * UNIT * inputs.mean.abs() * inputs.live)
+        return cls(mean, variance, central, doubt, input_doubt, none, gamma(3))
+
+    def raw(self, inputs: Moments) -> CrossMoments:
+        """The same about 0."""
+        if self.mean is None or inputs.mean is None:
+            return self
+        cross = torch.addr(self.covariance, self.mean, inputs.mean)
+        energies = self.variance + self.mean.square()
+        rows = self.variance.abs() + self.doubt.square() + self.mean.square()
+        columns = inputs.size.square() + inputs.mean.square()
+        share = max(_share(self.mean_doubt, rows.sqrt()), _share(inputs.mean_doubt, columns.sqrt()))
+        more = 2 * share + share**2 + gamma(6)
+        row = raised(self.doubt.square() + more * rows).sqrt()
+        column = raised(self.input_doubt.square() + more * columns).sqrt()
+        return CrossMoments(None, energies, cross, row, column, torch.zeros_like(row), self.relative + gamma(4))
+
+    def damped(self, ridge: float, weight: Tensor) -> CrossMoments:
+        """With a ridge around `weight` (M, N): cross + ridge W, energies + ridge |W|^2."""
+        norms = weight.square().sum(1)
+        more = gamma(weight.shape[1] + 8) * ridge  # |ridge W_mi| is at most sqrt(ridge) |W_m| sqrt(ridge)
+        return CrossMoments(
+            self.mean,
+            self.variance + ridge * norms,
+            self.covariance + ridge * weight,
+            raised(self.doubt.square() + more * norms).sqrt(),
+            raised(self.input_doubt.square() + more).sqrt(),
+            self.mean_doubt,
+            self.relative + gamma(4),
+        )
+
+
+class Sums:
+    """Sums of x - c and of its squares, entry by entry, about a centre c that the first samples fix.
+
+    Sums of products of the entries of two such are within share sqrt(H_i H_j) of exact, sums within share sqrt(n H_i):
+    H, the `heights`, is at least the sum of squares, and `share` is counted along the way.
+    """
 
     def __init__(self, width: int) -> None:
-        self.count = 0
-        self.gram = torch.zeros(width, width, dtype=torch.float64)
-        self.mean = torch.zeros(width, dtype=torch.float64)
+        self.count, self.share = 0, 0.0
+        self.centre, self.sums, self.squares, self.heights = torch.zeros(4, width, dtype=torch.float64)
+
+    def take(self, x: Tensor) -> Tensor:
+        """Add samples x (n, width), float64, and return x - c."""
+        if not self.count:
+            self.centre = _centre(x)
+        self.count += len(x)
+        x = x - self.centre
+        self.sums = self.sums + x.sum(0)
+        own = x.square().sum(0)
+        self.squares, self.heights = self.squares + own, self.heights + own
+        # formed apart, a batch's products round n times and the sums before them once; else both round n times
+        here = gamma(len(x) + 6)
+        self.share = max(self.share, here) + gamma(2) if len(x) >= APART else self.share + here
+        return x
+
+    def moved(self, centre: Tensor) -> tuple[Sums, Tensor]:
+        """The same samples about another centre, and the step t = c - c'."""
+        step, n = self.centre - centre, self.count
+        found = Sums(len(centre))
+        found.count, found.centre = n, centre
+        found.sums = self.sums + n * step
+        found.squares = (self.squares + step * (self.sums + found.sums)).clamp(min=0)
+        found.heights = raised((self.heights.sqrt() + n**0.5 * step.abs()).square())
+        found.share = self.share + gamma(8)
+        return found, step
+
+    def __add__(self, other: Sums) -> Sums:
+        """Of both, about the one centre that they have."""
+        found = Sums(len(self.centre))
+        found.count, found.centre = self.count + other.count, self.centre
+        found.sums, found.squares = self.sums + other.sums, self.squares + other.squares
+        found.heights = self.heights + other.heights
+        found.share = max(self.share, other.share) + gamma(2)
+        return found
+
+    def mean(self) -> tuple[Tensor, Tensor]:
+        """(width,): c + s / n, and by how much it may be off."""
+        n = max(self.count, 1)
+        mean = self.centre + self.sums / n
+        doubt = gamma(1) * mean.abs() + (self.share + gamma(4)) * (self.heights / n).sqrt()
+        return mean, torch.where(self.heights > 0, raised(doubt), 0.0)
+
+    def doubt(self) -> Tensor:
+        """(width,): a central moment of entries i and j is within doubt_i doubt_j."""
+        share = 4 * self.share * (1 + self.share) + gamma(16)
+        return raised(share * self.heights / max(self.count, 1)).sqrt()
+
+
+class InputMoments:
+    """Running sums of x (N,) and x x^T; `a + b` are those of both, whichever samples each has seen."""
+
+    def __init__(self, width: int) -> None:
+        self.entries = Sums(width)
+        self.products = torch.zeros(width, width, dtype=torch.float64)
+
+    @property
+    def count(self) -> int:
+        """How many samples there were."""
+        return self.entries.count
 
     def add(self, x: Tensor) -> None:
-        """Add samples x (n, in), float64."""
-        self.count += len(x)
-        self.gram.addmm_(x.T, x)
-        self.mean += x.sum(0)
+        """Add samples x (n, in)."""
+        for start in range(0, len(x), ROWS):
+            part = self.entries.take(x[start : start + ROWS].double())
+            _gather(self.products, part, part)
 
-    def finished(self) -> InputMoments:
-        """The means instead of the sums, E[x x^T] and E[x], computed once so that layers can share the arrays."""
-        done = InputMoments(0)
+    def __add__(self, other: InputMoments) -> InputMoments:
+        """The larger's centre serves both: a move from it would cost precision."""
+        first, second = (self, other) if self.count >= other.count else (other, self)
+        found = InputMoments(0)
+        moved, step = second.entries.moved(first.entries.centre)
+        found.entries = first.entries + moved
+        found.products = first.products + second.products
+        found.products.addr_(moved.sums, step).addr_(step, second.entries.sums)
+        return found
+
+    def finished(self) -> Moments:
+        """The moments about the mean, computed once so that layers can share the arrays."""
         n = max(self.count, 1)
-        done.count, done.gram, done.mean = self.count, self.gram / n, self.mean / n
-        return done
+        mean, mean_doubt = self.entries.mean()
+        covariance = torch.addr(self.products, self.entries.sums / n, self.entries.sums, alpha=-1).div_(n)
+        doubt = self.entries.doubt()
+        size = raised((covariance.diagonal().clamp(min=0) + 2 * doubt.square()).sqrt())
+        return Moments(self.count, mean, covariance, doubt, mean_doubt, size, doubt.square())
 
 
 class TargetMoments:
-    """Running float64 sums of y x^T, y and y^2, for targets that are not the layer's own outputs (a cascade)."""
+    """Running sums of y x^T, y and y^2, for targets that are not the layer's own outputs (a cascade); `a + b` too."""
 
     def __init__(self, out: int, width: int) -> None:
-        self.count = 0
-        self.cross = torch.zeros(out, width, dtype=torch.float64)
-        self.mean = torch.zeros(out, dtype=torch.float64)
-        self.energies = torch.zeros(out, dtype=torch.float64)
+        self.inputs, self.targets = Sums(width), Sums(out)
+        self.products = torch.zeros(out, width, dtype=torch.float64)
+
+    @property
+    def count(self) -> int:
+        """How many samples there were."""
+        return self.inputs.count
 
     def add(self, x: Tensor, y: Tensor) -> None:
-        """Add samples x (n, in) and y (n, out), both float64."""
-        self.count += len(x)
-        self.cross.addmm_(y.T, x)
-        self.mean += y.sum(0)
-        self.energies += y.square().sum(0)
+        """Add samples x (n, in) and y (n, out)."""
+        for start in range(0, len(x), ROWS):
+            part = slice(start, start + ROWS)
+            _gather(self.products, self.targets.take(y[part].double()), self.inputs.take(x[part].double()))
+
+    def __add__(self, other: TargetMoments) -> TargetMoments:
+        """The larger's centres serve both."""
+        first, second = (self, other) if self.count >= other.count else (other, self)
+        found = TargetMoments(0, 0)
+        x, step = second.inputs.moved(first.inputs.centre)
+        y, rise = second.targets.moved(first.targets.centre)
+        found.inputs, found.targets = first.inputs + x, first.targets + y
+        found.products = first.products + second.products
+        found.products.addr_(y.sums, step).addr_(rise, second.inputs.sums)
+        return found
+
+    def finished(self) -> CrossMoments:
+        """The moments about the means."""
+        n = max(self.count, 1)
+        mean, mean_doubt = self.targets.mean()
+        covariance = torch.addr(self.products, self.targets.sums / n, self.inputs.sums, alpha=-1).div_(n)
+        variance = ((self.targets.squares - self.targets.sums.square() / n) / n).clamp(min=0)
+        return CrossMoments(mean, variance, covariance, self.targets.doubt(), self.inputs.doubt(), mean_doubt)
 
 
 def affine(x: Tensor, weight: Tensor, bias: Tensor | None = None, rows: int = 8192) -> Tensor:
@@ -51,3 +294,32 @@ def affine(x: Tensor, weight: Tensor, bias: Tensor | None = None, rows: int = 81
     for start in range(0, len(x), rows):
         out[start : start + rows] = x[start : start + rows].double() @ weight.T
     return out if bias is None else out.add_(bias)
+
+
+def _centre(x: Tensor) -> Tensor:
+    """About the mean; of a column of one number that number, so that what is constant is exactly so."""
+    some = x[:FIRST]
+    return torch.maximum(torch.minimum(some.mean(0), some.amax(0)), some.amin(0))
+
+
+def _gather(products: Tensor, left: Tensor, right: Tensor) -> None:
+    if len(left) >= APART:
+        products += left.T @ right
+    else:
+        products.addmm_(left.T, right)
+
+
+def _size(matrix: Tensor) -> Tensor:
+    """(N,): s with |A_ij| <= s_i s_j, near the roots of the diagonal where the matrix is one of moments."""
+    roots = matrix.diagonal().clamp(min=0).sqrt()
+    unit = matrix.abs() / roots[:, None] / roots  # 0 / 0 is NaN, and passed over
+    beyond = float(torch.nan_to_num(unit, nan=0.0, posinf=torch.inf).max()) if len(matrix) else 0.0
+    if beyond < 2:
+        return raised(roots * max(beyond, 1.0) ** 0.5)
+    return raised(matrix.abs().amax(1).sqrt())
+
+
+def _share(part: Tensor, whole: Tensor) -> float:
+    """The largest of part_i / whole_i; 0 / 0 is 0."""
+    there = part > 0
+    return float((part[there] / whole[there]).max()) * (1 + gamma(8)) if bool(there.any()) else 0.0

@@ -162,7 +162,7 @@ def _layers(
     first = capture(model, itertools.islice(batches, 1), names, **{**options, "keep_inputs": False})
     # a grouped convolution "conv" is the layers "conv[0]", "conv[1]", ...
     modules = {layer.name: layer.name.partition("[")[0] for layer in first}
-    tensor = {modules[layer.name]: id(layer.gram) for layer in reversed(first)}  # by a module's first layer
+    tensor = {modules[layer.name]: id(layer.read) for layer in reversed(first)}  # by a module's first layer
     counts = count_calls(model, batches, tensor)
     with undisturbed(model):
         steps = record(model, next(iter(batches)))

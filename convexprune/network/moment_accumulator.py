@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import operator
 import weakref
 from collections.abc import Hashable, Iterator
 from dataclasses import dataclass, field
@@ -9,7 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from convexprune.moments import InputMoments, TargetMoments
+from convexprune.moments import InputMoments, Moments, TargetMoments
 from convexprune.network.matrices import Stack
 
 _CHUNK = 2**22  # numbers of unfolded input that are held in float64 at once
@@ -41,7 +43,7 @@ class Slot:
 class Totals:
     """What one module gathered: for each group the finished moments, and the rows kept, call by call."""
 
-    read: list[InputMoments]
+    read: list[Moments]
     aimed: list[TargetMoments] | None
     inputs: list[Tensor] | None
     targets: list[Tensor] | None
@@ -61,7 +63,7 @@ class Account:
         self._batch = -1
         self._calls: dict[str, int] = {}
         self._read: dict[Hashable, tuple[weakref.ref[Tensor], Stream]] = {}
-        self._merged: dict[tuple[int, ...], tuple[list[InputMoments], list[Tensor] | None]] = {}
+        self._merged: dict[tuple[int, ...], tuple[list[Moments], list[Tensor] | None]] = {}
 
     def begin(self) -> None:
         """A new batch."""
@@ -106,7 +108,8 @@ class Account:
         key = tuple(id(slot.stream) for slot in slots)
         if key not in self._merged:
             streams = [slot.stream for slot in slots]
-            read = [_merge([s.moments[g] for s in streams]).finished() for g in range(len(streams[0].moments))]
+            groups = zip(*(stream.moments for stream in streams), strict=True)
+            read = [functools.reduce(operator.add, parts).finished() for parts in groups]
             self._merged[key] = read, _by_group([rows for s in streams for rows in s.kept]) if self.keep else None
         read, inputs = self._merged[key]
         aimed = self.aimed.get(name)
@@ -171,7 +174,7 @@ class Account:
         for group, moments in enumerate(stream.moments):
             moments.add(rows[:, group])
             # one NaN or inf among the rows stays in their sum
-            if not bool(torch.isfinite(moments.mean).all()):
+            if not bool(torch.isfinite(moments.entries.sums).all()):
                 raise ValueError(
                     f"layer {name!r} reads NaN or inf in batch {self._batch}; check the calibration data, and the "
                     "weights of the layers before it"
@@ -185,7 +188,7 @@ class Account:
         sums = self.aimed.setdefault(name, [TargetMoments(*shape) for _ in range(stack.groups)])
         for group, moments in enumerate(sums):
             moments.add(rows[:, group], y[:, group])
-            if not bool(torch.isfinite(moments.mean).all()):
+            if not bool(torch.isfinite(moments.targets.sums).all()):
                 raise ValueError(f"layer {name!r} makes NaN or inf in the dense network; check the calibration data")
         if self.keep:
             slot.kept.append(y.to(dtype, copy=True))
@@ -201,17 +204,6 @@ class Account:
 def _take(rows: Tensor, wanted: Tensor | None) -> Tensor:
     # (items, positions, groups, width) -> (samples, groups, width)
     return rows.flatten(0, 1) if wanted is None else rows[wanted.to(rows.device)]
-
-
-def _merge(parts: list[InputMoments]) -> InputMoments:
-    if len(parts) == 1:
-        return parts[0]
-    total = InputMoments(len(parts[0].mean))
-    for part in parts:
-        total.count += part.count
-        total.gram += part.gram
-        total.mean += part.mean
-    return total
 
 
 def _by_group(rows: list[Tensor]) -> list[Tensor] | None:
