@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 
 from torch import Tensor
 
 from convexprune.problem import Problem
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from convexprune.curve import Curve
     from convexprune.patterns import Pattern
 
@@ -106,6 +108,16 @@ class PerspectiveProblem(SparseLeastSquares, Protocol):
         """(N,): a d >= 0 with G - diag(d) positive semidefinite, from which to look for a better one."""
 
 
+class LeastSquares(NamedTuple):
+    """Minimise tr(W G W^T) - 2 <C, W> over the weights of some neurons, zero where `removed`."""
+
+    neurons: Tensor  # (M,) bool
+    gram: Tensor  # (N, N)
+    cross: Tensor  # (neurons, N)
+    removed: Tensor  # (neurons, N) bool
+    dense: Tensor  # (neurons, N)
+
+
 @runtime_checkable
 class EqualityQuadratic(Problem, Protocol):
     """Minimise tr(x G x^T) - 2 <C, x> + energy over x (M, P) that is zero where `removed`."""
@@ -121,6 +133,12 @@ class EqualityQuadratic(Problem, Protocol):
     @property
     def removed(self) -> Tensor:
         """(M, P) bool."""
+
+    def pieces(self) -> Iterable[LeastSquares]:
+        """The same without the bias, which is put at its best: for a large mean that is far better conditioned."""
+
+    def completed(self, weight: Tensor) -> Tensor:
+        """(M, P), float64: the weights (M, N) of all pieces with the bias that belongs to them."""
 
 
 @runtime_checkable

@@ -20,11 +20,12 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from convexprune.rounding import down, gamma
+
 Array = NDArray[np.float64]
 Choice = NDArray[np.int64]
 
 MOST = 2_000_000  # partial choices kept at once
-UNIT = 2.0**-53
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,12 +45,22 @@ class Priced:
 
 
 def dual(cost: Array, distortion: Array, budget: float, price: float) -> float:
-    """L(p), certainly not above its exact value; -inf for a price that is negative or not finite."""
-    if not (0 <= price < math.inf):
+    """L(p), certainly not above its exact value; -inf for a price that is negative, or beyond what can be computed."""
+    real = np.isfinite(cost)
+    if not (0 <= price < math.inf) or not math.isfinite(price * float(np.where(real, cost, 0).max())):
         return -math.inf
-    least = np.where(np.isfinite(cost), distortion + price * np.where(np.isfinite(cost), cost, 0), np.inf).min(1)
-    size = float(np.abs(least).sum()) + price * budget
-    return float(least.sum()) - price * budget - 4 * (len(cost) + 4) * UNIT * size
+    spent, lost = price * np.where(real, cost, 0), np.where(real, distortion, 0)
+    # a sum of two terms, one of them a product
+    paid = np.where(real, lost + spent - gamma(6) * (np.abs(lost) + spent), np.inf)
+    least, rent = math.fsum(paid.min(1).tolist()), price * budget
+    if not (math.isfinite(least) and math.isfinite(rent)):
+        return -math.inf
+    return down(least - rent, gamma(4) * (abs(least) + rent))
+
+
+def size(distortion: Array) -> float:
+    """What sums of negative distortions may cancel: 0 where none is negative."""
+    return 2 * float(np.where(np.isfinite(distortion), -distortion, 0).clip(min=0).max(1).sum())
 
 
 def divide(cost: Array, distortion: Array, budget: float) -> Priced | None:
@@ -112,7 +123,7 @@ def best_below(cost: Array, distortion: Array, budget: float, price: float, belo
     real = np.isfinite(cost)
     paid = np.where(real, distortion + price * np.where(real, cost, 0), np.inf)
     least = paid.min(1, keepdims=True)
-    slack = 4 * (len(cost) + 4) * UNIT * float(np.abs(least).sum() + price * budget)
+    slack = gamma(8 * (len(cost) + 4)) * (float(np.abs(least).sum()) + room + price * budget + size(distortion))
     reduced = np.where(real, paid - least, np.inf)
     core = [np.flatnonzero(row <= room + slack) for row in reduced]
     order = sorted(range(len(core)), key=lambda layer: -len(core[layer]))

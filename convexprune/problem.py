@@ -28,13 +28,16 @@ class Problem(Protocol):
         """(M, P), float64: the dense layer as a point."""
 
     def value(self, x: Tensor) -> float:
-        """The objective at x."""
+        """The objective at x; inf for an x that is not finite."""
 
     def violation(self, x: Tensor) -> float:
-        """How far x is from feasible, relative; 0 exactly when it is feasible."""
+        """How far x is from feasible, relative, rounded up: 0 only when it is feasible; inf for an x not finite."""
 
     def lower_bound(self, witness: Any) -> float:
-        """A number <= value(x) for every feasible x, for any witness at all; None gives the trivial bound."""
+        """A number <= value(x) for every feasible x, for any witness at all; None gives the trivial bound.
+
+        inf where the witness proves that no x is feasible: that is what keeps a solver's Status.INFEASIBLE.
+        """
 
     def to_cvxpy(self) -> Formulation:
         """The same problem, readable, for CVXPY."""

@@ -172,7 +172,9 @@ def test_slack_raises_the_ceiling_as_a_number_or_an_array():
     layer = Layer.from_samples(torch.eye(2), torch.tensor([[3.0, -1.0], [4.0, -2.0]]))
     x = torch.tensor([[1.0, 0.0], [0.0, -0.5]])  # second neuron: 0.5 and 1.0 where the dense layer gives 0
     rms = 5 / math.sqrt(2)
-    assert NetTrim(layer, 0.0, slack=1.0).violation(x) == 0
+    # 1.0 = V: what cannot be told from an excess is rounded up
+    assert NetTrim(layer, 0.0, slack=1.0).violation(x) <= 1e-15
+    assert NetTrim(layer, 0.0, slack=1.001).violation(x) == 0
     assert NetTrim(layer, 0.0, slack=0.5).violation(x) == pytest.approx(0.5 / rms)
     by_entry = torch.tensor([[9.0, 0.5], [9.0, 0.75]])
     assert NetTrim(layer, 0.0, slack=by_entry).violation(x) == pytest.approx(0.25 / rms)

@@ -11,6 +11,7 @@ weights less for each factor that its error may grow by. For any price p >= 0 th
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 
 from convexprune.problem import Formulation
+from convexprune.rounding import down, gamma, raised, total, total_doubt, up
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,29 +63,54 @@ class ErrorBudget:
         return torch.zeros(self.shape, dtype=torch.float64)
 
     def value(self, x: Tensor) -> float:
-        """The objective; inf where an error is not above 0."""
+        """The objective, to the nearest; inf where an error is not above 0, or not finite."""
         errors = self._checked(x)
-        if not bool((errors > 0).all()):
-            return float("inf")
-        return float((self.sizes * (self.caps / errors).log()).sum())
+        if not bool(((errors > 0) & (errors < math.inf)).all()):
+            return math.inf
+        return total(self.sizes * _log_ratio(self.caps, errors))
+
+    def rounding(self, x: Tensor) -> float:
+        """By how much `value` may be off."""
+        errors = self._checked(x)
+        terms = self.sizes * _log_ratio(self.caps, errors).abs()
+        # a ratio far from 1 is rounded once, which moves its logarithm by u; a logarithm is good to its last place
+        ratios = torch.where(_near(self.caps / errors), 0.0, gamma(2) * self.sizes)
+        return up(float(raised((gamma(8) * terms + ratios).sum(), len(terms))))
 
     def violation(self, x: Tensor) -> float:
-        """The largest excess over the goal or a cap, relative to it; an error below 0 by as much."""
+        """The largest excess over the goal or a cap, relative to it; an error below 0 by as much; rounded up.
+
+        inf for errors that are not finite.
+        """
         errors = self._checked(x)
-        over = float(self.gains @ errors) / self.goal - 1
-        return max(0.0, over, float((errors / self.caps - 1).max()), float((-errors / self.caps).max()))
+        if not bool(torch.isfinite(errors).all()):
+            return math.inf
+        spent = self.gains * errors
+        over = total(torch.cat([spent, torch.tensor([-self.goal], dtype=torch.float64)]))
+        over = up(over, gamma(4) * float(spent.abs().sum())) / self.goal
+        beyond = float(((errors - self.caps) / self.caps).max())
+        below = float((-errors / self.caps).max())
+        most = max(over, beyond, below)
+        return up(most, gamma(4) * most) if most > 0 else 0.0
 
     def lower_bound(self, witness: Any) -> float:
-        """The Lagrangian's minimum at a price, which is clipped to >= 0."""
+        """The Lagrangian's minimum at a price, which is clipped to >= 0; rounded down.
+
+        A layer's term is p g cap while that is at most n, at e = cap, and n (log(p g cap / n) + 1) beyond.
+        """
         if witness is None:
             return 0.0
         price = max(float(witness), 0.0)
-        if not price < float("inf"):
+        if not price < math.inf:
             return 0.0
-        costs = price * self.gains
-        best = torch.minimum(self.caps, self.sizes / costs.clamp(min=1e-300))
-        terms = self.sizes * (self.caps / best).log() + costs * best
-        return max(0.0, float(terms.sum()) - price * self.goal)
+        full = price * self.gains * self.caps
+        beyond = full > self.sizes
+        terms = torch.where(beyond, self.sizes * (_log_ratio(full, self.sizes) + 1), full)
+        paid = price * self.goal
+        doubts = gamma(8) * (terms.abs() + torch.where(beyond, self.sizes, 0.0))
+        doubt = float(raised(doubts.sum(), len(terms))) + total_doubt(terms) + gamma(8) * paid
+        bound = down(total(terms) - paid, doubt)
+        return bound if 0 < bound < math.inf else 0.0
 
     def to_cvxpy(self) -> Formulation:
         """The same, with errors in units of what each layer would get if no other were at its cap."""
@@ -105,3 +132,15 @@ class ErrorBudget:
         if tuple(x.shape) != self.shape:
             raise ValueError(f"x has shape {tuple(x.shape)}, expected {self.shape}")
         return x.detach().cpu().double()[:, 0]
+
+
+def _log_ratio(above: Tensor, below: Tensor) -> Tensor:
+    """log(above / below) of numbers > 0, to a unit of the last place, also where the two are nearly equal."""
+    ratio = above / below
+    apart = torch.where((ratio > 0) & (ratio < math.inf), ratio.log(), above.log() - below.log())
+    return torch.where(_near(ratio), torch.log1p((above - below) / below), apart)
+
+
+def _near(ratio: Tensor) -> Tensor:
+    """Where a difference is exact."""
+    return (ratio > 0.5) & (ratio < 2)

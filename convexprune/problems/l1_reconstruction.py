@@ -17,6 +17,7 @@ from torch import Tensor
 
 from convexprune.layer import Layer
 from convexprune.problem import Formulation
+from convexprune.rounding import TINY, down, gamma, lowered, raised, total, total_doubt, up
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,8 +57,16 @@ class L1Reconstruction:
         return self.layer.affine_cross
 
     def value(self, x: Tensor) -> float:
-        """1/2 E|x u - y|^2 + lam ||x||_1."""
-        return 0.5 * float(self.layer.squared_errors(x).sum()) + self.lam * float(x.double().abs().sum())
+        """1/2 E|x u - y|^2 + lam ||x||_1, to the nearest; inf for a point that is not finite."""
+        if not bool(torch.isfinite(x).all()):
+            return math.inf
+        return 0.5 * total(self.layer.squared_errors(x)) + self.lam * total(x.detach().cpu().double().abs())
+
+    def rounding(self, x: Tensor) -> float:
+        """By how much `value` may be off."""
+        left = self.layer.residual(x)
+        size = 0.5 * float(left.errors.sum()) + self.lam * float(x.detach().cpu().double().abs().sum())
+        return up(0.5 * float(raised(left.error_doubts.sum(), len(x))), gamma(8) * size)
 
     def violation(self, x: Tensor) -> float:
         """0: every finite point is feasible."""
@@ -80,15 +89,16 @@ class L1Reconstruction:
         v = witness.detach().cpu().double()
         if not bool(torch.isfinite(v).all()):
             return 0.0
-        through = v @ self.gram
-        reach = (self.cross - through).abs().amax(1)
-        # rounding of the product, entry by entry at most P u |v||G|, so that the bound holds as computed
-        reach = reach + 2 * len(self.gram) * 2.0**-53 * (self.cross.abs() + v.abs() @ self.gram.abs()).amax(1)
-        aligned = self.layer.energies - (self.cross * v).sum(1)  # E[y r]
-        energy = self.layer.squared_errors(v).clamp(min=0)  # E[r^2]
-        limit = self.lam / reach.clamp(min=1e-300)
-        scale = torch.minimum((aligned / energy.clamp(min=1e-300)).clamp(min=0), limit)
-        return float((scale * aligned - 0.5 * scale.square() * energy).clamp(min=0).sum())
+        left = self.layer.residual(v)
+        (moments, doubts), (aligned, doubt) = left.moments, left.with_targets  # E[r u], E[y r]
+        energy = raised(left.errors + left.error_doubts)  # E[r^2]
+        # what may not be too large is rounded up, what may not be too small down: any scale within the limit is valid
+        limit = lowered(self.lam / raised(moments.abs() + doubts).amax(1))
+        scale = torch.minimum(((aligned - doubt) / energy).clamp(min=0), limit).nan_to_num(nan=0.0)
+        gain, loss = scale * aligned, 0.5 * scale * (scale * energy)
+        found = gain - loss - raised(scale * doubt + gamma(8) * (gain.abs() + loss))
+        bound = down(total(found.clamp(min=0)), total_doubt(found))
+        return bound if TINY < bound < math.inf else 0.0  # below it products vanish, and their allowances with them
 
     def to_cvxpy(self) -> Formulation:
         """The same lasso as a quadratic program; its objective leaves out nothing, so values agree."""

@@ -13,7 +13,7 @@ import math
 from dataclasses import dataclass
 from functools import cached_property
 from numbers import Real
-from typing import TYPE_CHECKING
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,11 +21,34 @@ from torch import Tensor
 from convexprune.layer import Layer
 from convexprune.moments import affine
 from convexprune.problem import Formulation
+from convexprune.problems.sample_rows import SampleRows
+from convexprune.rounding import (
+    TINY,
+    down,
+    gamma,
+    lowered,
+    norm_above,
+    raised,
+    total,
+    total_doubt,
+    up,
+)
 
-if TYPE_CHECKING:
-    from collections.abc import Iterator
+SAME = 1e-6  # a relative drift below it is the rounding of a model in float32: the inputs are the dense network's
+ENOUGH = 8  # active samples for each input, from which a limit of a neuron's weights is computed
 
-BLOCK = 8192  # rows of X converted to float64 at a time
+
+class Left(NamedTuple):
+    """What a point leaves of the constraints, all rounded up.
+
+    errors  (M,): || X x_m - Y_m || where active
+    excess  the largest of X x^T - V where inactive
+    leaks   (M,): || relu(X x_m) || where inactive
+    """
+
+    errors: Tensor
+    excess: float
+    leaks: Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,7 +79,7 @@ class NetTrim:
 
     @classmethod
     def cascade(cls, layer: Layer, epsilon: float, gamma: float = 1.1, risk: float = 1.0) -> NetTrim:
-        """The cascade problem: radius = risk sqrt(gamma) || (X W^T - Y)_active ||_F and V = X W^T.
+        """The cascade problem: radius = risk sqrt(gamma) || (X W^T - Y)_active ||_F and V = X W^T, both rounded up.
 
         With gamma >= 1 and risk = 1 the dense W is feasible; risk < 1 may leave no feasible point, and the solver then
         says so. A layer whose inputs are the dense network's (the first) has no error to hold on to and gets the
@@ -67,11 +90,10 @@ class NetTrim:
         if not 0 < risk <= 1:
             raise ValueError(f"risk is {risk}; it must be in (0, 1]")
         parallel = cls(layer, epsilon)
-        now = affine(layer.affine_inputs, layer.affine_weight)
-        drift = float((now - parallel.outputs)[parallel.active].norm()) / max(parallel.scale, 1e-300)
-        if drift < 1e-6:
+        drift, ceiling = parallel._dense_now()
+        if drift < SAME:
             return parallel
-        return cls(layer, risk * math.sqrt(gamma) * drift, now if layer.activation == "relu" else None)
+        return cls(layer, up(up(risk * math.sqrt(gamma)) * drift), ceiling if layer.activation == "relu" else None)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -92,7 +114,11 @@ class NetTrim:
     def outputs(self) -> Tensor:
         """Y (n, M), float64: what follows the dense layer's activation."""
         y = self.layer.targets_or_dense
-        return y.clamp_(min=0) if self.layer.activation == "relu" else y
+        if self.layer.activation != "relu":
+            return y
+        if self._own is not None:
+            self._rows.settle(y, self.dense, self._own)
+        return y.clamp_(min=0)
 
     @cached_property
     def active(self) -> Tensor:
@@ -104,7 +130,7 @@ class NetTrim:
         """V, float64, broadcastable to (n, M)."""
         if self.slack is None:
             return torch.zeros(1, 1, dtype=torch.float64)
-        slack = torch.as_tensor(self.slack).detach().cpu().double()
+        slack = torch.as_tensor(self.slack, dtype=torch.float64).detach().cpu()
         return slack if slack.ndim == 2 else slack.reshape(1, 1)
 
     @cached_property
@@ -118,31 +144,42 @@ class NetTrim:
         return self.epsilon * self.scale
 
     def value(self, x: Tensor) -> float:
-        """||x||_1, the bias included."""
-        return float(x.double().abs().sum())
+        """||x||_1, the bias included, to the nearest; inf for a point that is not finite."""
+        return total(x.detach().cpu().double().abs()) if bool(torch.isfinite(x).all()) else math.inf
+
+    def rounding(self, x: Tensor) -> float:
+        """By how much `value` may be off."""
+        return total_doubt(x.detach().cpu().double().abs())
 
     def violation(self, x: Tensor) -> float:
-        """max of (ball error - radius) / ||Y||_F and of the largest (X x^T - V) where inactive / rms of Y, or 0."""
-        errors, excess, _ = self._residuals(x)
-        error = float(errors.norm())
-        scale = self.scale or 1.0
-        rms = scale / math.sqrt(max(int(self.active.sum()), 1))
-        return max(0.0, (error - self.radius) / scale, excess / rms)
+        """max of (ball error - radius) / ||Y||_F and of the largest (X x^T - V) where inactive / rms of Y, or 0.
+
+        Rounded up, so 0 only where the point is certainly feasible; inf for a point that is not finite.
+        """
+        if not bool(torch.isfinite(x).all()):
+            return math.inf
+        left, scale = self._left(x), self._unit
+        error, above = norm_above(left.errors), left.excess * math.sqrt(max(int(self.active.sum()), 1))
+        share = error / scale * (1 + gamma(2))
+        if error and not bool(x.any()):
+            share = 1.0  # the zero point leaves Y itself, whatever the rounding of its norm
+        most = max(share - self.epsilon, above / scale if above > 0 else 0.0)
+        return up(most, gamma(8) * most) if most > 0 else 0.0
 
     def output_errors(self, x: Tensor) -> Tensor:
         """(M,) sqrt( |X x_m - Y_m|^2 where active + |relu(X x_m)|^2 where inactive ) = || relu(X x_m) - Y_m ||.
 
-        For a feasible x and V = 0 their norm is at most the radius (Proposition 1 of the paper).
+        Rounded up. For a feasible x and V = 0 their norm is at most the radius (Proposition 1 of the paper).
         """
-        balls, _, leaks = self._residuals(x)
-        return torch.hypot(balls, leaks)
+        left = self._left(x)
+        return raised(torch.hypot(left.errors, left.leaks))
 
     def lower_bound(self, witness: Tensor | None) -> float:
         """max over 0 <= s of  sum_m s_m (<z_m, Y> + <z_m, V>)  -  radius || (s Z)_active ||_F,  a weak-duality bound.
 
         Any Z (n, M) serves: its sign is clipped where inactive, and each neuron's column is scaled by its own s_m so
         that s_m ||X^T z_m||_inf <= 1, rounding errors of that product included. Scaling the neurons one by one
-        is tighter than dividing all of Z by the worst of them.
+        is tighter than dividing all of Z by the worst of them. inf where Z proves that no point is feasible.
         """
         if witness is None:
             return 0.0
@@ -152,16 +189,17 @@ class NetTrim:
         if not bool(torch.isfinite(z).all()):
             return 0.0
         z = torch.where(self.active, z, z.clamp(max=0))
-        gain = torch.where(self.active, z * self.outputs, z * self.ceiling).sum(0)
-        energy = torch.where(self.active, z, 0).square().sum(0)
-        reach, columns = z.new_zeros(self.shape).T, z.new_zeros(self.shape[1])
-        for rows, x in self._blocks():
-            reach = reach + x.T @ z[rows]
-            columns += x.square().sum(0)
-        # the computed X^T z is off by at most n u |x| |z| (Higham, Accuracy and Stability, 3.5)
-        rounding = 2 * len(z) * 2.0**-53 * float(columns.max().sqrt()) * z.norm(dim=0)
-        limit = 1 / (reach.abs().amax(0) + rounding).clamp(min=1e-300)
-        return _best_scaling(gain, energy, limit, self.radius)
+        peaks = z.abs().amax(0).clamp(min=TINY)
+        z = z / peaks  # any multiple of a column serves: one whose squares are in range
+        (gain, norms), reach = self._gains(z), self._rows.reach(z)
+        limit = lowered(1 / reach.amax(0).clamp(min=TINY))
+        bound = _best_scaling(gain, norms, limit, self._radius_above)
+        if not TINY < bound < math.inf:  # below it products vanish, and their allowances with them
+            return 0.0
+        # a bound above the dense layer's norm: it is not feasible, and perhaps nothing is
+        if bound > self.value(self.dense) and self._refuted(gain, norms, reach, peaks / peaks.max()):
+            return math.inf
+        return bound
 
     def to_cvxpy(self) -> Formulation:
         """The second-order cone program."""
@@ -192,34 +230,127 @@ class NetTrim:
 
         return Formulation(problem, x, witness)
 
-    def _blocks(self) -> Iterator[tuple[slice, Tensor]]:
-        for start in range(0, len(self.inputs), BLOCK):
-            rows = slice(start, min(start + BLOCK, len(self.inputs)))
-            yield rows, self.inputs[rows].double()
+    @cached_property
+    def _rows(self) -> SampleRows:
+        return SampleRows(self.inputs)
 
-    def _residuals(self, x: Tensor) -> tuple[Tensor, float, Tensor]:
-        """Each output's error in the ball, the largest excess over V, and || relu(X x_m) || where inactive."""
-        weight = x.detach().cpu().double()
+    @cached_property
+    def _own(self) -> Tensor | None:
+        """(M,): the blur of Y where it is computed from the dense weights; None where targets are given, and exact."""
+        return None if self.layer.targets is not None else self._rows.blur(self.dense)
+
+    @cached_property
+    def _scale_doubt(self) -> float:
+        """By how much ||Y||_F may be off."""
+        if self._own is None or not bool(self.active.any()):
+            return gamma(self.outputs.numel() + 4) * self.scale
+        own = norm_above(self._rows.heights) * norm_above(self._own)
+        return up(own, gamma(self.outputs.numel() + 4) * self.scale) if own else 0.0
+
+    @cached_property
+    def _unit(self) -> float:
+        """At most ||Y||_F, but 1 where that is certainly 0; where it may be, the least number: all is beyond it."""
+        if not self.scale and not self._scale_doubt:
+            return 1.0
+        return max(down(self.scale, self._scale_doubt), TINY)
+
+    @cached_property
+    def _radius_above(self) -> float:
+        """At least the radius."""
+        whole = self.scale + self._scale_doubt
+        return up(self.epsilon * up(whole)) if self.epsilon and whole else 0.0
+
+    def _left(self, x: Tensor) -> Left:
+        weight, rows = x.detach().cpu().double(), self._rows
         error, leak = torch.zeros(2, len(weight), dtype=torch.float64)
-        excess = -math.inf
-        for rows, inputs in self._blocks():
-            produced, active = inputs @ weight.T, self.active[rows]
-            ceiling = self.ceiling if len(self.ceiling) == 1 else self.ceiling[rows]
-            error += torch.where(active, produced - self.outputs[rows], 0).square().sum(0)
-            excess = max(excess, float((produced - ceiling).masked_fill(active, -math.inf).max()))
-            leak += produced.masked_fill(active, 0).clamp(min=0).square().sum(0)
-        return error.sqrt(), excess, leak.sqrt()
+        blur, excess = rows.blur(weight), -math.inf
+        # a neuron that is as it was has no error, and nothing above 0 where inactive
+        same = (weight == self.dense).all(1) & (self._own is not None)
+        for part, inputs in rows.blocks():
+            produced, active = inputs @ weight.T, self.active[part]
+            error += torch.where(active, produced - self.outputs[part], 0).square().sum(0)
+            produced = produced.masked_fill_(active, -math.inf)
+            leak += produced.clamp(min=0).square().sum(0)
+            ceiling = self.ceiling if len(self.ceiling) == 1 else self.ceiling[part]
+            excess = max(excess, self._excess(part, inputs, weight, (produced, ceiling), blur, same))
+        few, height = 1 + gamma(len(self.inputs) + 8), norm_above(rows.heights)
+        errors = few * error.sqrt() + raised(height * (blur if self._own is None else blur + self._own))
+        leaks = few * leak.sqrt() + raised(height * blur)
+        return Left(torch.where(same | ~self.active.any(0), 0.0, errors), excess, torch.where(same, 0.0, leaks))
+
+    def _excess(
+        self, part: slice, inputs: Tensor, weight: Tensor, sides: tuple[Tensor, Tensor], blur: Tensor, same: Tensor
+    ) -> float:
+        """At least the largest of X x^T - V in a block, which is -inf where active."""
+        produced, ceiling = sides
+        over = produced - ceiling
+        held = same & (ceiling >= 0)
+        most = torch.where(held, over.clamp(max=0), torch.addr(over, self._rows.heights[part], blur))
+        if float(most.max()) > 0 >= float(over.max()):  # in doubt: worth the doubts of each entry
+            most = torch.where(held, over.clamp(max=0), over + self._rows.sure(inputs, weight))
+        return float(most.max())
+
+    def _dense_now(self) -> tuple[float, Tensor]:
+        """The dense layer's relative error on these inputs, and what it makes of them (n, M), rounded up."""
+        error = norm_above(self._left(self.dense).errors)
+        now = affine(self.inputs, self.dense)
+        return up(error / self._unit), now.addr_(self._rows.heights, 4 * self._rows.blur(self.dense))
+
+    def _gains(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """(M,), (M,): at most <z_m, Y> + <z_m, V>, and at least |z_m| where active."""
+        terms = torch.where(self.active, z * self.outputs, z * self.ceiling)
+        few = gamma(len(z) + 4)
+        doubt = few * terms.abs().sum(0)
+        inside = torch.where(self.active, z, 0)
+        if self._own is not None:
+            doubt = doubt + (self._rows.heights @ inside.abs()) * self._own
+        return terms.sum(0) - raised(doubt, len(z) + 4), raised(inside.square().sum(0).sqrt(), len(z) + 4)
+
+    def _refuted(self, gain: Tensor, norms: Tensor, reach: Tensor, sizes: Tensor) -> bool:
+        """Whether gain - radius |Z_active| exceeds what any feasible point makes of it, in one neuron or, with each at
+        its size (M,), in all together.
+
+        A feasible u_m has |X_A u_m| <= |Y_m| + radius over any active samples A, so |c u_m| <= (|Y_m| + radius) / s,
+        s the smallest singular value of X_A / c, and <z, X u> = <X^T z, u> <= |X^T z / c| |c u_m|.
+        """
+        spread = raised((reach / self._rows.columns[:, None]).square().sum(0).sqrt(), len(reach) + 8)
+        used = raised(spread * self._norm_limits).nan_to_num(nan=0.0, posinf=math.inf)
+        paid = raised(self._radius_above * norms)
+        if bool((gain > raised(used + paid)).any()):
+            return True
+        won, gone = gain * sizes, raised(used * sizes).nan_to_num(nan=0.0, posinf=math.inf)
+        most = up(self._radius_above * norm_above(norms * sizes), float(raised(gone.sum(), len(gone))))
+        return down(total(won), total_doubt(won) + gamma(4) * float(won.abs().sum())) > up(most, gamma(8) * most)
+
+    @cached_property
+    def _norm_limits(self) -> Tensor:
+        """(M,): at least |c u_m| for every feasible u; inf where the active samples do not hold it."""
+        width = self.shape[1]
+        limits = raised(self.outputs.square().sum(0).sqrt(), len(self.outputs) + 8) + self._radius_above
+        if self._own is not None:
+            limits = limits + norm_above(self._rows.heights) * self._own
+        gains: dict[bytes, float] = {}  # neurons that are active alike share one
+        for neuron, active in enumerate(self.active.T):
+            rows = active.nonzero()[:, 0]
+            rows = rows[:: max(1, len(rows) // (ENOUGH * width))]
+            key = rows.numpy().tobytes()
+            gain = gains[key] = gains[key] if key in gains else self._rows.least_gain(rows)
+            limits[neuron] = float(raised(limits[neuron] / gain)) if gain > 0 else math.inf
+        return limits
 
 
-def _best_scaling(gain: Tensor, energy: Tensor, limit: Tensor, radius: float, steps: int = 20) -> float:
-    """max over 0 <= s <= limit of <s, gain> - radius sqrt(<s^2, energy>), by a fixed point; every iterate is valid."""
+def _best_scaling(gain: Tensor, norms: Tensor, limit: Tensor, radius: float, steps: int = 20) -> float:
+    """max over 0 <= s <= limit of <s, gain> - radius sqrt(<s^2, norms^2>), by a fixed point; every iterate is valid."""
     scale = torch.where(gain > 0, limit, 0)
-    best = 0.0
+    best, few = 0.0, gamma(len(gain) + 8)
     for _ in range(steps):
-        norm = float((scale.square() * energy).sum().sqrt())
-        best = max(best, float((scale * gain).sum()) - radius * norm)
+        sizes = scale * norms
+        most = float(sizes.max()) if len(sizes) else 0.0
+        norm = most * float((sizes / max(most, TINY)).norm())
+        won, paid = float((scale * gain).sum()), radius * norm
+        best = max(best, down(won - paid, few * (float((scale * gain).abs().sum()) + paid)))
         if radius == 0 or norm == 0:
             break
-        wanted = gain * norm / (radius * energy.clamp(min=1e-300))
+        wanted = gain / norms.clamp(min=TINY) * (norm / radius) / norms.clamp(min=TINY)
         scale = torch.minimum(wanted.clamp(min=0), limit)
     return best

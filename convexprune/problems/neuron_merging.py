@@ -22,7 +22,10 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from convexprune.moments import Moments
 from convexprune.problem import Formulation
+from convexprune.quadratic import Quadratic
+from convexprune.rounding import down, gamma, lowered, raised, total, total_doubt, up
 
 BLOCK = 2**25  # numbers in a block of distances
 LARGEST = 400  # neurons whose integer program is written down
@@ -86,16 +89,15 @@ class NeuronMerging:
         """(n, d): rows whose squared distances are those of the neurons."""
         if self.gram is None:
             return self.incoming
-        values, vectors = torch.linalg.eigh(self.gram.detach().cpu().double())
-        rows: Tensor = self.incoming @ (vectors * values.clamp(min=0).sqrt())
+        # in units of the diagonal, so that inputs of all sizes are treated alike
+        quadratic = self._quadratic
+        values, vectors = torch.linalg.eigh(quadratic.unit)
+        rows: Tensor = (self.incoming * quadratic.root) @ (vectors * values.clamp(min=0).sqrt())
         return rows
 
     def saliencies(self, x: Tensor) -> Tensor:
-        """(n,): c(j, x_j); 0 for survivors."""
-        joined = self._joined(x)
-        if joined is None:
-            return torch.full((len(self.incoming),), math.inf, dtype=torch.float64)
-        return self.importance * (self.features - self.features[joined]).square().sum(1)
+        """(n,): c(j, x_j), to the nearest; 0 for survivors."""
+        return self._judged(x)[0]
 
     def survivors(self, x: Tensor) -> Tensor:
         """The numbers of the neurons that x keeps, rising."""
@@ -110,24 +112,40 @@ class NeuronMerging:
         return torch.zeros_like(self.outgoing).index_add_(1, joined, self.outgoing)
 
     def change(self, x: Tensor) -> float:
-        """(sum_j sqrt c(j, x_j))^2: times E|x|^2, or 1 with a Gram matrix, a limit of the mean square change of z."""
-        return float(self.saliencies(x).sqrt().sum()) ** 2
+        """(sum_j sqrt c(j, x_j))^2: times E|x|^2, or 1 with a Gram matrix, a limit of the mean square change of z.
+
+        Rounded up.
+        """
+        saliencies, doubts = self._judged(x)
+        roots = float(raised((saliencies + doubts).sqrt()).sum())
+        return up(roots * roots, gamma(2 * len(saliencies) + 8) * roots * roots) if roots else 0.0
 
     def value(self, x: Tensor) -> float:
         """The summed saliency; with `max_saliency` the number of survivors."""
         if self._joined(x) is None:
             return math.inf
-        return float(self.saliencies(x).sum()) if self.keep is not None else float(len(self.survivors(x)))
+        return total(self.saliencies(x)) if self.keep is not None else float(len(self.survivors(x)))
+
+    def rounding(self, x: Tensor) -> float:
+        """By how much `value` may be off."""
+        saliencies, doubts = self._judged(x)
+        return up(float(raised(doubts.sum(), len(doubts))), total_doubt(saliencies)) if self.keep is not None else 0.0
 
     def violation(self, x: Tensor) -> float:
-        """Survivors beyond `keep`, over n; or saliency beyond `max_saliency`, relative; inf if x is no assignment."""
+        """Survivors beyond `keep`, over n; or saliency beyond `max_saliency`, relative; inf if x is no assignment.
+
+        Rounded up.
+        """
         if self._joined(x) is None:
             return math.inf
         if self.keep is not None:
             return max(len(self.survivors(x)) - self.keep, 0) / len(x)
         assert self.max_saliency is not None  # by __post_init__
-        total = float(self.saliencies(x).sum())
-        return max(total - self.max_saliency, 0.0) / max(self.max_saliency, 1e-300)
+        saliencies, doubts = self._judged(x)
+        over = total(torch.cat([saliencies, doubts, torch.tensor([-self.max_saliency], dtype=torch.float64)]))
+        if over <= 0:
+            return 0.0
+        return up(over, gamma(8) * (over + self.max_saliency)) / self.max_saliency if self.max_saliency else math.inf
 
     def lower_bound(self, witness: Tensor | None) -> float:
         """The Lagrangian bound at multipliers (n,), one for each neuron; any numbers at all are valid.
@@ -143,11 +161,10 @@ class NeuronMerging:
         if not bool(torch.isfinite(v).all()):
             return self.lower_bound(None)
         v = v.clamp(min=0)  # a negative one only lowers the bound
-        reduced = self._reduced(v).sort().values
-        total = float(v.sum())
-        bounds = total + reduced.cumsum(0) - 16 * len(v) * 2.0**-53 * (total + float(reduced.abs().sum()))
+        reached, whole = self._reduced(v).sort().values.cumsum(0), total(v)
+        bounds = whole + reached - gamma(len(v) + 8) * (whole - reached)
         if self.keep is not None:
-            return max(float(bounds[self.keep - 1]), 0.0)
+            return max(down(float(bounds[self.keep - 1])), 0.0)
         assert self.max_saliency is not None
         fits = bounds <= self.max_saliency
         return float(fits.to(torch.int8).argmax() + 1) if bool(fits.any()) else float(len(v))
@@ -185,20 +202,56 @@ class NeuronMerging:
         joined = whole.long()
         return joined if bool((joined[joined] == joined).all()) else None
 
+    @cached_property
+    def _quadratic(self) -> Quadratic:
+        """(w_i - w_j) G (w_i - w_j) as a function of w_i."""
+        assert self.gram is not None
+        return Quadratic(self.incoming, Moments.given(1, self.gram.detach().cpu().double(), None), None)
+
+    def _judged(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(n,), (n,): c(j, x_j), and by how much each may be off: from differences, so that nothing cancels."""
+        joined = self._joined(x)
+        if joined is None:
+            return torch.full_like(self.importance, math.inf), torch.zeros_like(self.importance)
+        if self.gram is None:
+            apart = (self.incoming[joined] - self.incoming).square().sum(1)
+            doubt = gamma(self.incoming.shape[1] + 6) * apart
+        else:
+            step = self._quadratic.at(self.incoming[joined])
+            apart, doubt = step.values.clamp(min=0), step.doubts
+        few = gamma(len(self.outgoing) + 6)
+        return self.importance * apart, raised(self.importance * (doubt * (1 + few) + few * apart))
+
+    @cached_property
+    def _apart(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Rows, their images, squares (n,) and doubts (n,): |w_i - w_j|^2 is q_i + q_j - 2 <row_i, image_j>, within
+        e_i + e_j.
+
+        Of rows about their mean: distances stay, and cancel less. A sum of three parts with terms of n_i + n_j.
+        """
+        rows = self.incoming - self.incoming.mean(0)
+        roundings = gamma(2 * rows.shape[1] + 20)
+        if self.gram is None:
+            squares = rows.square().sum(1)
+            return rows, rows, squares, raised(2 * roundings * squares, len(rows[0]) + 4)
+        inputs = self._quadratic.inputs
+        images = rows @ inputs.covariance
+        reach, blur = rows.abs() @ inputs.size, rows.abs() @ inputs.doubt
+        doubts = 2 * (roundings * reach.square() + blur.square())
+        return rows, images, (images * rows).sum(1), raised(doubts, 2 * len(rows[0]) + 8)
+
     def _reduced(self, v: Tensor) -> Tensor:
         """(n,): rho_i, certainly not above its exact value, in blocks of columns."""
-        n = len(v)
+        rows, images, squares, doubts = self._apart
+        least = lowered(self.importance, len(self.outgoing) + 4)
+        n, found = len(v), []
         size = max(1, BLOCK // n)
-        norms = self.features.square().sum(1)
-        found = []
         for begin in range(0, n, size):
-            near = self.features[begin : begin + size]
-            # what cancels in a distance computed by products is of the size of the norms
-            doubt = 8 * self.features.shape[1] * 2.0**-53 * (norms[:, None] + norms[begin : begin + size])
-            distance = (_distances(self.features, near) - doubt).clamp(min=0)
-            cost = self.importance[:, None] * distance
-            found.append((cost - v[:, None]).clamp(max=0).sum(0))
-        return torch.cat(found)
+            part = slice(begin, begin + size)
+            sums = (squares - doubts)[:, None] + (squares - doubts)[part]
+            distance = torch.addmm(sums, images, rows[part].T, alpha=-2).clamp_(min=0)
+            found.append((least[:, None] * distance - v[:, None]).clamp(max=0).sum(0))
+        return torch.cat(found) * (1 + gamma(n + 8))
 
 
 def _distances(rows: Tensor, others: Tensor) -> Tensor:

@@ -15,14 +15,18 @@ but the Hessian of this value is 2 G: the constants here are the exact ones.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
+from convexprune.forms import LeastSquares
 from convexprune.layer import Layer
 from convexprune.problem import Formulation
+from convexprune.quadratic import Quadratic
+from convexprune.rounding import down, gamma, raised, total, total_doubt, up
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,8 +70,13 @@ class OptimalBrainSurgeon:
         return self.layer.affine_cross
 
     def value(self, x: Tensor) -> float:
-        """E|x u - y|^2, summed over the outputs."""
-        return max(float(self.layer.squared_errors(x).sum()), 0.0)  # a sum of squares, but for rounding
+        """E|x u - y|^2, summed over the outputs, to the nearest; inf for a point that is not finite."""
+        return total(self.layer.squared_errors(x)) if bool(torch.isfinite(x).all()) else math.inf
+
+    def rounding(self, x: Tensor) -> float:
+        """By how much `value` may be off."""
+        left = self.layer.residual(x)
+        return up(float(raised(left.error_doubts.sum(), len(x))), gamma(4) * float(left.errors.sum()))
 
     def violation(self, x: Tensor) -> float:
         """The largest |x_q| of a removed weight, relative to the largest dense weight."""
@@ -84,8 +93,9 @@ class OptimalBrainSurgeon:
         """value(v) - sum_i g_i^2 / (4 mu G_ii) for the witness v (M, P), its removed weights set to 0; at least 0.
 
         g is the gradient at v over the weights that are free, mu the smallest eigenvalue of G in coordinates with unit
-        diagonal, inputs that are constantly zero left out: no step from v can gain more. Where G is singular otherwise
-        the bound is 0; `layer.damped(1e-6)` or so gives it back.
+        diagonal, inputs that are constantly zero left out: no step from v can gain more. A bias that may move is put
+        at its best, and G is then the covariance. Where G is singular otherwise the bound is 0;
+        `layer.damped(1e-6)` or so gives it back.
         """
         if witness is None:
             return 0.0
@@ -94,16 +104,19 @@ class OptimalBrainSurgeon:
         v = torch.where(self.removed, 0.0, witness.detach().cpu().double())
         if not bool(torch.isfinite(v).all()):
             return 0.0
-        scale, least = self._curvature
-        slope = torch.where(self.removed, 0.0, 2 * (v @ self.gram - self.cross))
-        live = scale > 0
-        gain = float((slope[:, live] / scale[live]).square().sum()) / (4 * least) if least > 0 else math.inf
-        if bool(slope[:, ~live].any()):  # no second moment, but a first: these are no moments of anything
-            gain = math.inf
-        value = float(self.layer.squared_errors(v).sum())
-        rounding = 64 * len(scale) * 2.0**-53 * (self.layer.energy + abs(value))
-        bound = value - gain - rounding
-        return max(bound, 0.0) if math.isfinite(bound) else 0.0
+        width = self.layer.weight.shape[1]
+        free, moves = ~self.removed[:, :width], self._bias_moves
+        found = torch.zeros(len(v), dtype=torch.float64)
+        if bool(moves.any()):
+            step = self.layer.centred.at(v[:, :width])
+            found = _below(self.layer.centred, (step.values, step.doubts), (step.slopes, step.slope_doubts), free)
+        if not bool(moves.all()):
+            left = self.layer.residual(v)
+            slopes, doubts = (each[:, :width] for each in left.moments)
+            fixed = _below(self._about_zero, (left.errors, left.error_doubts), (slopes, doubts), free)
+            found = torch.where(moves, found, fixed)
+        bound = down(total(found), total_doubt(found))
+        return max(bound, 0.0) if bound < math.inf else 0.0
 
     def to_cvxpy(self) -> Formulation:
         """The same quadratic program with its equalities."""
@@ -116,14 +129,45 @@ class OptimalBrainSurgeon:
         gone = cp.multiply(self.removed.numpy().astype(float), x) == 0
         return Formulation(cp.Problem(cp.Minimize(objective), [gone]), x, lambda: torch.from_numpy(x.value))
 
+    def pieces(self) -> Iterator[LeastSquares]:
+        """Least squares over the weights alone: of neurons whose bias moves, about the means, and of the others."""
+        removed, moves = self.removed[:, : self.layer.weight.shape[1]], self._bias_moves
+        for neurons, gram, cross in (
+            (moves, self.layer.centred.gram, self.layer.centred.cross),
+            (~moves, self.layer.gram, self.layer.cross),
+        ):
+            if bool(neurons.any()):
+                yield LeastSquares(neurons, gram, cross[neurons], removed[neurons], self.layer.weight[neurons])
+
+    def completed(self, weight: Tensor) -> Tensor:
+        """(M, P), float64: the weights (M, N) with the best bias as the last column, 0 where it is removed."""
+        if self.layer.bias is None:
+            return weight
+        return torch.cat([weight, torch.where(self._bias_moves, self.layer.best_bias(weight), 0.0)[:, None]], 1)
+
+    @property
+    def _bias_moves(self) -> Tensor:
+        """(M,) bool: neurons whose bias is free."""
+        if self.layer.bias is None:
+            return torch.zeros(self.shape[0], dtype=torch.bool)
+        return ~self.removed[:, -1]
+
     @cached_property
-    def _curvature(self) -> tuple[Tensor, float]:
-        """sqrt(diag G) and the smallest eigenvalue in those units, less what rounding can add to it."""
-        scale = self.gram.diagonal().clamp(min=0).sqrt()
-        live = scale > 0
-        values = torch.linalg.eigvalsh(self.gram[live][:, live] / (scale[live][:, None] * scale[live]))
-        rounding = 8 * len(values) * 2.0**-53 * float(values[-1:].sum())
-        return scale, float(values[0]) - rounding if len(values) else math.inf
+    def _about_zero(self) -> Quadratic:
+        """The curvature of neurons without a bias."""
+        return Quadratic(self.layer.weight, self.layer.read.raw, None)
+
+
+def _below(quadratic: Quadratic, values: tuple[Tensor, Tensor], slopes: tuple[Tensor, Tensor], free: Tensor) -> Tensor:
+    """(M,): at most what each neuron's value can come down to from here, moving its free weights; at least 0."""
+    (value, doubt), (slope, blur) = values, slopes
+    # with half the gradient h: value - sum h^2 / (mu G_ii)
+    moves = torch.where(free, raised(slope.abs() + blur), 0.0)
+    stuck = ~quadratic.inputs.live
+    if bool(moves[:, stuck].any()) or not quadratic.curvature > 0:
+        return torch.zeros_like(value)
+    gain = (moves / quadratic.root)[:, ~stuck].square().sum(1) / quadratic.curvature
+    return (value - raised(gain + doubt + gamma(4) * value, len(stuck) + 4)).clamp(min=0)
 
 
 def saliencies(layer: Layer) -> Tensor:
@@ -145,19 +189,32 @@ def increase(layer: Layer, removed: Tensor) -> Tensor:
     An input that is constantly zero costs nothing. Raises ValueError where G is singular otherwise: damp the layer.
     """
     live, inverse = _inverse(layer)
-    rises = []
-    for gone, weights in zip(removed[:, live], layer.affine_weight[:, live], strict=True):
+    scale = inverse.diagonal().sqrt()
+    inverse, rises = inverse / (scale[:, None] * scale), []
+    for gone, weights in zip(removed[:, live], layer.affine_weight[:, live] / scale, strict=True):
         part = weights[gone]
         rises.append(part @ torch.linalg.solve(inverse[gone][:, gone], part) if len(part) else part.sum())
     return torch.stack(rises)
 
 
 def _inverse(layer: Layer) -> tuple[Tensor, Tensor]:
-    """The inputs that are not constantly zero (P,) bool, and the inverse of their G."""
-    gram = layer.affine_gram
-    live = gram.diagonal() > 1e-12 * gram.diagonal().max()
-    scale = gram.diagonal()[live].sqrt()
-    factor, failed = torch.linalg.cholesky_ex(gram[live][:, live] / (scale[:, None] * scale))
-    if bool(failed) or float(factor.diagonal().min()) < 1e-6:
+    """The inputs that are not constantly zero (P,) bool, and the inverse of their G: of the covariance C, bordered.
+
+    With a bias it is [C^-1, -C^-1 m; -m C^-1, 1 + m C^-1 m], m the mean: nothing is subtracted from a square of m.
+    """
+    quadratic = layer.quadratic
+    live = quadratic.inputs.live
+    unit, root = quadratic.unit[live][:, live], quadratic.root[live]
+    factor, failed = torch.linalg.cholesky_ex(unit)
+    # a pivot that small may be the rounding of a 0, and a constant input is a second bias
+    least = quadratic.spread + gamma(len(unit) + 4) * len(unit)
+    twice = layer.bias is not None and layer.mean is not None and bool(layer.mean[~live].any())
+    if bool(failed) or twice or bool((factor.diagonal().square() <= least).any()):
         raise ValueError(f"layer {layer.name!r}: its Gram matrix is singular; use layer.damped(1e-6) or so")
-    return live, torch.cholesky_inverse(factor) / (scale[:, None] * scale)
+    inverse = torch.cholesky_inverse(factor) / (root[:, None] * root)
+    if layer.bias is None or layer.mean is None:
+        return live, inverse
+    reach = inverse @ layer.mean[live]
+    border = torch.cat([-reach, 1 + (layer.mean[live] @ reach)[None]])
+    inverse = torch.cat([torch.cat([inverse, -reach[None]]), border[:, None]], 1)
+    return torch.cat([live, torch.ones(1, dtype=torch.bool)]), inverse

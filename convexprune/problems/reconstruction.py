@@ -20,8 +20,8 @@ from torch import Tensor
 from convexprune.layer import Layer
 from convexprune.patterns import Pattern, Support, excess, select
 from convexprune.problem import Formulation
-
-CONSTANT = 1e-13  # a variance that small, relative to the second moment, is the rounding of a constant
+from convexprune.quadratic import Quadratic, Step
+from convexprune.rounding import UNIT, down, gamma, lowered, raised, total, total_doubt, up
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,26 +80,23 @@ class Reconstruction:
         """The number of kernel positions behind each input channel; 1 if linear."""
         return self.layer.kernel
 
-    @cached_property
+    @property
     def gram(self) -> Tensor:
-        """G (N, N), float64: what is left of the Gram matrix when the bias is at its best."""
-        mean, raw = self._mean, self.layer.gram
-        return raw if mean is None else torch.where(self._varies[:, None] & self._varies, raw - mean[:, None] * mean, 0)
+        """G (N, N), float64: what is left of the Gram matrix when the bias is at its best.
+
+        Inputs whose variance is no more than rounding are left out: their rows are 0.
+        """
+        return self._quadratic.gram
 
     @cached_property
     def cross(self) -> Tensor:
         """C (M, N), float64."""
-        mean, aim = self._mean, self.layer.target_mean
-        if mean is None or aim is None:
-            return self.layer.cross * self._root[:, None]
-        return torch.where(self._varies, self.layer.cross - torch.outer(aim, mean), 0.0) * self._root[:, None]
+        return self._quadratic.cross * self._root[:, None]
 
     @cached_property
     def energies(self) -> Tensor:
         """(M,): a E[y^2], less a E[y]^2 where there is a bias."""
-        aim = self.layer.target_mean
-        left = self.layer.energies if self._mean is None or aim is None else self.layer.energies - aim.square()
-        return left * self._root.square()
+        return self._quadratic.energies * self._importance
 
     def select(self, scores: Tensor, grow: float = 1.0) -> Tensor:
         """(M, N) bool: the support in the pattern with the largest sum of scores (M, N) >= 0; see `patterns.select`."""
@@ -108,17 +105,19 @@ class Reconstruction:
     def completed(self, weight: Tensor) -> Tensor:
         """(M, P), float64: W for V (M, N), with the best bias as the last column, if the layer has one."""
         weight = weight.detach().cpu().double() / self._root[:, None]
-        mean, aim = self._mean, self.layer.target_mean
-        if mean is None or aim is None:
-            return weight
-        return torch.cat([weight, (aim - weight @ mean)[:, None]], 1)
+        return weight if self.layer.bias is None else torch.cat([weight, self.layer.best_bias(weight)[:, None]], 1)
 
     def value(self, x: Tensor) -> float:
-        """sum_m a_m E (x_m u - y_m)^2."""
-        weighted = self.layer.squared_errors(x) * self._root.square()
-        total, size = float(weighted.sum()), float((self.layer.energies * self._root.square()).sum())
-        # a sum of squares: what is below 0 by more than the rounding of its terms comes of impossible moments
-        return total if total < -1e-9 * size else max(total, 0.0)
+        """sum_m a_m E (x_m u - y_m)^2, to the nearest; inf for a point that is not finite."""
+        if not bool(torch.isfinite(x).all()):
+            return math.inf
+        return total(self.layer.squared_errors(x) * self._importance)
+
+    def rounding(self, x: Tensor) -> float:
+        """By how much `value` may be off."""
+        left = self.layer.residual(x)
+        doubts, size = left.error_doubts * self._importance, float((left.errors * self._importance).sum())
+        return up(float(raised(doubts.sum(), len(doubts) + 1)), gamma(4) * size)
 
     def violation(self, x: Tensor) -> float:
         """Weights (or blocks) kept beyond the pattern, as a fraction of the layer's weights."""
@@ -143,11 +142,12 @@ class Reconstruction:
         At least 0, which is all there is where G is singular. Raises ValueError for other shapes.
         """
         v, d = witness if isinstance(witness, tuple) else (witness, None)
-        v = self.target if v is None else self._checked(v)
+        v = self.layer.weight if v is None else self._checked(v)
         if v is None:
             return 0.0
         diagonals = self._diagonals if d is None else (*self._diagonals, self._repaired(d))
-        return max(0.0, *(self._perspective(v, each) for each in diagonals))
+        at = self._quadratic.at(v)
+        return max(0.0, *(self._perspective(at, each) for each in diagonals))
 
     @property
     def diagonal(self) -> Tensor:
@@ -191,55 +191,73 @@ class Reconstruction:
     @cached_property
     def _diagonals(self) -> tuple[Tensor, Tensor]:
         """Two choices of d (N,): the smallest eigenvalue of G for each input, and the same in units of G's diagonal."""
-        live = self.gram.diagonal() > 0
-        plain = max(_least_eigenvalue(self.gram[live][:, live]), 0.0)
-        return plain * live.double(), max(self._curvature, 0.0) * self.gram.diagonal() * live
+        live = self._quadratic.inputs.live
+        scaled = max(self._quadratic.curvature, 0.0) * self._quadratic.root.square() * live
+        if not bool(scaled.any()):
+            return torch.zeros_like(scaled), torch.zeros_like(scaled)
+        plain = max(float(torch.linalg.eigvalsh(self.gram[live][:, live])[0]), 0.0)
+        # a shade less, so that a factorisation shows what is left to be definite
+        return self._repaired((1 - 1e-6) * plain * live), lowered(scaled)
 
     def _repaired(self, d: Tensor) -> Tensor:
         """(N,): the largest t d, t <= 1, for which G - diag(t d) is certain to be positive semidefinite."""
-        if tuple(d.shape) != tuple(self.gram.diagonal().shape):
-            raise ValueError(f"witness has a d of shape {tuple(d.shape)}, expected {tuple(self.gram.diagonal().shape)}")
+        live = self._quadratic.inputs.live
+        if tuple(d.shape) != tuple(live.shape):
+            raise ValueError(f"witness has a d of shape {tuple(d.shape)}, expected {tuple(live.shape)}")
         d = d.detach().cpu().double()
-        live = self.gram.diagonal() > 0
         if not bool(torch.isfinite(d).all()) or bool((d < 0).any()):
             return torch.zeros_like(d)
-        scale = self.gram.diagonal()[live].sqrt()
-        least = _least_eigenvalue((self.gram[live][:, live] - torch.diag(d[live])) / (scale[:, None] * scale))
+        d = torch.where(live, d, 0.0)
         # G - t D = (1 - t) G + t (G - D), and the least eigenvalues of the two are known
-        whole = max(self._curvature, 0.0)
-        share = 1.0 if least >= 0 else whole / (whole - least)
-        return torch.where(live, share * d, 0.0)
+        whole, least = self._quadratic.curvature, self._quadratic.curvature_less(d)
+        share = 1.0 if least >= 0 else down(whole / (whole - least), 4 * UNIT) if whole > 0 else 0.0
+        return lowered(share * d)
 
     @cached_property
-    def _curvature(self) -> float:
-        """The smallest eigenvalue of G in coordinates with unit diagonal, constant inputs left out."""
-        live = self.gram.diagonal() > 0
-        scale = self.gram.diagonal()[live].sqrt()
-        return _least_eigenvalue(self.gram[live][:, live] / (scale[:, None] * scale))
+    def _quadratic(self) -> Quadratic:
+        return self.layer.quadratic
 
-    @cached_property
-    def _varies(self) -> Tensor:
-        """(N,) bool: inputs that are not constant; of a constant one the bias takes all, but for rounding."""
-        raw, mean = self.layer.gram.diagonal(), self._mean
-        return raw > 0 if mean is None else raw - mean.square() > CONSTANT * raw
+    def _perspective(self, at: Step, d: Tensor) -> float:
+        """The bound at v and d, in steps from the origin A of the layer's quadratic, so that nothing cancels near it.
 
-    def _perspective(self, v: Tensor, d: Tensor) -> float:
-        through = v @ self.gram - v * d
-        slope = self.cross - through
-        scores = torch.where(d > 0, slope.square() / d.clamp(min=1e-300), 0.0)
+        With D = v - A, p = K - D R and s_i = (d_i A_i + p_i)^2 / d_i, every support S has, row by row,
+
+            value >= v_r - D R D^T + sum_i (d_i A_i^2 + 2 p_i A_i) - sum_{i in S} s_i
+        """
+        step, origin, targets = at.step, self._quadratic.origin, self._quadratic.targets
+        live, few = d > 0, gamma(8)
+        moved, held = step * d, origin * d
+        p = at.slopes + moved
+        size = p.abs().add_(held.abs())
+        blur = torch.add(at.slope_doubts, size, alpha=2 * few).add_(moved.abs(), alpha=few)
         # an input with d = 0 may take any weight: unless its slope vanishes there is no bound
-        if bool(((d == 0) & (slope.abs() > 1e-12 * (self.cross.abs() + through.abs()).clamp(min=1e-300))).any()):
+        if bool(blur[:, ~live].any() or p[:, ~live].any()):
             return -math.inf
-        gain = float(scores[self.select(scores)].sum())
-        curved = float((v * through).sum())
-        rounding = 64 * len(d) * 2.0**-53 * (float(self.energies.abs().sum()) + abs(curved) + gain)
-        return float(self.energies.sum()) - curved - gain - rounding
+        # rounded up together: a square, a product and a quotient
+        scores = (held + p).abs().add_(blur).square_().mul_(torch.where(live, (1 + gamma(16)) / d, 0.0))
+        if not bool(torch.isfinite(scores).all()):
+            return -math.inf
+        kept = self.select(scores if self.importance is None else scores * self._importance[:, None])
+        lost = torch.where(kept, scores, 0.0)
+        gains = origin * torch.add(held, p, alpha=2) - lost
+        bent = step.square() @ d
+        found = bent - (at.through * step).sum(1) + gains.sum(1)
+        # a pattern adds the scores of a block up before it compares
+        terms, block = len(d), scores.numel() // max(self.pattern.folded(scores, self.kernel).numel(), 1)
+        doubts = at.blur.square() + gamma(2 * terms + 8) * (at.reach.square() + bent + gains.abs().sum(1))
+        doubts = doubts + 2 * ((blur + few * size) * origin.abs()).sum(1) + (few + 2 * gamma(block)) * lost.sum(1)
+        if targets is not None:
+            found = found + targets.variance
+            doubts = doubts + targets.doubt.square() + (targets.relative + few) * targets.variance.abs()
+        found = found * self._importance
+        doubt = float(raised(doubts * self._importance, 2 * terms + 8).sum()) * (1 + gamma(len(found) + 2))
+        return down(total(found), total_doubt(found) + doubt)
 
     def _checked(self, witness: Tensor) -> Tensor | None:
         width = self.target.shape[1]
         if tuple(witness.shape) not in (self.shape, tuple(self.target.shape)):
             raise ValueError(f"witness has shape {tuple(witness.shape)}, expected {tuple(self.target.shape)}")
-        v = witness.detach().cpu().double()[:, :width]
+        v = witness.detach().cpu().double()[:, :width] / self._root[:, None]
         return v if bool(torch.isfinite(v).all()) else None
 
     @property
@@ -262,20 +280,13 @@ class Reconstruction:
         return limits
 
     @cached_property
-    def _root(self) -> Tensor:
-        """(M,): sqrt(a)."""
+    def _importance(self) -> Tensor:
+        """(M,): a."""
         if self.importance is None:
             return torch.ones(len(self.layer.weight), dtype=torch.float64)
-        return self.importance.detach().cpu().double().sqrt()
+        return self.importance.detach().cpu().double()
 
-    @property
-    def _mean(self) -> Tensor | None:
-        return None if self.layer.bias is None else self.layer.mean
-
-
-def _least_eigenvalue(matrix: Tensor) -> float:
-    """A lower bound of the smallest eigenvalue of a symmetric matrix: the computed one less what rounding can add."""
-    if not len(matrix):
-        return 0.0
-    values = torch.linalg.eigvalsh(matrix)
-    return float(values[0]) - 8 * len(matrix) * 2.0**-53 * float(values.abs().max())
+    @cached_property
+    def _root(self) -> Tensor:
+        """(M,): sqrt(a)."""
+        return self._importance.sqrt()

@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 
 from convexprune import knapsack
-from convexprune.curve import Curve
+from convexprune.curve import EXACT, Curve
 from convexprune.problem import Formulation
+from convexprune.rounding import UNIT, down, gamma, up
 
 
 @dataclass(frozen=True, eq=False, init=False)
@@ -93,20 +94,21 @@ class SparsityAllocation:
         return cost, loss
 
     @cached_property
-    def rounding(self) -> float:
+    def slack(self) -> float:
         """By how much two orders of summing the costs may differ, relative to the sum; 0 where they are integers."""
         whole = all(bool((curve.costs == curve.costs.round()).all()) for curve in self.curves)
-        return 0.0 if whole else 4 * (len(self.curves) + 4) * knapsack.UNIT
+        exact = math.fsum(float(curve.costs.max()) for curve in self.curves) < EXACT
+        return 0.0 if whole and exact else gamma(4 * (len(self.curves) + 4))
 
     @property
     def room(self) -> float:
         """The budget, with what rounding may add to a sum of costs: what solvers compare with."""
-        return self.budget * (1 + self.rounding)
+        return self.budget * (1 + self.slack)
 
     @property
     def cheapest(self) -> float:
         """The smallest budget that any choice fits: what the cheapest level of every layer costs together."""
-        return float(self.table[0][:, 0].sum())
+        return math.fsum(self.table[0][:, 0].tolist())
 
     def point(self, choice: knapsack.Choice) -> Tensor:
         """(L, 1): the point of a choice (G,) among `levels`."""
@@ -129,6 +131,10 @@ class SparsityAllocation:
             return math.inf
         return math.fsum(float(curve.distortion[k]) for curve, k in zip(self.curves, chosen, strict=True))
 
+    def rounding(self, x: Tensor) -> float:
+        """By how much `value` may be off: it is rounded once."""
+        return UNIT * abs(self.value(x))
+
     def violation(self, x: Tensor) -> float:
         """What is spent beyond the budget, relative to it; inf where x names no levels or parts what is tied.
 
@@ -138,7 +144,9 @@ class SparsityAllocation:
         if chosen is None or any(len({chosen[index] for index in group}) > 1 for group in self.groups):
             return math.inf
         cost = self.cost(x)
-        return 0.0 if cost <= self.budget * (1 + 2 * self.rounding) else (cost - self.budget) / max(self.budget, 1.0)
+        if cost <= self.budget * (1 + 2 * self.slack):
+            return 0.0
+        return up((cost - self.budget) / max(self.budget, 1.0), gamma(4) * (cost + self.budget) / max(self.budget, 1.0))
 
     def lower_bound(self, witness: float | tuple[float, float] | None) -> float:
         """The bound at a price, or at (price, value): where a search shows that nothing is below the value, that value.
@@ -146,20 +154,19 @@ class SparsityAllocation:
         inf where nothing fits the budget. Any witness at all gives a valid bound.
         """
         cost, loss = self.table
-        budget = self.budget * (1 + 3 * self.rounding)  # nothing that `violation` passes is left out
+        budget = self.budget * (1 + 3 * self.slack)  # nothing that `violation` passes is left out
         if self.cheapest > budget:
             return math.inf
         price, value = witness if isinstance(witness, tuple) else (witness or 0.0, None)
-        free = float(loss.min(1).sum())
-        free -= 4 * len(self.curves) * knapsack.UNIT * abs(free)  # the sum's rounding, as below
-        bound = max(knapsack.dual(cost, loss, budget, float(price)), free)
-        if value is None or not bound < value < math.inf:
+        priced = knapsack.dual(cost, loss, budget, float(price))
+        bound = max(priced, knapsack.dual(cost, loss, budget, 0.0))
+        if value is None or not -math.inf < priced <= bound < value < math.inf:
             return bound
         found, complete = knapsack.best_below(cost, loss, budget, float(price), value)
         if not complete:
             return bound
         least = value if found is None else min(value, self.value(self.point(found)))
-        return max(bound, least - 4 * len(cost) * knapsack.UNIT * abs(least))
+        return max(bound, down(least, gamma(8 * (len(cost) + 4)) * (abs(least) + knapsack.size(loss))))
 
     def to_cvxpy(self) -> Formulation:
         """The same problem with a boolean for every level of every group."""
@@ -182,9 +189,9 @@ class SparsityAllocation:
 
     def _summed(self, group: Sequence[int]) -> tuple[knapsack.Array, knapsack.Array]:
         members = [self.curves[index] for index in group]
-        return (
-            torch.stack([curve.costs for curve in members]).sum(0).numpy(),
-            torch.stack([curve.distortion for curve in members]).sum(0).numpy(),
+        return tuple(  # type: ignore[return-value]
+            np.array([math.fsum(level) for level in zip(*each, strict=True)])
+            for each in ([c.costs.tolist() for c in members], [c.distortion.tolist() for c in members])
         )
 
     def _chosen(self, x: Tensor) -> list[int] | None:

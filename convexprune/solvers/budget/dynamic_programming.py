@@ -18,6 +18,7 @@ from torch import Tensor
 
 from convexprune import knapsack
 from convexprune.forms import KnapsackProblem
+from convexprune.rounding import gamma
 from convexprune.solution import Attempt, Status
 from convexprune.solvers.budget.lagrangian_price import LagrangianPrice, infeasible
 
@@ -65,7 +66,7 @@ class DynamicProgramming:
         spare = budget if budget > 0 else 1.0
         # a quotient a few roundings above a whole number is that number
         exact = real / spare * self.buckets
-        whole = np.ceil(exact * (1 - 8 * knapsack.UNIT))
+        whole = np.ceil(exact * (1 - gamma(8)))
         return np.where(np.isfinite(cost), whole, -1).astype(np.int64), self.buckets
 
 
