@@ -66,7 +66,7 @@ class _Neuron:
 
     def __init__(self, problem: SparseLeastSquares, neuron: int, always: Tensor, deadline: float) -> None:
         diagonal = problem.gram.diagonal()
-        live = diagonal > 1e-12 * diagonal.max()
+        live = diagonal > 0
         scale = torch.where(live, diagonal, 1.0).sqrt()
         unit = torch.where(live[:, None] & live, problem.gram / (scale[:, None] * scale), 0.0)
         unit.diagonal().fill_(1.0)

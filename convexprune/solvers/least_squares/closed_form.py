@@ -15,7 +15,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from convexprune.forms import EqualityQuadratic
+from convexprune.forms import EqualityQuadratic, LeastSquares
 from convexprune.solution import Attempt, Status
 from convexprune.solvers.least_squares.on_support import best_on_support
 from convexprune.solvers.least_squares.spd_inverse import NotDefinite
@@ -29,23 +29,29 @@ class ClosedForm:
 
     def solve(self, problem: EqualityQuadratic, start: Tensor | None = None) -> Attempt:
         """The minimiser is its own witness. The start is not used."""
-        removed = problem.removed
-        try:
-            x = self._by_removed(problem) if int(removed.sum()) < int((~removed).sum()) else None
-            if x is None:
-                x = best_on_support(problem.gram, problem.cross, ~removed, problem.dense)
-        except NotDefinite:
-            return Attempt(problem.dense, None, Status.NUMERICAL, 0)
+        weights: Tensor | None = None
+        for piece in problem.pieces():
+            try:
+                found = self._by_removed(piece) if 2 * int(piece.removed.sum()) < piece.removed.numel() else None
+                if found is None:
+                    found = best_on_support(piece.gram, piece.cross, ~piece.removed, piece.dense)
+            except NotDefinite:
+                return Attempt(problem.dense, None, Status.NUMERICAL, 0)
+            weights = found.new_zeros(len(piece.neurons), found.shape[1]) if weights is None else weights
+            weights[piece.neurons] = found
+        assert weights is not None  # every neuron is in a piece
+        x = problem.completed(weights)
         return Attempt(x, x, Status.CONVERGED, 1)
 
-    def _by_removed(self, problem: EqualityQuadratic) -> Tensor | None:
+    def _by_removed(self, piece: LeastSquares) -> Tensor | None:
         """None where G has no inverse that could be trusted."""
-        scale = problem.gram.diagonal().clamp(min=1e-300).sqrt()
-        factor, failed = torch.linalg.cholesky_ex(problem.gram / (scale[:, None] * scale))
+        diagonal = piece.gram.diagonal()
+        scale = torch.where(diagonal > 0, diagonal, 1.0).sqrt()
+        factor, failed = torch.linalg.cholesky_ex(piece.gram / (scale[:, None] * scale))
         if bool(failed) or float(factor.diagonal().min()) < 1e-5:
             return None
-        inverse = torch.cholesky_inverse(factor) / (scale[:, None] * scale)
-        optimum = torch.cholesky_solve((problem.cross / scale).T, factor).T / scale
-        removed = problem.removed
-        multipliers = best_on_support(inverse, optimum, removed, torch.zeros_like(optimum))
-        return torch.where(removed, 0.0, optimum - multipliers @ inverse)
+        # in coordinates with unit diagonal: x = w sqrt(G_ii)
+        inverse = torch.cholesky_inverse(factor)
+        optimum = torch.cholesky_solve((piece.cross / scale).T, factor).T
+        multipliers = best_on_support(inverse, optimum, piece.removed, torch.zeros_like(optimum))
+        return torch.where(piece.removed, 0.0, (optimum - multipliers @ inverse) / scale)

@@ -12,7 +12,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from convexprune.forms import EqualityQuadratic
+from convexprune.forms import EqualityQuadratic, LeastSquares
 from convexprune.solution import Attempt, Status
 from convexprune.solvers.least_squares.spd_inverse import NotDefinite
 
@@ -29,18 +29,31 @@ class KKT:
 
         Raises ValueError for a layer of more than `max_inputs` inputs.
         """
-        width = len(problem.gram)
+        width = problem.shape[1]
         if width > self.max_inputs:
             raise ValueError(f"KKT is for up to {self.max_inputs} inputs, this layer has {width}; use ClosedForm")
-        x = torch.zeros_like(problem.cross)
-        for i, gone in enumerate(problem.removed):
-            units = torch.eye(width, dtype=torch.float64)[:, gone]
-            corner = torch.zeros(units.shape[1], units.shape[1], dtype=torch.float64)
-            matrix = torch.cat([torch.cat([2 * problem.gram, units], 1), torch.cat([units.T, corner], 1)])
-            right = torch.cat([2 * problem.cross[i], corner.new_zeros(units.shape[1])])
+        x: Tensor | None = None
+        for piece in problem.pieces():
             try:
-                x[i] = torch.linalg.solve(matrix, right)[:width]
+                found = torch.stack([_solved(piece, row) for row in range(len(piece.cross))])
             except NotDefinite:
-                return Attempt(problem.dense, None, Status.NUMERICAL, i)
-        x[problem.removed] = 0.0
+                return Attempt(problem.dense, None, Status.NUMERICAL, 0)
+            x = found.new_zeros(len(piece.neurons), found.shape[1]) if x is None else x
+            x[piece.neurons] = torch.where(piece.removed, 0.0, found)
+        assert x is not None  # every neuron is in a piece
+        x = problem.completed(x)
         return Attempt(x, x, Status.CONVERGED, 1)
+
+
+def _solved(piece: LeastSquares, row: int) -> Tensor:
+    """(N,): one neuron's weights, solved for in coordinates where every input has second moment 1."""
+    diagonal = piece.gram.diagonal()
+    scale = torch.where(diagonal > 0, diagonal, 1.0).sqrt()
+    unit = piece.gram / (scale[:, None] * scale)
+    unit.diagonal().fill_(1.0)  # an input that does not vary is no unknown
+    units = torch.eye(len(unit), dtype=torch.float64)[:, piece.removed[row]]
+    corner = torch.zeros(units.shape[1], units.shape[1], dtype=torch.float64)
+    matrix = torch.cat([torch.cat([2 * unit, units], 1), torch.cat([units.T, corner], 1)])
+    right = torch.cat([2 * piece.cross[row] / scale, corner.new_zeros(units.shape[1])])
+    found: Tensor = torch.linalg.solve(matrix, right)[: len(unit)] / scale
+    return found

@@ -3,7 +3,7 @@
 Where the Gram matrix is nearly singular many weights are best; a ridge of 1e-10 in coordinates with unit diagonal
 takes those nearest to the dense ones. Moments that were stored in float32 may be indefinite by their rounding: the
 ridge is then 1e-10 more than twice the most negative eigenvalue, and moments that are worse than that are refused.
-Inputs that are constantly zero get weight 0.
+Inputs that are constantly zero get weight 0; all others are alike once they are scaled, however small.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from convexprune.solvers.least_squares.spd_inverse import NotDefinite
 RIDGE = 1e-10
 WELL = 1e-4  # a matrix whose Cholesky pivots are all larger needs no ridge
 INDEFINITE = 1e-4  # eigenvalues below minus this are no rounding errors
-DEAD = 1e-12  # of the largest diagonal entry
 MEMORY = 2**24  # bytes of a batch of Gram matrices: what the factorisations read then stays in the cache
 
 
@@ -28,7 +27,7 @@ def best_on_support(gram: Tensor, cross: Tensor, mask: Tensor, target: Tensor) -
     Raises torch.linalg.LinAlgError where a Gram matrix is not positive semidefinite.
     """
     diagonal = gram.diagonal()
-    live = diagonal > DEAD * diagonal.max()
+    live = diagonal > 0
     scale = torch.where(live, diagonal, 1.0).sqrt()
     unit = gram / (scale[:, None] * scale)
     ridge = ridge_of(

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from convexprune.forms import SparseLeastSquares
-from convexprune.solvers.least_squares.on_support import DEAD, ridge_of
+from convexprune.rounding import gamma
+from convexprune.solvers.least_squares.on_support import ridge_of
 
 # of the unit diagonal, for a regular and for a nearly singular H: the Cholesky factors of its parts exist, and choices
 # hardly change (measured: up to 1e-4 the errors agree to three digits, 1e-3 moves them by half a percent)
@@ -41,7 +42,7 @@ class Scaled:
     def of(cls, problem: SparseLeastSquares, device: str = "cpu", dtype: torch.dtype = torch.float64) -> Scaled:
         """Scale a problem."""
         diagonal = problem.gram.diagonal()
-        live = diagonal > DEAD * diagonal.max()
+        live = diagonal > 0
         scale = torch.where(live, diagonal, 1.0).sqrt()
         both = live[:, None] & live[None]
         gram = torch.where(both, problem.gram / (scale[:, None] * scale), 0.0)
@@ -65,7 +66,9 @@ class Scaled:
 
 
 def _least_squares(gram: Tensor, cross: Tensor, dense: Tensor, ridge: float) -> Tensor:
-    if float((dense @ gram - cross).abs().max()) <= 1e-12 * float(cross.abs().max()):
+    # no entry of H is beyond 1, so a row of dense H is known to that many roundings of the sum of its weights
+    settled = (dense @ gram - cross).abs().amax(1) <= gamma(4 * len(gram) + 16) * dense.abs().sum(1)
+    if bool(settled.all()):
         return dense
     factor = torch.linalg.cholesky(gram + ridge * torch.eye(len(gram), dtype=gram.dtype))
-    return torch.cholesky_solve((cross + ridge * dense).T, factor).T
+    return torch.where(settled[:, None], dense, torch.cholesky_solve((cross + ridge * dense).T, factor).T)
