@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
@@ -24,8 +25,8 @@ class Certificate:
     """The problem's own verdict on a point, in float64.
 
     value      the objective at the point
-    bound      a lower bound of the objective over all feasible points
-    violation  how far the point is from feasible, relative; 0 exactly when it is feasible
+    bound      a lower bound of the objective over all feasible points; inf proves that there are none
+    violation  how far the point is from feasible, relative; rounded up, so 0 only when it is feasible
     """
 
     value: float
@@ -34,8 +35,14 @@ class Certificate:
 
     @property
     def relative_gap(self) -> float:
-        """(value - bound) / max(|value|, tiny): how far above the optimum a feasible point can be, relative."""
-        return (self.value - self.bound) / max(abs(self.value), 1e-300)
+        """(value - bound) / max(|value|, |bound|): how far above the optimum a feasible point can be, relative.
+
+        0 where both are equal; at most 1 for an objective that is not negative; infinite where one of the two is.
+        """
+        apart = self.value - self.bound
+        if self.value == self.bound or not math.isfinite(apart):
+            return 0.0 if self.value == self.bound else apart
+        return apart / max(abs(self.value), abs(self.bound))
 
     def meets(self, eps_abs: float, eps_rel: float) -> bool:
         """The stopping rule: violation <= eps_abs and relative gap <= eps_rel."""

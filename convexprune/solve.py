@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import torch
 from torch import Tensor
@@ -14,6 +15,8 @@ from convexprune.solution import Attempt, Certificate, Solution, Status
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+UNPROVEN: Final = "the solver claims that no point is feasible, which its witness does not prove"
 
 _defaults: dict[type, Callable[[], Solver]] = {}
 
@@ -66,8 +69,11 @@ def solve(problem: Problem, solver: Solver | None = None, *, start: Tensor | Non
     else:
         status = Status.NUMERICAL
         certificate = Certificate(float("inf"), problem.lower_bound(attempt.witness), float("inf"))
+    note = attempt.note
+    if status is Status.INFEASIBLE and certificate.bound < math.inf:
+        status, note = Status.NUMERICAL, f"{note}; {UNPROVEN}" if note else UNPROVEN
     return Solution(
-        x, attempt.witness, status, certificate, seconds, attempt.iterations, repr(solver), attempt.trace, attempt.note
+        x, attempt.witness, status, certificate, seconds, attempt.iterations, repr(solver), attempt.trace, note
     )
 
 

@@ -115,7 +115,7 @@ def test_rounding_alone_can_make_a_point_infeasible(model, batches):
 
     (layer,) = capture(model, batches, ["0"], keep_inputs=True)
     proposed = (1 + nudge) * layer.affine_weight
-    problem = NetTrim(layer, nudge * (1 + 1e-9), slack=layer.affine_inputs.double() @ proposed.T)
+    problem = NetTrim(layer, nudge * (1 + 1e-9), slack=layer.affine_inputs.double() @ proposed.T + 1e-12)
     assert problem.violation(proposed) == 0
     _, report = prune(model, batches, lambda _: problem, Given(factor=1 + nudge), names=["0"])
     assert report.rows[0].certificate.violation > 0
@@ -127,7 +127,8 @@ def test_an_unsolved_layer_is_left_as_it_was_and_says_so(model, batches, mode, s
     pruned, report = prune(model, batches, trim, Given(status, 0.0), mode)
     assert same(pruned, model)
     assert report.kept_fraction == 1
-    assert all(row.status is status and row.left_dense for row in report.rows)
+    # that nothing is feasible is claimed here, not proven
+    assert all(row.status is Status.NUMERICAL and row.left_dense for row in report.rows)
     assert report.network.measured == 0
     assert "left dense" in str(report)
     assert mode == "cascade" or report.network.guaranteed == 0
