@@ -188,7 +188,7 @@ def test_exact_at_dead_and_stable_neurons_and_without_a_solver():
     for method in (*METHODS, Exact()):
         bounds = difference_bounds(pair, around, method)
         assert float(bounds.lower) == pytest.approx(-0.5)
-        assert float(bounds.upper) == pytest.approx(0, abs=1e-9)
+        assert float(bounds.upper) == pytest.approx(0, abs=1e-7)
     with pytest.raises(RuntimeError, match="NOSUCH"):
         difference_bounds(pair, around, Exact("NOSUCH"))
 

@@ -5,8 +5,8 @@ layers, are 1-Lipschitz; Y_0 is the calibration data, one sample a row. Yhat_l a
 on the same samples, with weights What_l and biases bhat_l, and e_l = || Yhat_l - Y_l ||_F.
 
 Source: Aghasi, Abdi, Nguyen, Romberg, NIPS 2017, Theorems 1 and 2, which ask for ||W_l||_1 = 1. Here the spectral
-norms take the place of the normalisation. The figures are for exact arithmetic: a network that computes in float32
-adds its own rounding, about 1e-7 of the outputs, to whatever is measured on it.
+norms take the place of the normalisation. The bounds are rounded up; a network that computes in float32 adds its own
+rounding, about 1e-7 of the outputs, to whatever is measured on it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import torch
+from convexprune.rounding import spectral_norm, up
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -53,7 +53,8 @@ def parallel_bound(errors: Sequence[float], weights: Sequence[Tensor]) -> ChainB
     _check(errors, weights)
     bounds: list[float] = []
     for error, weight in zip(errors, weights, strict=True):
-        bounds.append(_nonnegative(error) + _through(weight, bounds))
+        own, through = _nonnegative(error), _through(weight, bounds)
+        bounds.append(up(own, through) if through else own)
     return ChainBound(tuple(bounds))
 
 
@@ -93,7 +94,7 @@ def slack_product_bound(first: float, gammas: Sequence[float], weights: Sequence
             raise ValueError(f"gamma is {gamma}; it must be a finite number >= 1")
     bounds = [_nonnegative(first)]
     for gamma, weight in zip(gammas, weights, strict=True):
-        bounds.append(math.sqrt(gamma) * _through(weight, bounds))
+        bounds.append(up(up(math.sqrt(gamma)) * _through(weight, bounds)))
     return ChainBound(tuple(bounds))
 
 
@@ -101,7 +102,7 @@ def _through(weight: Tensor, bounds: Sequence[float]) -> float:
     """||W||_2 e_{l-1}; an error of 0 (the first layer's) asks for no norm."""
     if not bounds or bounds[-1] == 0:
         return 0.0
-    return float(torch.linalg.matrix_norm(weight.detach().cpu().double(), 2)) * bounds[-1]
+    return up(spectral_norm(weight.detach().cpu().double()) * bounds[-1])
 
 
 def _nonnegative(error: float) -> float:

@@ -9,6 +9,8 @@ import math
 
 from torch import Tensor
 
+from convexprune.rounding import UNIT, down, gamma, lowered, total, up
+
 HALVINGS = 100
 
 
@@ -19,7 +21,7 @@ def clopper_pearson(successes: int, trials: int, confidence: float) -> float:
         raise ValueError(f"successes is {successes}; it must be between 0 and the {trials} trials")
     if successes == trials:
         return 1.0
-    low, high, miss = successes / trials, 1.0, math.log(1 - confidence)
+    low, high, miss = successes / trials, 1.0, down(math.log(1 - confidence))
     for _ in range(HALVINGS):
         middle = (low + high) / 2
         if _log_at_most(successes, trials, middle) > miss:
@@ -40,9 +42,10 @@ def empirical_bernstein(values: Tensor, largest: float, confidence: float) -> fl
         raise ValueError("one sample has no variance; give at least two")
     if not 0 < largest < math.inf or bool((z < 0).any()):
         raise ValueError(f"largest is {largest} and the least value {float(z.min()):g}; values must be in [0, largest]")
-    weight = math.log(2 / (1 - confidence))
-    spread = math.sqrt(2 * float(z.var()) * weight / len(z))
-    return float(z.mean()) + spread + 7 * largest * weight / (3 * (len(z) - 1))
+    weight, mean = math.log(2 / (1 - confidence)), total(z) / len(z)
+    variance = total((z - mean).square()) / (len(z) - 1)  # about another number than the mean it is only larger
+    found = mean + math.sqrt(2 * variance * weight / len(z)) + 7 * largest * weight / (3 * (len(z) - 1))
+    return up(found, gamma(24) * found)
 
 
 def cannot_flip(logits: Tensor, error: float | Tensor) -> Tensor:
@@ -51,25 +54,28 @@ def cannot_flip(logits: Tensor, error: float | Tensor) -> Tensor:
     logits (n, classes) of the dense network, error >= max_k |zhat_k - z_k| of each sample, or of all
     """
     top = logits.detach().cpu().double().topk(2, dim=1).values
-    stays: Tensor = top[:, 0] - top[:, 1] > 2 * (error.cpu().double() if isinstance(error, Tensor) else error)
+    lead = lowered(top[:, 0] - top[:, 1])
+    stays: Tensor = lead > 2 * (error.cpu().double() if isinstance(error, Tensor) else error)
     return stays
 
 
 def _log_at_most(k: int, n: int, p: float) -> float:
-    """log P(Bin(n, p) <= k), summed downwards from its largest term."""
+    """At least log P(Bin(n, p) <= k), summed downwards from its largest term; logarithms are good to 4 units."""
     if p >= 1:
         return -math.inf
     ratio = (1 - p) / p
-    first = (
-        math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1) + k * math.log(p) + (n - k) * math.log1p(-p)
-    )
-    total, term = 1.0, 1.0
+    parts = (
+        math.lgamma(n + 1), -math.lgamma(k + 1), -math.lgamma(n - k + 1), k * math.log(p), (n - k) * math.log1p(-p),
+    )  # fmt: skip
+    whole, term, rest = 1.0, 1.0, 0
     for i in range(k, 0, -1):
         term *= i * ratio / (n - i + 1)
-        total += term
-        if term < 1e-18 * total and term < 1:
+        whole += term
+        if term < UNIT / n * whole and term < 1:
+            rest = i  # terms that are smaller still
             break
-    return first + math.log(total)
+    found = math.fsum(parts) + math.log(whole)
+    return up(found, gamma(16) * math.fsum(map(abs, parts)) + gamma(6 * (k - rest) + 16) + rest * UNIT / n)
 
 
 def _check(trials: int, confidence: float) -> None:

@@ -18,15 +18,16 @@ from torch import Tensor
 
 from convexprune.bounds.input_sets import Ball, Box
 from convexprune.bounds.relaxation import ChainPair, Hidden, Rows, by_intervals, by_planes, hidden_layers, ordered
-from convexprune.bounds.statement import ROUNDING
+from convexprune.rounding import up
 
 if TYPE_CHECKING:
     import cvxpy as cp
 
-# HiGHS stops at a relative gap of 1e-4 unless told otherwise; the tolerances bound what big-M lets through
+TOLERANCE: Final = 1e-9  # the finest that HiGHS takes
+# HiGHS stops at a relative gap of 1e-4 unless told otherwise
 TIGHT: Final = {
-    "HIGHS": {"mip_rel_gap": 0.0, "mip_abs_gap": 1e-9, "mip_feasibility_tolerance": 1e-9,
-              "primal_feasibility_tolerance": 1e-9, "dual_feasibility_tolerance": 1e-9},
+    "HIGHS": {"mip_rel_gap": 0.0, "mip_abs_gap": TOLERANCE, "mip_feasibility_tolerance": TOLERANCE,
+              "primal_feasibility_tolerance": TOLERANCE, "dual_feasibility_tolerance": TOLERANCE},
 }  # fmt: skip
 
 
@@ -93,9 +94,13 @@ class Exact:
         max  d' z_L + c' (zhat_L - z_L)   over x in the box, and for each unstable neuron, with a in {0, 1},
              y >= z,  y >= 0,  y <= u a,  y <= z - l (1 - a)          l <= z <= u by `IntervalPropagation`
 
-    solver  CVXPY's name of one that takes mixed-integer linear programs
+    Every variable, row and the objective are in units of their own size, the solver's dual bound is what is taken, and
+    its tolerance is added for every row and column, times what the two networks' outputs are in those units, which
+    may cancel: a multiplier that much off moves the bound by no more. Never above what `LinearRelaxation` gives.
 
-    Raises ValueError for a `Ball`, RuntimeError where the solver does not report an optimum.
+    solver  CVXPY's name of one that takes mixed-integer linear programs and reports its dual bound
+
+    Raises ValueError for a `Ball`, RuntimeError where the solver does not report an optimum and a bound of it.
     Source: Tjeng, Xiao, Tedrake, ICLR 2019, equations (4) to (6).
     """
 
@@ -106,26 +111,42 @@ class Exact:
         if not isinstance(around, Box):
             raise ValueError("Exact takes a Box: a Ball's program is not linear; use LinearRelaxation")
         seen = hidden_layers(pair, around, by_intervals)
-        samples, count = len(around.center), rows.dense.shape[1]
-        found = torch.empty(samples, count, dtype=torch.float64)
-        for sample in range(samples):
+        most, least = (LinearRelaxation().maximum(pair, around, each) for each in (rows, rows.opposite()))
+        sizes, (z, zhat) = torch.maximum(most.abs(), least.abs()), _outputs(pair, around, seen)
+        found = most.clone()
+        for sample in range(len(around.center)):
             dense, pruned, constraints = _program(pair, around, seen, sample)
-            for row in range(count):
-                d, c = (part[min(sample, len(part) - 1), row].numpy() for part in rows)
-                found[sample, row] = self._largest(d @ dense + c @ (pruned - dense), constraints)
+            for row in range(rows.dense.shape[1]):
+                size = float(sizes[sample, row])
+                if size > 0:
+                    d, c = (part[min(sample, len(part) - 1), row] / size for part in rows)
+                    terms = 1.0 + float((d - c).abs() @ z[sample] + c.abs() @ zhat[sample])
+                    objective = (d - c).numpy() @ dense + c.numpy() @ pruned
+                    bound = up(self._largest(objective, constraints, terms) * size)
+                    found[sample, row] = min(bound, float(most[sample, row]))
         return found
 
-    def _largest(self, objective: Any, constraints: list[Any]) -> float:
+    def _largest(self, objective: Any, constraints: list[Any], terms: float) -> float:
+        """The solver's upper bound of an objective of such terms, with its tolerance for each row and column."""
         import cvxpy as cp
 
         program = cp.Problem(cp.Maximize(objective), constraints)
         try:
             program.solve(solver=self.solver, **TIGHT.get(self.solver.upper(), {}))
-        except cp.SolverError as error:
+        except (cp.SolverError, ValueError) as error:  # CVXPY cannot unpack what has no status
             raise RuntimeError(f"{self.solver} did not solve the program: {error}") from error
         if program.status != "optimal":
             raise RuntimeError(f"{self.solver} reports {program.status!r}, not an optimum; try a smaller radius")
-        return float(program.value)
+        stats: Any = program.solver_stats.extra_stats
+        beyond = 0.0
+        if program.is_mixed_integer():
+            if not hasattr(stats, "mip_dual_bound"):
+                raise RuntimeError(f"{self.solver} reports no dual bound, so nothing is certain; use HIGHS")
+            # it minimises the opposite, and leaves the constant out
+            beyond = max(float(stats.objective_function_value) - float(stats.mip_dual_bound), 0.0)
+        counted = program.size_metrics
+        parts = counted.num_scalar_variables + counted.num_scalar_eq_constr + counted.num_scalar_leq_constr
+        return float(program.value) + beyond + 4 * TOLERANCE * float(parts) * terms
 
 
 def difference_bounds(pair: ChainPair, around: Box | Ball, method: Method | None = None) -> DifferenceBounds:
@@ -152,7 +173,7 @@ def cannot_change(pair: ChainPair, around: Box | Ball, method: Method | None = N
     rows = Rows(torch.cat([behind, behind], 1), torch.cat([torch.zeros_like(behind), behind], 1))
     most = torch.maximum(*(method or LinearRelaxation()).maximum(pair, around, rows).chunk(2, 1))
     most = most.masked_fill(each[top].bool(), -math.inf)
-    settled: Tensor = (most < -ROUNDING * z.abs().amax(1, keepdim=True)).all(1)
+    settled: Tensor = (most < 0).all(1)
     return settled
 
 
@@ -190,14 +211,27 @@ def _slope(pair: ChainPair, x: Tensor) -> Tensor:
     return gradient
 
 
+def _outputs(pair: ChainPair, around: Box, seen: Sequence[Hidden]) -> list[Tensor]:
+    """(samples, outputs): sizes of the terms of z_L, and of zhat_L."""
+    ends = []
+    for weights, biases, read in (
+        (pair.weights, pair.biases, seen[-1].z.relu().size if seen else around.size),
+        (pair.pruned_weights, pair.pruned_biases, seen[-1].zhat.relu().size if seen else around.size),
+    ):
+        ends.append(read @ weights[-1].abs().T + biases[-1].abs())
+    return ends
+
+
 def _program(
     pair: ChainPair, around: Box, seen: Sequence[Hidden], sample: int
 ) -> tuple[cp.Expression, cp.Expression, list[Any]]:
     """z_L and zhat_L of one sample in CVXPY, and the constraints that make them so."""
     import cvxpy as cp
 
-    x = cp.Variable(pair.inputs)
-    constraints = [x >= around.lower[sample].numpy(), x <= around.upper[sample].numpy()]
+    low, high = around.lower[sample], around.upper[sample]
+    place = cp.Variable(pair.inputs)  # from -1 to 1
+    x = ((low + high) / 2).numpy() + cp.multiply(((high - low) / 2).numpy(), place)
+    constraints = [place >= -1, place <= 1]
     ends = []
     for weights, biases, intervals in (
         (pair.weights, pair.biases, [layer.z for layer in seen]),
@@ -213,15 +247,19 @@ def _program(
 
 
 def _relu_program(z: cp.Expression, low: Tensor, high: Tensor) -> tuple[cp.Expression, list[Any]]:
-    """relu(z), exactly, for z between low and high."""
+    """relu(z), exactly, for z between low and high; rows in units of the larger end."""
     import cvxpy as cp
 
+    size = torch.maximum(low.abs(), high.abs())
+    unit = torch.where(size > 0, size, 1.0)
     active = cp.Variable(len(low), boolean=True)
-    y = cp.Variable(len(low), nonneg=True)
+    share = cp.Variable(len(low), nonneg=True)
+    z = cp.multiply((1 / unit).numpy(), z)
     # a stable neuron's interval ends at 0, which leaves its binary without effect
-    l, u = low.clamp(max=0).numpy(), high.clamp(min=0).numpy()  # noqa: E741
+    l, u = ((each / unit).numpy() for each in (low.clamp(max=0), high.clamp(min=0)))  # noqa: E741
     fixed = [active >= (low >= 0).double().numpy(), active <= ((high > 0) | (low >= 0)).double().numpy()]
-    return y, [y >= z, y <= cp.multiply(u, active), y <= z - cp.multiply(l, 1 - active), *fixed]
+    rules = [share >= z, share <= cp.multiply(u, active), share <= z - cp.multiply(l, 1 - active), *fixed]
+    return cp.multiply(unit.numpy(), share), rules
 
 
 def _check_fit(pair: ChainPair, around: Box | Ball) -> None:

@@ -10,6 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from convexprune.rounding import gamma, raised
+
 
 class Interval(NamedTuple):
     """Entry by entry, (samples, width)."""
@@ -18,8 +20,8 @@ class Interval(NamedTuple):
     upper: Tensor
 
     def within(self, lower: Tensor, upper: Tensor) -> Interval:
-        """The intersection; where there is none, rounding has done it, and this interval stays as it is."""
-        low, high = torch.maximum(self.lower, lower), torch.minimum(self.upper, upper)
+        """The intersection with ends that took one rounding each; where there is none this one stays as it is."""
+        low, high = torch.maximum(self.lower, below(lower)), torch.minimum(self.upper, above(upper))
         fits = low <= high
         return Interval(torch.where(fits, low, self.lower), torch.where(fits, high, self.upper))
 
@@ -27,9 +29,19 @@ class Interval(NamedTuple):
         """Of relu(z)."""
         return Interval(self.lower.clamp(min=0), self.upper.clamp(min=0))
 
+    @property
+    def size(self) -> Tensor:
+        """max |x|."""
+        return torch.maximum(self.lower.abs(), self.upper.abs())
+
+    def widened(self, by: Tensor) -> Interval:
+        """With both ends further out."""
+        return Interval(self.lower - by, self.upper + by)
+
     def maximum(self, rows: Tensor) -> Tensor:
-        """Max of rows @ x over the interval, (samples, rows), of rows (samples or 1, rows, width)."""
-        return times(rows, (self.lower + self.upper) / 2) + times(rows.abs(), (self.upper - self.lower) / 2)
+        """Max of rows @ x over the interval, (samples, rows), of rows (samples or 1, rows, width); rounded up."""
+        half = (self.upper - self.lower) / 2 + gamma(2 * rows.shape[2] + 12) * self.size
+        return times(rows, (self.lower + self.upper) / 2) + times(rows.abs(), half)
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,17 +71,22 @@ class Box:
     @cached_property
     def lower(self) -> Tensor:
         """The least of each coordinate, (samples, inputs)."""
-        low = self.center - self.radius
+        low = below(self.center - self.radius) if self.radius else self.center
         return low if self.least is None else torch.maximum(low, torch.as_tensor(self.least).detach().cpu().double())
 
     @cached_property
     def upper(self) -> Tensor:
         """The most of each coordinate, (samples, inputs)."""
-        high = self.center + self.radius
+        high = above(self.center + self.radius) if self.radius else self.center
         return high if self.most is None else torch.minimum(high, torch.as_tensor(self.most).detach().cpu().double())
 
+    @property
+    def size(self) -> Tensor:
+        """At least max |x|, (samples, inputs)."""
+        return Interval(self.lower, self.upper).size
+
     def maximum(self, rows: Tensor) -> Tensor:
-        """Max over the set of rows @ x, (samples, rows), of rows (samples or 1, rows, inputs)."""
+        """Max over the set of rows @ x, (samples, rows), of rows (samples or 1, rows, inputs); rounded up."""
         return Interval(self.lower, self.upper).maximum(rows)
 
     def points(self, count: int, generator: torch.Generator) -> Tensor:
@@ -94,10 +111,18 @@ class Ball:
     def __post_init__(self) -> None:
         _check_set(self)
 
+    @property
+    def size(self) -> Tensor:
+        """At least max |x|, (samples, inputs)."""
+        return above(self.center.abs() + self.radius)
+
     def maximum(self, rows: Tensor) -> Tensor:
-        """Max over the set of rows @ x, (samples, rows), of rows (samples or 1, rows, inputs): Cauchy-Schwarz."""
-        sizes: Tensor = torch.linalg.vector_norm(rows, dim=2)
-        return times(rows, self.center) + self.radius * sizes
+        """Max over the set of rows @ x, (samples, rows), of rows (samples or 1, rows, inputs): Cauchy-Schwarz.
+
+        Rounded up.
+        """
+        sizes = raised(torch.linalg.vector_norm(rows, dim=2), rows.shape[2] + 12)
+        return times(rows, self.center) + self.radius * sizes + gamma(rows.shape[2] + 12) * times(rows.abs(), self.size)
 
     def points(self, count: int, generator: torch.Generator) -> Tensor:
         """(samples, count, inputs): half of them on the sphere, half within it."""
@@ -117,6 +142,16 @@ class Ball:
 def times(rows: Tensor, x: Tensor) -> Tensor:
     """(samples, rows) of rows (samples or 1, rows, width) and x (samples, width)."""
     return x @ rows[0].T if len(rows) == 1 else (rows @ x[..., None])[..., 0]
+
+
+def below(ends: Tensor) -> Tensor:
+    """The next smaller numbers: certainly not above what took one rounding; a sum of 0 took none."""
+    return torch.where(ends == 0, ends, torch.nextafter(ends, torch.full_like(ends, -math.inf)))
+
+
+def above(ends: Tensor) -> Tensor:
+    """The next larger numbers."""
+    return torch.where(ends == 0, ends, torch.nextafter(ends, torch.full_like(ends, math.inf)))
 
 
 def float64(tensor: Tensor, name: str) -> Tensor:

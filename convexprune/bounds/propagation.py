@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from convexprune.bounds.gains import Operator
+from convexprune.rounding import gamma, norm_above, raised, up
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,11 +65,11 @@ class Spread:
     def of(cls, gram: Tensor, rectified: bool = False) -> Spread:
         """All there is to know from D^T D."""
         squares = gram.diagonal().clamp(min=0)
-        return cls(math.sqrt(float(squares.sum())), squares.sqrt(), gram, rectified)
+        return cls(norm_above(squares.sqrt()), raised(squares.sqrt()), gram, rectified)
 
     def times(self, factor: float) -> Spread:
         """A map that enlarges each channel, and the whole, at most by `factor`, and may mix positions: no Gram left."""
-        return Spread(self.total * factor, None if self.channels is None else self.channels * factor)
+        return Spread(up(self.total * factor), None if self.channels is None else raised(self.channels * factor))
 
     def plain(self) -> Spread:
         """Only the norm of the whole."""
@@ -91,7 +92,7 @@ class Spread:
         if self.channels is None or len(self.channels) != len(channels):
             return self.plain()
         left = self.channels * channels
-        return Spread(min(self.total, float(left.norm())), left)
+        return Spread(min(self.total, norm_above(left)), left)
 
     def plus(self, other: Spread) -> Spread:
         """Of a sum of two tensors: (a D_1 + b D_2)^T (...) is at most (1 + t) D_1^T D_1 + (1 + 1/t) D_2^T D_2."""
@@ -101,11 +102,11 @@ class Spread:
             return other
         channels = gram = None
         if self.channels is not None and other.channels is not None and len(self.channels) == len(other.channels):
-            channels = self.channels + other.channels
+            channels = raised(self.channels + other.channels)
             if self.gram is not None and other.gram is not None:
                 share = other.total / self.total
-                gram = (1 + share) * self.gram + (1 + 1 / share) * other.gram
-        return _tight(self.total + other.total, channels, gram)
+                gram = _covered((1 + share) * self.gram + (1 + 1 / share) * other.gram, 8)
+        return _tight(up(self.total, other.total), channels, gram)
 
 
 class Rule(Protocol):
@@ -124,11 +125,11 @@ class Frobenius:
 
     def through(self, operator: Operator, before: Spread) -> Spread:
         """Bounds of op(D)."""
-        return Spread(operator.frobenius() * before.total)
+        return Spread(up(operator.frobenius() * before.total))
 
     def scaled(self, scale: Tensor, before: Spread) -> Spread:
         """Max |s|: a norm's scale belongs to no layer in the paper."""
-        return Spread(_largest(scale) * before.total)
+        return Spread(up(_largest(scale) * before.total))
 
 
 @dataclass(frozen=True)
@@ -137,11 +138,11 @@ class Spectral:
 
     def through(self, operator: Operator, before: Spread) -> Spread:
         """Bounds of op(D)."""
-        return Spread(operator.spectral * before.total)
+        return Spread(up(operator.spectral * before.total))
 
     def scaled(self, scale: Tensor, before: Spread) -> Spread:
         """Max |s|."""
-        return Spread(_largest(scale) * before.total)
+        return Spread(up(_largest(scale) * before.total))
 
 
 @dataclass(frozen=True)
@@ -155,38 +156,59 @@ class ByChannel:
 
     def through(self, operator: Operator, before: Spread) -> Spread:
         """Bounds of op(D)."""
-        whole = operator.spectral * before.total
-        channels = operator.rows() * before.total
+        whole = up(operator.spectral * before.total)
+        channels = raised(operator.rows() * before.total)
         gram = None
         if before.channels is not None and operator.channels % len(before.channels) == 0:
-            channels = torch.minimum(channels, operator.blocks(len(before.channels)) @ before.channels)
+            parts = raised(operator.blocks(len(before.channels)) @ before.channels, len(before.channels))
+            channels = torch.minimum(channels, parts)
         if before.gram is not None and operator.channels == len(before.gram):
-            pieces = [tap @ before.gram @ tap.T for tap in operator.taps()]
+            pieces = [_carried(tap, before.gram) for tap in operator.taps()]
             sizes = [math.sqrt(max(float(piece.trace()), 0.0)) for piece in pieces]
             # (sum A_k)^T (sum A_k) <= sum A_k^T A_k / share_k for shares that sum to 1
             gram = sum(
                 (piece * (sum(sizes) / size) for piece, size in zip(pieces, sizes, strict=True) if size > 0),
                 start=torch.zeros_like(pieces[0]),
             )
+            gram = _covered(gram, len(sizes) + 8)
             roots = [piece.diagonal().clamp(min=0).sqrt() for piece in pieces]
-            channels = torch.minimum(channels, torch.stack(roots).sum(0))
+            channels = torch.minimum(channels, raised(torch.stack(roots).sum(0), len(roots) + 4))
         return _tight(whole, channels, gram)
 
     def scaled(self, scale: Tensor, before: Spread) -> Spread:
         """Each channel by its own."""
         s = scale.detach().cpu().double()
-        whole = _largest(s) * before.total
+        whole = up(_largest(s) * before.total)
         if before.channels is None or len(before.channels) != len(s):
             return Spread(whole)
-        return _tight(whole, before.channels * s.abs(), None if before.gram is None else s[:, None] * before.gram * s)
+        gram = None if before.gram is None else _covered(s[:, None] * before.gram * s, 4)
+        return _tight(whole, raised(before.channels * s.abs()), gram)
 
 
 def _tight(total: float, channels: Tensor | None, gram: Tensor | None) -> Spread:
-    """The three bounds, each no larger than what the others say; rounding upwards is left to the gains."""
+    """The three bounds, each no larger than what the others say."""
     if gram is not None:
-        roots = gram.diagonal().clamp(min=0).sqrt()
+        roots = raised(gram.diagonal().clamp(min=0).sqrt())
         channels = roots if channels is None else torch.minimum(channels, roots)
-    return Spread(total if channels is None else min(total, float(channels.norm())), channels, gram)
+    return Spread(total if channels is None else min(total, norm_above(channels)), channels, gram)
+
+
+def _carried(tap: Tensor, gram: Tensor) -> Tensor:
+    """At least A G A^T, in the order of semidefinite matrices."""
+    size = tap.abs() @ gram.diagonal().clamp(min=0).sqrt()
+    return _above(tap @ gram @ tap.T, size, 2 * len(gram) + 8)
+
+
+def _covered(gram: Tensor, roundings: int) -> Tensor:
+    """At least a matrix whose entries took so many roundings of what two of its diagonal allow."""
+    return _above(gram, gram.diagonal().clamp(min=0).sqrt(), roundings)
+
+
+def _above(gram: Tensor, size: Tensor, roundings: int) -> Tensor:
+    """Errors of at most c s_i s_j in each of the C^2 entries are at most C c diag(s)^2, by Cauchy-Schwarz."""
+    above = gram.clone()
+    above.diagonal().add_(raised(len(size) * size.square(), 8) * gamma(roundings))
+    return above
 
 
 def _largest(scale: Tensor) -> float:

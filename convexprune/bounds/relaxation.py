@@ -15,8 +15,8 @@ Only gamma = g(z, delta) = relu(z + delta) - relu(z) has to be relaxed. Three fa
    and 0; where u < 0, relu(u + delta) and 0; where l > 0, delta and max(delta, -l). Each pair is the formula.
 3. g(z, delta) = -g(zhat, -delta), so over zhat in [l, u], min g = min(delta - min(u, 0), max(l, 0)), concave.
 
-The figures are for exact arithmetic: float64 adds about 1e-12 of the terms, a network that computes in float32 about
-1e-7 of its outputs.
+All figures are rounded outwards: what a product, a chord or an offset may have lost is added by its size, which the
+intervals give. A network that computes in float32 adds about 1e-7 of its outputs, and that is not in them.
 
 Source: Paulsen, Wang, Wang, ICSE 2020 (ReluDiff), for propagating the difference; Zhang, Weng, Chen, Hsieh, Daniel,
 NeurIPS 2018 (CROWN), for the backward pass.
@@ -32,7 +32,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from convexprune.bounds.input_sets import Ball, Box, Interval, float64
+from convexprune.bounds.input_sets import Ball, Box, Interval, above, float64, times
+from convexprune.rounding import gamma
 
 
 @dataclass(frozen=True, eq=False)
@@ -132,8 +133,11 @@ class Hidden:
         (zl, zu), (hl, hu), (dl, du) = self.z, self.zhat, self.delta
         y, yhat = self.z.relu(), self.zhat.relu()
         by_z = Interval(_change(torch.where(dl >= 0, zl, zu), dl), _change(torch.where(du >= 0, zu, zl), du))
-        by_zhat = -_change(torch.where(dl >= 0, hl, hu), -dl), -_change(torch.where(du >= 0, hu, hl), -du)
-        return by_z.within(*by_zhat).within(yhat.lower - y.upper, yhat.upper - y.lower)
+        by_zhat = Interval(-_change(torch.where(dl >= 0, hl, hu), -dl), -_change(torch.where(du >= 0, hu, hl), -du))
+        # each end is a difference of a sum
+        step = self.delta.size
+        lost = torch.where(step > 0, gamma(4) * (torch.minimum(self.z.size, self.zhat.size) + step), 0.0)
+        return by_z.widened(lost).within(*by_zhat.widened(lost)).within(yhat.lower - y.upper, yhat.upper - y.lower)
 
     @cached_property
     def y_lines(self) -> Lines:
@@ -156,7 +160,10 @@ class Hidden:
         bottom = [torch.minimum(end + below[1], below[0]) for end in self.delta]
         rise = [(_over(f[1] - f[0], high - low)).clamp(0, 1) for f in (top, bottom)]
         gap = torch.maximum(top[0] - bottom[0], top[1] - bottom[1]).clamp(min=0)
-        return Lines(rise[0], top[0] - rise[0] * low, rise[1], bottom[0] - rise[1] * low, gap)
+        # a chord's slope and offset are rounded, and its ends: it is lifted by as much
+        step = self.delta.size
+        lost = [torch.where(step > 0, gamma(12) * (step + side.size), 0.0) for side in (self.z, self.zhat)]
+        return Lines(rise[0], top[0] - rise[0] * low + lost[0], rise[1], bottom[0] - rise[1] * low - lost[1], gap)
 
 
 def _change(z: Tensor, delta: Tensor) -> Tensor:
@@ -171,7 +178,9 @@ def _relu_lines(z: Interval) -> Lines:
     above = torch.where(unstable, _over(high, high - low), (low >= 0).double())
     below = torch.where(unstable, (high > -low).double(), above)
     gap = torch.where(unstable, torch.minimum(high, -low), 0.0)
-    return Lines(above, torch.where(unstable, -above * low, 0.0), below, torch.zeros_like(low), gap)
+    # the chord's slope is rounded, and its offset: it is lifted by as much
+    offset = torch.where(unstable, -above * low + gamma(8) * z.size, 0.0)
+    return Lines(above, offset, below, torch.zeros_like(low), gap)
 
 
 Bound = Callable[[ChainPair, "Box | Ball", Sequence[Hidden], Rows], Tensor]
@@ -199,48 +208,69 @@ def hidden_layers(pair: ChainPair, around: Box | Ball, bound: Bound) -> list[Hid
 
 def by_intervals(pair: ChainPair, around: Box | Ball, seen: Sequence[Hidden], rows: Rows) -> Tensor:
     """The layer after those seen, from the intervals of the last of them."""
-    at, constant = _through(pair, len(seen), rows)
+    at, constant = _through(pair, around, seen, rows)
     if not seen:
-        return constant + around.maximum(at.dense)
+        return _summed(constant, around.maximum(at.dense))
     before = seen[-1]
     y, yhat = before.z.relu(), before.zhat.relu()
-    together = y.maximum(at.dense) + before.gamma.maximum(at.change)
-    apart = y.maximum(at.dense - at.change) + yhat.maximum(at.change)
-    return constant + torch.minimum(together, apart)
+    together = _summed(y.maximum(at.dense), before.gamma.maximum(at.change))
+    doubt = gamma(2) * times((at.dense - at.change).abs(), y.size)
+    apart = _summed(_summed(y.maximum(at.dense - at.change), doubt), yhat.maximum(at.change))
+    return _summed(constant, torch.minimum(together, apart))
 
 
 def by_planes(pair: ChainPair, around: Box | Ball, seen: Sequence[Hidden], rows: Rows) -> Tensor:
     """The layer after those seen, by substitution back to x; never above what the intervals give."""
-    at, constant = _through(pair, len(seen), rows)
+    at, constant = _through(pair, around, seen, rows)
     for level in reversed(range(len(seen))):
         back, relaxed = _relax(at, seen[level])
-        at, shift = _through(pair, level, back)
-        constant = constant + relaxed + shift
-    return torch.minimum(constant + around.maximum(at.dense), by_intervals(pair, around, seen, rows))
+        at, shift = _through(pair, around, seen[:level], back)
+        constant = _summed(constant, _summed(relaxed, shift))
+    return torch.minimum(_summed(constant, around.maximum(at.dense)), by_intervals(pair, around, seen, rows))
 
 
-def _through(pair: ChainPair, level: int, rows: Rows) -> tuple[Rows, Tensor]:
-    """Functions of (z, delta) of a layer as ones of (y, gamma) before it, and what the biases add; x has no gamma."""
+def _through(pair: ChainPair, around: Box | Ball, seen: Sequence[Hidden], rows: Rows) -> tuple[Rows, Tensor]:
+    """Functions of (z, delta) of the layer after those seen as ones of (y, gamma) before it, and what biases add.
+
+    x has no gamma. The rounding of the new coefficients is in the constant, times what they will meet.
+    """
+    level = len(seen)
     weight_change, bias_change = pair.changes[level]
     constant = rows.dense @ pair.biases[level] + rows.change @ bias_change
     dense = rows.dense @ pair.weights[level] + rows.change @ weight_change
-    return Rows(dense, rows.change @ pair.pruned_weights[level]), constant
+    read = seen[-1].z.relu().size if seen else around.size
+    own = read @ pair.weights[level].abs().T + pair.biases[level].abs()
+    other = read @ weight_change.abs().T + bias_change.abs()
+    if seen:
+        other = other + seen[-1].gamma.size @ pair.pruned_weights[level].abs().T
+    doubt = gamma(2 * sum(pair.weights[level].shape) + 16)
+    lost = doubt * (times(rows.dense.abs(), own) + times(rows.change.abs(), other))
+    return Rows(dense, rows.change @ pair.pruned_weights[level]), constant + lost
+
+
+def _summed(one: Tensor, other: Tensor) -> Tensor:
+    """At least the sum."""
+    return above(one + other)
 
 
 def _relax(at: Rows, layer: Hidden) -> tuple[Rows, Tensor]:
     """Functions of (z, delta) above those of (y, gamma), by the thinner of `LinearRelaxation`'s two bands."""
     a, c = at
-    y, yhat, gamma = layer.y_lines, layer.yhat_lines, layer.gamma_lines
+    y, yhat, moved = layer.y_lines, layer.yhat_lines, layer.gamma_lines
     with_y, y_at = y.largest(a)
-    with_gamma, gamma_at = gamma.largest(c)
+    with_gamma, gamma_at = moved.largest(c)
     rest, rest_at = y.largest(a - c)
     with_yhat, yhat_at = yhat.largest(c)
     size = c.abs()
-    together = a.abs() * y.gap[:, None] + size * gamma.gap[:, None]
+    together = a.abs() * y.gap[:, None] + size * moved.gap[:, None]
     apart = (a - c).abs() * y.gap[:, None] + size * yhat.gap[:, None]
     choice = together <= apart
     dense = torch.where(choice, with_y, rest + with_yhat)  # zhat = z + delta
     offset = torch.where(choice, y_at + gamma_at, rest_at + yhat_at).sum(2)
+    # the new coefficients and offsets are rounded: times what they meet
+    z, zhat, delta = (each.size[:, None] for each in (layer.z, layer.zhat, layer.delta))
+    met = torch.where(choice, a.abs() * z + size * (3 * delta), (a - c).abs() * 2 * z + size * (2 * zhat + z))
+    offset = offset + gamma(a.shape[2] + 16) * met.sum(2)
     return Rows(dense, torch.where(choice, with_gamma, with_yhat)), offset
 
 
