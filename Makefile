@@ -8,13 +8,16 @@ EXTRAS_dev := cvxpy,report,dev
 EXTRAS_docs := cvxpy,report,docs
 EXTRAS_bench := cvxpy,report,bench
 
-.PHONY: demo test lint docs bench clean
+.PHONY: demo test fuzz lint docs bench clean
 
 demo: .venv/demo.stamp
 	$(BIN)/convexprune demo $(ARGS)
 
 test: .venv/dev.stamp
 	$(BIN)/pytest $(ARGS)
+
+fuzz: .venv/dev.stamp
+	OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz.py $(ARGS)
 
 lint: .venv/dev.stamp
 	$(BIN)/ruff check .
