@@ -1,4 +1,4 @@
-"""The forms that problems take, what a solver may ask of each, and the one rule of who takes what.
+"""The forms of problems, the properties that a solver may read of each form, and the rule for which solver takes which.
 
 A problem declares its form by name, among its own bases: `class L1Reconstruction(LassoProblem)`. It promises to be
 that minimisation, all of it and nothing more; `takes` of a solver names the forms that it solves, or classes of
@@ -6,9 +6,9 @@ problems, or `Problem` for any.
 
     declared(problem) = the forms among type(problem).__bases__, and those that they refine
 
-What a parent declares does not count: a subclass may have added a term or a constraint, which a solver of the form
-would not see. One that is still of the form names it again: `class Mine(L1Reconstruction, LassoProblem)`. A form, in
-turn, is a class with `Form` among its own bases.
+A parent's declaration does not count: a subclass may have added a term or a constraint, which a solver of the form
+would not see. A subclass that is still of the form names it again, as in `class Mine(L1Reconstruction, LassoProblem)`.
+A form, in turn, is a class with `Form` among its own bases.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 class Form(Problem):
-    """What makes a class a form, when it stands among its own bases."""
+    """The marker of forms: a class is a form if this stands among its own bases."""
 
 
 def declared(problem: object) -> tuple[type, ...]:
@@ -189,7 +189,7 @@ class SharedPattern(GroupedLeastSquares, Form):
 
     @stated
     def spans(self) -> bool:
-        """Whether the groups compete for one count; else `parts` say all that the pattern does."""
+        """Whether the groups compete for one count; otherwise each of the `parts` has its full pattern."""
 
     @abstractmethod
     def divided(self, mask: Tensor) -> tuple[SparseLeastSquares, ...]:
@@ -247,7 +247,7 @@ class KnapsackProblem(Form):
 
     @stated
     def groups(self) -> tuple[tuple[int, ...], ...]:
-        """The curves that choose together, by their numbers."""
+        """Groups of curve indices that must take the same level."""
 
     @stated
     def budget(self) -> float:
@@ -255,11 +255,11 @@ class KnapsackProblem(Form):
 
     @stated
     def room(self) -> float:
-        """The budget, with what rounding may add to a sum of costs that are no integers: what solvers compare with."""
+        """The budget plus the rounding error of a sum of costs; solvers compare costs with this."""
 
     @stated
     def cheapest(self) -> float:
-        """What the cheapest choice costs."""
+        """The cost of the cheapest choice."""
 
     @stated
     def table(self) -> tuple[Any, Any]:
@@ -291,7 +291,7 @@ class BudgetProblem(Form):
 
 
 class MergingProblem(Form):
-    """Choose survivors among n neurons, and whom each other joins; see NeuronMerging."""
+    """Choose survivors among n neurons, and the survivor that each other neuron joins; see NeuronMerging."""
 
     @stated
     def features(self) -> Tensor:
@@ -307,8 +307,8 @@ class MergingProblem(Form):
 
     @stated
     def keep(self) -> int | None:
-        """At most so many survivors; None where `max_saliency` is given."""
+        """Maximum number of surviving neurons; None if `max_saliency` is set."""
 
     @stated
     def max_saliency(self) -> float | None:
-        """The largest sum of saliencies, with as few survivors as can be; None where `keep` is given."""
+        """Maximum total saliency, at which survivors are minimised; None if `keep` is set."""

@@ -1,7 +1,7 @@
-"""Where the cells of a pattern lie in a layer: what a solver may ask of any pattern.
+"""Where the cells of a pattern lie in a layer, derived from the methods that every pattern has.
 
-The three methods of a pattern say all of it: cell number c lies where `unfolded(0, 1, 2, ...)` is c, and can never be
-kept where `folded` of ones is below 0. Of most patterns a cell is a bundle of rows times a set of inputs: one row times
+Cell number c lies where `unfolded(0, 1, 2, ...)` is c, and can never be
+kept where `folded` of ones is below 0. In most patterns a cell is a bundle of rows times a set of inputs: one row times
 one input, a block's rows times its inputs, all rows times a channel's inputs. The layer is then a grid of B bundles
 times K sets, in which cells leave and enter as single weights do.
 """
@@ -77,7 +77,7 @@ class Layout:
 
     @property
     def forced(self) -> bool:
-        """Whether no group has more cells that may be kept than it may keep: there is nothing to choose."""
+        """Whether every group may keep all of its allowed cells, so that there is nothing to choose."""
         return int((~self.never).sum(1).max()) <= self.quota
 
     @property

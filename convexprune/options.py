@@ -33,7 +33,10 @@ def number(least: float = -math.inf, most: float = math.inf, *, least_open: bool
     def check(name: str, value: Any) -> None:
         if isinstance(value, bool) or not isinstance(value, Real):
             raise TypeError(f"{name} is {value!r}; it must be {wanted}")
-        figure = float(value)
+        try:
+            figure = float(value)
+        except OverflowError:  # a whole number beyond all floats
+            figure = math.copysign(math.inf, value)
         low_enough = figure < most or (figure == most and not most_open)
         high_enough = figure > least or (figure == least and not least_open)
         if not (low_enough and high_enough) or (math.isinf(figure) and not infinite):
@@ -63,6 +66,20 @@ def optional(check: Check) -> Check:
 def positive(name: str, value: Any) -> None:
     """A finite number > 0."""
     number(0, least_open=True)(name, value)
+
+
+def several(count: int, check: Check) -> Check:
+    """A tuple or list of `count` values, each of which `check` takes."""
+
+    def each(name: str, value: Any) -> None:
+        if not isinstance(value, (tuple, list)):
+            raise TypeError(f"{name} is {value!r}; it must be a tuple of {count} numbers")
+        if len(value) != count:
+            raise ValueError(f"{name} is {value!r}; it must have {count} entries, not {len(value)}")
+        for at, entry in enumerate(value):
+            check(f"{name}[{at}]", entry)
+
+    return each
 
 
 def between(least: float, most: float) -> Check:

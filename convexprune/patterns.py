@@ -1,8 +1,8 @@
-"""What "sparse" means: which sets of kept weights a pattern allows, and the best of them for given scores.
+"""Sparsity patterns: the sets of kept weights that each allows, and the best of these sets for given scores.
 
 Every pattern divides the cells of a layer (single weights, blocks or channels of them) into groups of one size and
-keeps the same number in each group; what is kept is counted exactly and ties go to the lower index. Three methods say
-it all, so that a pattern of one's own works as these do; `layout` reads from them where the cells lie.
+keeps the same number in each group. Kept cells are counted exactly, and ties go to the lower index. A pattern is its
+three methods, so that a pattern of your own works as these do; `layout` derives from them where the cells lie.
 """
 
 from __future__ import annotations
@@ -10,12 +10,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from numbers import Integral
-from typing import Final, Protocol, runtime_checkable
+from numbers import Integral, Real
+from typing import Any, Final, Protocol, runtime_checkable
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from convexprune.options import several, whole
 
 
 @runtime_checkable
@@ -34,12 +36,26 @@ class Pattern(Protocol):
 
 @dataclass(frozen=True)
 class Unstructured:
-    """Any `keep` weights of the layer: a fraction in [0, 1], rounded to the nearest count, or a count (an int)."""
+    """Any `keep` weights of the layer.
+
+    Args:
+        keep: A fraction in [0, 1] (a float), rounded to the nearest count, or a count (an int).
+
+    Raises:
+        ValueError: For a fraction or count out of its range; TypeError for what is neither.
+
+    Example:
+        >>> import torch, convexprune as cp
+        >>> from convexprune.patterns import select
+        >>> scores = torch.tensor([[5.0, 2.0, 0.0, 1.0], [1.0, 4.0, 3.0, 6.0]])
+        >>> select(cp.Unstructured(3), scores).int().tolist()
+        [[1, 0, 0, 0], [0, 1, 0, 1]]
+    """
 
     keep: float | int
 
     def __post_init__(self) -> None:
-        _check_keep(self.keep)
+        object.__setattr__(self, "keep", _checked_keep(self.keep))
 
     def quota(self, shape: tuple[int, int], kernel: int = 1) -> int:
         """The layer's count."""
@@ -56,12 +72,26 @@ class Unstructured:
 
 @dataclass(frozen=True)
 class PerRow:
-    """`keep` weights of each neuron: a fraction in [0, 1], rounded to the nearest count, or a count (an int)."""
+    """`keep` weights of each neuron.
+
+    Args:
+        keep: A fraction in [0, 1] (a float), rounded to the nearest count, or a count (an int).
+
+    Raises:
+        ValueError: For a fraction or count out of its range; TypeError for what is neither.
+
+    Example:
+        >>> import torch, convexprune as cp
+        >>> from convexprune.patterns import select
+        >>> scores = torch.tensor([[5.0, 2.0, 0.0, 1.0], [1.0, 4.0, 3.0, 6.0]])
+        >>> select(cp.PerRow(1), scores).int().tolist()
+        [[1, 0, 0, 0], [0, 0, 0, 1]]
+    """
 
     keep: float | int
 
     def __post_init__(self) -> None:
-        _check_keep(self.keep)
+        object.__setattr__(self, "keep", _checked_keep(self.keep))
 
     def quota(self, shape: tuple[int, int], kernel: int = 1) -> int:
         """A neuron's count."""
@@ -80,18 +110,29 @@ class PerRow:
 class NM:
     """`n` of every `m` consecutive inputs; of a convolution, of `m` consecutive input channels at a kernel position.
 
-    The layout that sparse tensor cores read (2:4).
+    Sparse tensor cores read the layout 2:4.
+
+    Args:
+        n: Number of weights that each group keeps, from 0 to m.
+        m: Size of a group; it must divide the number of input channels.
+
+    Raises:
+        ValueError: For numbers out of their range; TypeError for what are no whole numbers.
+
+    Example:
+        >>> import torch, convexprune as cp
+        >>> from convexprune.patterns import select
+        >>> scores = torch.tensor([[5.0, 2.0, 0.0, 1.0], [1.0, 4.0, 3.0, 6.0]])
+        >>> select(cp.NM(2, 4), scores).int().tolist()
+        [[1, 1, 0, 0], [0, 1, 0, 1]]
     """
 
     n: int
     m: int
 
     def __post_init__(self) -> None:
-        whole = isinstance(self.n, Integral) and isinstance(self.m, Integral)
-        if not (whole and 0 <= self.n <= self.m and self.m >= 1):
-            raise ValueError(
-                f"NM({self.n!r}, {self.m!r}) keeps n of every m weights: it needs integers 0 <= n <= m, m >= 1"
-            )
+        whole(1)("m", self.m)
+        whole(0, int(self.m))("n", self.n)
 
     def quota(self, shape: tuple[int, int], kernel: int = 1) -> int:
         """n."""
@@ -115,15 +156,30 @@ class NM:
 
 @dataclass(frozen=True)
 class Blocks:
-    """Whole blocks of `size` = (rows, consecutive inputs); `keep` of them: a fraction in [0, 1], or an int count."""
+    """Whole blocks of rows times consecutive inputs, `keep` of them.
+
+    Args:
+        size: Rows and consecutive inputs of a block; they must divide the layer.
+        keep: A fraction in [0, 1] (a float), rounded to the nearest count, or a count (an int).
+
+    Raises:
+        ValueError: For a number out of its range; TypeError for one of another type.
+
+    Example:
+        >>> import torch, convexprune as cp
+        >>> from convexprune.patterns import select
+        >>> scores = torch.tensor([[5.0, 2.0, 0.0, 1.0], [1.0, 4.0, 3.0, 6.0]])
+        >>> select(cp.Blocks((2, 2), 1), scores).int().tolist()
+        [[1, 1, 0, 0], [1, 1, 0, 0]]
+    """
 
     size: tuple[int, int]
     keep: float | int
 
     def __post_init__(self) -> None:
-        _check_keep(self.keep)
-        if len(self.size) != 2 or min(self.size) < 1:
-            raise ValueError(f"Blocks size is {self.size}; it must be (rows, inputs), both at least 1")
+        object.__setattr__(self, "keep", _checked_keep(self.keep))
+        several(2, whole(1))("size", self.size)
+        object.__setattr__(self, "size", (int(self.size[0]), int(self.size[1])))
 
     def quota(self, shape: tuple[int, int], kernel: int = 1) -> int:
         """The layer's count of blocks."""
@@ -144,16 +200,29 @@ class Blocks:
 
 @dataclass(frozen=True)
 class Channels:
-    """Whole input channels, for all neurons and kernel positions; `keep` of them: a fraction in [0, 1], or a count.
+    """Whole input channels, for all neurons and kernel positions, `keep` of them.
 
-    `compact` then takes those that nothing reads any more out of the network. Behind a Flatten each input of a layer
-    is a channel of its own.
+    `compact` then removes the channels that nothing reads from the network. Behind a Flatten each input of a layer is a
+    channel of its own.
+
+    Args:
+        keep: A fraction in [0, 1] (a float), rounded to the nearest count, or a count (an int).
+
+    Raises:
+        ValueError: For a fraction or count out of its range; TypeError for what is neither.
+
+    Example:
+        >>> import torch, convexprune as cp
+        >>> from convexprune.patterns import select
+        >>> scores = torch.tensor([[5.0, 2.0, 0.0, 1.0], [1.0, 4.0, 3.0, 6.0]])
+        >>> select(cp.Channels(2), scores).int().tolist()
+        [[1, 0, 0, 1], [1, 0, 0, 1]]
     """
 
     keep: float | int
 
     def __post_init__(self) -> None:
-        _check_keep(self.keep)
+        object.__setattr__(self, "keep", _checked_keep(self.keep))
 
     def quota(self, shape: tuple[int, int], kernel: int = 1) -> int:
         """The count of channels."""
@@ -172,13 +241,32 @@ class Channels:
 
 @dataclass(frozen=True, eq=False)
 class Support:
-    """The weights where `mask` (M, N) is True, and no others."""
+    """The weights where a mask is True, and no others.
+
+    Args:
+        mask: Boolean tensor (M, N) on the CPU.
+
+    Raises:
+        TypeError: For what is no tensor; ValueError for one that is not boolean, dense and two-dimensional.
+
+    Example:
+        >>> import torch, convexprune as cp
+        >>> from convexprune.patterns import select
+        >>> scores = torch.tensor([[5.0, 2.0, 0.0, 1.0], [1.0, 4.0, 3.0, 6.0]])
+        >>> select(cp.Support(scores > 2.5), scores).int().tolist()
+        [[1, 0, 0, 0], [0, 1, 1, 1]]
+    """
 
     mask: Tensor
 
     def __post_init__(self) -> None:
-        if self.mask.dtype != torch.bool or self.mask.ndim != 2:
-            raise ValueError(f"a support is a boolean (out, in) mask, not {self.mask.dtype} {tuple(self.mask.shape)}")
+        if not isinstance(self.mask, Tensor):
+            raise TypeError(f"mask is a {type(self.mask).__name__}; give a boolean tensor (out, in)")
+        if self.mask.dtype != torch.bool or self.mask.ndim != 2 or self.mask.layout != torch.strided:
+            kind = f"{self.mask.layout} {self.mask.dtype}" if self.mask.layout != torch.strided else self.mask.dtype
+            raise ValueError(f"mask is {kind} {tuple(self.mask.shape)}; give a dense boolean tensor (out, in)")
+        if self.mask.device.type == "meta":
+            raise ValueError("mask is on the meta device and holds no values; give one on the CPU")
 
     def quota(self, shape: tuple[int, int], kernel: int = 1) -> int:
         """All of the mask."""
@@ -258,7 +346,7 @@ def joined(patterns: Sequence[Pattern]) -> Pattern | None:
 
 
 def spans(pattern: Pattern) -> bool:
-    """Whether the rows share one count, so that what one keeps another loses."""
+    """Whether the rows share one count, so that a weight kept in one row is a weight less in the others."""
     return isinstance(pattern, (Unstructured, Blocks))
 
 
@@ -288,10 +376,15 @@ def _largest(cells: Tensor, quota: int) -> Tensor:
     return above | (level & (level.cumsum(1) <= wanted))
 
 
-def _check_keep(keep: float | int) -> None:
-    number = isinstance(keep, (int, float)) and not isinstance(keep, bool)
-    if not number or not math.isfinite(keep) or keep < 0 or (isinstance(keep, float) and keep > 1):
-        raise ValueError(f"keep is {keep!r}; it must be a fraction in [0, 1] (a float) or a count >= 0 (an int)")
+def _checked_keep(keep: Any) -> float | int:
+    """The fraction or count as a Python number."""
+    wanted = "a fraction in [0, 1] (a float) or a count >= 0 (an int)"
+    if isinstance(keep, bool) or not isinstance(keep, Real):
+        raise TypeError(f"keep is {keep!r}; it must be {wanted}")
+    found = int(keep) if isinstance(keep, Integral) else float(keep)
+    if not found >= 0 or (isinstance(found, float) and found > 1):
+        raise ValueError(f"keep is {keep!r}; it must be {wanted}")
+    return found
 
 
 def _count(keep: float | int, total: int, of: str) -> int:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import inspect
+import math
 from abc import abstractmethod
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
+import torch
 from torch import Tensor
 
 from convexprune.solution import Attempt, Certificate
@@ -101,8 +103,56 @@ class Solver(Protocol):
 
 
 def judge(problem: Problem, x: Tensor, witness: Any = None) -> Certificate:
-    """The problem's verdict on x, whoever proposed it."""
-    return Certificate(problem.value(x), problem.lower_bound(witness), problem.violation(x))
+    """Judge a point, whoever proposed it: its value, its violation, and a lower bound of all feasible points.
+
+    Args:
+        problem: The problem that judges.
+        x: The point (M, P). A point that is not finite has value and violation inf.
+        witness: A dual witness, as a solution holds it; any witness gives a valid bound, None the trivial one.
+
+    Returns:
+        The verdict, computed in float64.
+
+    Raises:
+        TypeError: For what is no problem, no tensor of real numbers, or no witness that the problem can read.
+        ValueError: For a point of another shape.
+
+    Example:
+        >>> import torch, convexprune as cp
+        >>> layer = cp.Layer.from_samples(torch.tensor([[5.0, 2.0, 0.0], [1.0, -4.0, 3.0]]), torch.eye(3))
+        >>> cp.judge(cp.NetTrim(layer, epsilon=0.1), layer.weight)
+        Certificate(value=15.0, bound=0.0, violation=0.0)
+    """
+    check_problem(problem)
+    check_point("x", x, (problem.shape[0], problem.shape[1]))
+    bound = _bound(problem, witness)
+    if not bool(torch.isfinite(x).all()):
+        return Certificate(math.inf, bound, math.inf)
+    return Certificate(problem.value(x), bound, problem.violation(x))
+
+
+def check_point(name: str, x: Any, shape: tuple[int, int]) -> None:
+    """Raises TypeError for what is no tensor of real numbers, ValueError for one of another shape."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} is a {type(x).__name__}; give a tensor of shape {shape}")
+    if x.is_complex() or x.is_quantized or x.layout != torch.strided or x.device.type == "meta":
+        kind = f"{str(x.layout).removeprefix('torch.')} {x.dtype} on {x.device}"
+        raise TypeError(f"{name} is {kind}; give a dense tensor of real numbers on the CPU")
+    if tuple(x.shape) != shape:
+        bias = tuple(x.shape) == (shape[0], shape[1] - 1)
+        hint = " (the last column is the bias)" if bias else ""
+        raise ValueError(f"{name} has shape {tuple(x.shape)}, expected {shape}{hint}")
+
+
+def _bound(problem: Problem, witness: Any) -> float:
+    try:
+        return problem.lower_bound(witness)
+    except (AttributeError, TypeError, IndexError) as error:
+        kind = f"the class {witness.__name__}" if isinstance(witness, type) else f"a {type(witness).__name__}"
+        raise TypeError(
+            f"the witness is {kind}, which {type(problem).__name__} cannot read ({error}); give the witness of a "
+            "solution, or None"
+        ) from error
 
 
 def check_problem(problem: Any, kind: type = Problem) -> None:

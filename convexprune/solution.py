@@ -1,4 +1,4 @@
-"""What a solver returns, and what the problem says of it."""
+"""The answer of a solver, and the problem's verdict on it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,13 @@ from torch import Tensor
 
 
 class Status(Enum):
-    """Why a solver stopped; never how good its point is (that is the certificate's business)."""
+    """Why a solver stopped; its certificate, not its status, says how good its point is.
+
+    Example:
+        >>> import convexprune as cp
+        >>> cp.Status.TIME_LIMIT.value
+        'the time limit was reached; try a larger time_limit'
+    """
 
     CONVERGED = "the stopping rule was met"
     MAX_ITER = "the iteration limit was reached; try a larger max_iter"
@@ -24,9 +30,16 @@ class Status(Enum):
 class Certificate:
     """The problem's own verdict on a point, in float64.
 
-    value      the objective at the point
-    bound      a lower bound of the objective over all feasible points; inf proves that there are none
-    violation  how far the point is from feasible, relative; rounded up, so 0 only when it is feasible
+    Args:
+        value: The objective at the point.
+        bound: A lower bound of the objective over all feasible points; inf proves that there are none.
+        violation: Relative distance of the point from feasibility, rounded up: 0 only when it is feasible.
+
+    Example:
+        >>> import convexprune as cp
+        >>> verdict = cp.Certificate(value=2.0, bound=1.5, violation=0.0)
+        >>> verdict.relative_gap, verdict.meets(eps_abs=1e-6, eps_rel=0.3)
+        (0.25, True)
     """
 
     value: float
@@ -59,7 +72,21 @@ class TracePoint:
 
 @dataclass(frozen=True, eq=False)
 class Attempt:
-    """What a solver proposes: a point, a dual witness where it has one, and why it stopped."""
+    """What a solver proposes; `solve` makes a certified `Solution` of it.
+
+    Args:
+        x: The point (M, P).
+        witness: A dual witness in the form that the problem reads, or None.
+        status: Why the solver stopped.
+        iterations: Number of the solver's own steps.
+        trace: Certificates on the way, if the solver looked at any.
+        note: What the user should know besides the status, such as a change of precision.
+
+    Example:
+        >>> import torch, convexprune as cp
+        >>> cp.Attempt(torch.zeros(2, 3), witness=None, status=cp.Status.CONVERGED, iterations=1).note
+        ''
+    """
 
     x: Tensor
     witness: Any
@@ -71,9 +98,24 @@ class Attempt:
 
 @dataclass(frozen=True, eq=False)
 class Solution:
-    """A point with its certificate.
+    """A point with its certificate; `print` shows both in a few lines.
 
-    x (M, P), float64 on the CPU: the layer's weights, the bias (if there is one) as the last column.
+    Args:
+        x: The point (M, P), float64 on the CPU: the layer's weights, the bias (if there is one) as the last column.
+        witness: The solver's dual witness, or None.
+        status: Why the solver stopped.
+        certificate: The problem's verdict on the point.
+        seconds: Duration of the solve.
+        iterations: Number of the solver's own steps.
+        solver: The solver that ran, with its options, as one would write it.
+        trace: Certificates on the way, if the solver looked at any.
+        note: What to know besides the status, or "".
+
+    Example:
+        >>> import torch, convexprune as cp
+        >>> layer = cp.Layer.from_samples(torch.tensor([[5.0, 2.0, 0.0], [1.0, -4.0, 3.0]]), torch.eye(3))
+        >>> cp.solve(cp.Reconstruction(layer, cp.PerRow(1)), cp.Magnitude()).solver
+        'Magnitude()'
     """
 
     x: Tensor
@@ -91,7 +133,7 @@ class Solution:
         return f"Solution({size}, {self.status.name}, {self.certificate}, solver={self.solver})"
 
     def __str__(self) -> str:
-        """A few lines: what was found, why the solver stopped, and what the problem says of it."""
+        """A few lines: the point, why the solver stopped, and the problem's verdict."""
         proof, size = self.certificate, " x ".join(map(str, self.x.shape))
         kept = int((self.x != 0).sum())
         feasible = "feasible" if proof.violation == 0 else f"violation {proof.violation:.1e}"

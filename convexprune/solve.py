@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from convexprune.forms import LassoProblem, adapted, declared, undeclared
-from convexprune.problem import Problem, Solver, can_start, check_problem, judge
+from convexprune.problem import Problem, Solver, can_start, check_point, check_problem, judge
 from convexprune.solution import Attempt, Certificate, Solution, Status
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ _defaults: dict[type, Callable[[], Solver]] = {}
 
 
 def set_default(kind: type, factory: Callable[[], Solver]) -> None:
-    """Name the solver that problems get when the caller names none: of a form, or of exactly this class."""
+    """Set the default solver of a form, or of exactly one class of problems."""
     _defaults[kind] = factory
 
 
@@ -37,12 +37,28 @@ def default_solver(problem: Problem) -> Solver:
 
 
 def solve(problem: Problem, solver: Solver | None = None, *, start: Tensor | None = None) -> Solution:
-    """Solve a problem and certify the answer: the point is judged by the problem, in float64, never by the solver.
+    """Solve a problem and certify the answer: the problem judges the point in float64, never the solver.
 
-    `start` (M, P) is a point to begin from. Without `solver` the problem's default, our best, is used.
+    Args:
+        problem: The problem, such as `NetTrim(layer, epsilon=0.05)`.
+        solver: The solver; None takes the problem's default.
+        start: A point (M, P) to begin from.
 
-    Raises TypeError for what is no problem or no solver, and where the solver does not take the problem; ValueError
-    for a start that does not fit, and where the solver cannot begin from one.
+    Returns:
+        The point with its certificate, the solver's status, and the seconds and iterations that it took.
+
+    Raises:
+        TypeError: For what is no problem, no solver or no tensor, and for a problem that the solver does not take.
+        ValueError: For a start that does not fit, and for a solver that cannot begin from one.
+
+    Example:
+        >>> import torch, convexprune as cp
+        >>> layer = cp.Layer.from_samples(torch.tensor([[5.0, 2.0, 0.0], [1.0, -4.0, 3.0]]), torch.eye(3))
+        >>> solution = cp.solve(cp.Reconstruction(layer, cp.Unstructured(3)))
+        >>> solution.x.round(decimals=3).tolist()
+        [[5.0, 0.0, 0.0], [0.0, -4.0, 3.0]]
+        >>> solution.status.name, round(solution.certificate.value, 3), solution.certificate.violation
+        ('CONVERGED', 1.667, 0.0)
     """
     check_problem(problem)
     shape = (problem.shape[0], problem.shape[1])
@@ -54,22 +70,19 @@ def solve(problem: Problem, solver: Solver | None = None, *, start: Tensor | Non
         with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):  # of the caller's
             attempt = solver.solve(problem, start)
     except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
-        # a matrix that should have been positive definite was not: the dense layer, and the status says why
+        # a matrix that should be positive definite is not: return the dense layer with status NUMERICAL
         attempt = Attempt(problem.dense, None, Status.NUMERICAL, 0)
     seconds = time.perf_counter() - begun
     if not isinstance(attempt, Attempt) or not isinstance(attempt.x, Tensor):
         kind = f"an Attempt of a {type(attempt.x).__name__}" if isinstance(attempt, Attempt) else type(attempt).__name__
         raise TypeError(f"{type(solver).__name__} returned {kind}; return Attempt(x, witness, status, iterations)")
+    check_point(f"the point that {type(solver).__name__} returned", attempt.x, shape)
     x, status = attempt.x.detach().cpu().double(), attempt.status
-    if tuple(x.shape) != shape:
-        bias = shape[0], shape[1] - 1
-        hint = " (the last column is the bias)" if tuple(x.shape) == bias else ""
-        raise ValueError(f"{type(solver).__name__} returned a point of shape {tuple(x.shape)}, not {shape}{hint}")
     if bool(torch.isfinite(x).all()):
         certificate = judge(problem, x, attempt.witness)
     else:
         status = Status.NUMERICAL
-        certificate = Certificate(float("inf"), problem.lower_bound(attempt.witness), float("inf"))
+        certificate = Certificate(math.inf, problem.lower_bound(attempt.witness), math.inf)
     note = attempt.note
     if status is Status.INFEASIBLE and certificate.bound < math.inf:
         status, note = Status.NUMERICAL, f"{note}; {UNPROVEN}" if note else UNPROVEN
@@ -79,15 +92,12 @@ def solve(problem: Problem, solver: Solver | None = None, *, start: Tensor | Non
 
 
 def rejudged(solution: Solution, problem: Problem, x: Tensor) -> Solution:
-    """The solution with another point, judged anew: what `prune` writes is what its certificate speaks of."""
+    """The solution with another point, judged anew, so that its certificate is that of the point `prune` writes."""
     return replace(solution, x=x, certificate=judge(problem, x, solution.witness))
 
 
 def _check_start(start: Any, shape: tuple[int, int], solver: Solver) -> None:
-    if not isinstance(start, Tensor):
-        raise TypeError(f"start is a {type(start).__name__}; give a tensor of shape {shape}")
-    if tuple(start.shape) != shape:
-        raise ValueError(f"start has shape {tuple(start.shape)}, expected {shape}")
+    check_point("start", start, shape)
     if not bool(torch.isfinite(start).all()):
         raise ValueError("start holds NaN or inf; give a point of finite numbers")
     if not can_start(solver):

@@ -32,7 +32,7 @@ ALLOWED = {
     "moments": {"rounding"},
     "quadratic": {"moments", "rounding"},
     "layer": {"moments", "quadratic", "rounding"},
-    "patterns": set(),
+    "patterns": {"options"},
     "layout": {"patterns"},
     "solution": set(),
     "curve": {"options"},

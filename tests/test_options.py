@@ -86,7 +86,7 @@ def test_what_ran_is_what_is_reported(pruning, lasso):
     [
         ({"eps_rel": 1e-9}, {}, r"finish has eps_rel=1e-09, but ADMM's eps_rel counts: ADMM\(eps_rel=1e-09\)"),
         ({"eps_abs": 1e-9}, {"eps_abs": 1e-8}, "finish has eps_abs=1e-09"),
-        ({"device": "cuda"}, {}, "finish has device='cuda'"),
+        ({"device": "cpu:0"}, {}, "finish has device='cpu:0'"),
         (None, {"handover": 0.2}, "handover is 0.2, but there is no finish"),
     ],
 )

@@ -103,7 +103,7 @@ def test_excess_counts_what_is_too_much():
 @pytest.mark.parametrize("keep", [-1, 1.5, math.nan, math.inf, True, "0.5"])
 @pytest.mark.parametrize("kind", [Unstructured, PerRow, lambda keep: Blocks((1, 1), keep)])
 def test_a_bad_keep_is_refused(kind, keep):
-    with pytest.raises(ValueError, match="keep is"):
+    with pytest.raises(TypeError if keep is True or keep == "0.5" else ValueError, match="keep is"):
         kind(keep)
 
 
@@ -115,9 +115,9 @@ def test_what_does_not_fit_is_refused():
         select(Blocks((3, 3), 0.5), s)
     with pytest.raises(ValueError, match="has only 48"):
         select(Unstructured(49), s)
-    with pytest.raises(ValueError, match="0 <= n <= m"):
+    with pytest.raises(ValueError, match="n is 5; it must be a whole number from 0 to 4"):
         NM(5, 4)
-    with pytest.raises(ValueError, match=r"NM\('2', '4'\)"):
+    with pytest.raises(TypeError, match="m is '4'"):
         NM("2", "4")
     with pytest.raises(ValueError, match="the support has shape"):
         select(Support(torch.ones(2, 2, dtype=torch.bool)), s)

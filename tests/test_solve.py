@@ -51,7 +51,7 @@ def test_a_non_finite_point_is_caught(problem, value):
 
 
 def test_a_point_of_another_shape_is_refused(problem):
-    with pytest.raises(ValueError, match=r"Liar returned a point of shape \(2, 2\)"):
+    with pytest.raises(ValueError, match=r"the point that Liar returned has shape \(2, 2\)"):
         solve(problem, Liar(torch.zeros(2, 2)))
 
 

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     import cvxpy as cp
 
 Minorant = tuple[float, Tensor]
+IDLE = 2.0**-20  # of an output's rms: 16 units of float32's rounding
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,8 +118,15 @@ class Reconstruction(PerspectiveProblem):
         return select(self.pattern, scores, self.layer.kernel, self.always, grow)
 
     def completed(self, weight: Tensor) -> Tensor:
-        """(M, P), float64: W for V (M, N), with the best bias as the last column, if the layer has one."""
-        weight = weight.detach().cpu().double() / self._root[:, None]
+        """(M, P), float64: W for V (M, N), with the best bias as the last column, if the layer has one.
+
+        A weight that is 0 in the dense layer stays 0 unless it pays: one that moves its output by less than float32
+        resolves is a solver's rounding, and would undo what an earlier pruning removed.
+        """
+        weight = weight.detach().cpu().double()
+        moves = weight.square() * self.gram.diagonal()
+        idle = (self.target == 0) & (moves <= IDLE**2 * self.energies.clamp(min=0)[:, None])
+        weight = weight.masked_fill(idle, 0.0) / self._root[:, None]
         return weight if self.layer.bias is None else torch.cat([weight, self.layer.best_bias(weight)[:, None]], 1)
 
     def value(self, x: Tensor) -> float:

@@ -39,7 +39,7 @@ class Refit:
         return Refit(adapted(self.inner, problem))
 
     def solve(self, problem: GroupedLeastSquares, start: Tensor | None = None) -> Attempt:
-        """What `inner` proposes, its weights replaced by the best on its support."""
+        """The inner solver's proposal, with its weights replaced by the best on its support."""
         attempt = self.inner.solve(problem, start)
         if not bool(torch.isfinite(attempt.x).all()):
             return attempt
@@ -55,7 +55,7 @@ class Refit:
 class Then:
     """A second solver that begins where the first one ended.
 
-    Raises ValueError where the second cannot begin from a start: what the first found would be lost.
+    Raises ValueError if the second cannot begin from a start: the first one's point would be lost.
     """
 
     first: Solver

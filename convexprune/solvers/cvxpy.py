@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final
 import torch
 
 from convexprune.extras import extras
+from convexprune.options import positive, text, whole
 from convexprune.problem import Problem
 from convexprune.solution import Attempt, Status
 
@@ -17,12 +18,13 @@ if TYPE_CHECKING:
     import cvxpy as cp
     from torch import Tensor
 
-# what a solver calls the two limits, where it is not max_iter and time_limit; HiGHS counts for each of its algorithms
+# the solvers' own names of the two limits, if not max_iter and time_limit; HiGHS has one for each of its algorithms
 LIMIT_NAMES: Final = {
     ("SCS", "max_iter"): ("max_iters",),
     ("SCS", "time_limit"): ("time_limit_secs",),
     ("HIGHS", "max_iter"): ("simplex_iteration_limit", "ipm_iteration_limit", "qp_iteration_limit"),
 }
+LIMITS: Final = {"max_iter": whole(1), "time_limit": positive}  # leave one out for no limit
 # CVXPY's "inaccurate" means out of steps or time for a first-order method, and a stall for the others
 FIRST_ORDER: Final = ("SCS", "OSQP")
 
@@ -31,12 +33,25 @@ FIRST_ORDER: Final = ("SCS", "OSQP")
 class CVXPY:
     """A solver behind CVXPY, by its CVXPY name: CVXPY("CLARABEL"), CVXPY("SCS", eps_abs=1e-8).
 
-    `max_iter` and `time_limit` (seconds) are translated to the solver's own names, `verbose` is CVXPY's; every other
-    option goes to the solver as it is. Points come back as the solver left them: an entry that ought to be zero
-    may be 1e-9. CVXPY's solvers begin where they like: it cannot begin from a start.
+    Points come back as the solver left them: an entry that should be zero may be 1e-9. It cannot begin from a start.
 
-    Raises ValueError for a solver that is not installed (which ones are, it says) and for an option that the solver
-    does not know, TypeError for a problem that it cannot take.
+    Args:
+        solver: CVXPY's name of the solver, in any case.
+        options: `max_iter` and `time_limit` (seconds) are translated to the solver's own names, `verbose` is CVXPY's;
+            every other option goes to the solver unchanged.
+
+    Raises:
+        ValueError: For a solver that is not installed, a limit out of its range, and an option that the solver does
+            not know.
+        TypeError: For a problem that the solver cannot take, and a name or limit of another type.
+        ModuleNotFoundError: Without CVXPY.
+
+    Example:
+        >>> import torch, convexprune as cp
+        >>> layer = cp.Layer.from_samples(torch.tensor([[5.0, 2.0, 0.0], [1.0, -4.0, 3.0]]), torch.eye(3))
+        >>> solution = cp.solve(cp.L1Reconstruction(layer, lam=0.1), cp.CVXPY("CLARABEL"))
+        >>> solution.status.name, round(solution.certificate.value, 3)
+        ('CONVERGED', 1.425)
     """
 
     takes: ClassVar[type] = Problem
@@ -46,12 +61,13 @@ class CVXPY:
     options: tuple[tuple[str, Any], ...]
 
     def __init__(self, solver: str, **options: Any) -> None:
+        text("solver", solver)
+        for name, check in LIMITS.items():
+            if name in options:
+                check(name, options[name])
         installed = _installed()
         if solver.upper() not in installed:
             raise ValueError(f"solver {solver!r} is not installed; CVXPY finds {', '.join(installed)}")
-        for key in ("max_iter", "time_limit"):
-            if key in options and not options[key] > 0:
-                raise ValueError(f"{key} is {options[key]}; it must be > 0")
         object.__setattr__(self, "solver", solver.upper())
         object.__setattr__(self, "options", tuple(options.items()))
 
@@ -78,7 +94,7 @@ class CVXPY:
         return Attempt(x, formulation.witness(), status, iterations)
 
     def _run(self, program: cp.Problem) -> None:
-        """Solve; what went wrong is in the program's status, except an option that the solver does not know."""
+        """Solve; the program's status says what went wrong. Raises ValueError for an option that the solver lacks."""
         with extras():
             import cvxpy as cp
 

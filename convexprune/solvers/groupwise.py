@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from convexprune.forms import GroupedLeastSquares, SharedPattern, StackedProblem, adapted, declared, taken
+from convexprune.options import check_options, whole
 from convexprune.problem import Problem, Solver, can_start, check_solver
 from convexprune.solution import Attempt, Status
 from convexprune.solvers.least_squares.branch_and_bound import BranchAndBound
@@ -24,15 +25,25 @@ from convexprune.solvers.least_squares.scaling import Scaled
 
 @dataclass(frozen=True)
 class Groupwise:
-    """Each group by the inner solver, or all at once by one that takes them together (`GroupedLeastSquares`).
+    """Solve each group by the inner solver, or all at once if that takes them together (`GroupedLeastSquares`).
 
-    inner  for one group; a time limit is each group's
-    exact  a reconstruction with at most so many inputs in a group is solved to the optimum instead, all groups at once,
-           by `BranchAndBound`: up to 10 it takes about a millisecond a neuron. 0: none is
+    The status is the worst of the groups' statuses, in the order of `Status`; iterations are the sum.
 
-    The status is the worst of the groups', in the order of `Status`; iterations are the sum.
+    Args:
+        inner: Solver of one group; a time limit holds for each group.
+        exact: Reconstructions of at most `exact` inputs in a group are solved to the optimum instead, all groups at
+            once, by `BranchAndBound`; up to 10 inputs that takes about a millisecond for each neuron. 0: none are.
 
-    Raises ValueError for a negative `exact`.
+    Raises:
+        ValueError: For a negative `exact`; TypeError for one that is no whole number, and for what is no solver.
+
+    Example:
+        >>> import torch, convexprune as cp
+        >>> layer = cp.Layer.from_samples(torch.tensor([[5.0, 2.0, 0.0], [1.0, -4.0, 3.0]]), torch.eye(3))
+        >>> from convexprune.problems import Stacked
+        >>> problem = Stacked((cp.L1Reconstruction(layer, lam=0.1), cp.L1Reconstruction(layer, lam=0.1)))
+        >>> cp.solve(problem, cp.Groupwise(cp.ADMM())).x.shape
+        torch.Size([4, 3])
     """
 
     takes: ClassVar[type] = StackedProblem
@@ -42,8 +53,7 @@ class Groupwise:
 
     def __post_init__(self) -> None:
         check_solver(self.inner)
-        if self.exact < 0:
-            raise ValueError(f"exact is {self.exact}; it must be a number of inputs >= 0")
+        check_options(self, exact=whole(0))
 
     @property
     def starts(self) -> bool:

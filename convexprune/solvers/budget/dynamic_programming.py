@@ -18,6 +18,7 @@ from torch import Tensor
 
 from convexprune import knapsack
 from convexprune.forms import KnapsackProblem
+from convexprune.options import check_options, optional, whole
 from convexprune.rounding import gamma
 from convexprune.solution import Attempt, Status
 from convexprune.solvers.budget.lagrangian_price import LagrangianPrice, infeasible
@@ -36,8 +37,7 @@ class DynamicProgramming:
     buckets: int | None = 10_000
 
     def __post_init__(self) -> None:
-        if self.buckets is not None and self.buckets < 1:
-            raise ValueError(f"buckets is {self.buckets}; it must be at least 1, or None for one for each unit")
+        check_options(self, buckets=optional(whole(1)))
 
     def solve(self, problem: KnapsackProblem, start: Tensor | None = None) -> Attempt:
         """The start is not used; the witness is the price of `LagrangianPrice`.
@@ -64,11 +64,12 @@ class DynamicProgramming:
             if bool((real != np.round(real)).any()):
                 raise ValueError("buckets is None, but some costs are no integers; give a number of buckets")
             return np.where(np.isfinite(cost), cost, -1).astype(np.int64), int(min(budget, real.max(1).sum()))
-        spare = budget if budget > 0 else 1.0
-        # a quotient above a whole number by a few rounding errors is that number
-        exact = real / spare * self.buckets
-        whole = np.ceil(exact * (1 - gamma(8)))
-        return np.where(np.isfinite(cost), whole, -1).astype(np.int64), self.buckets
+        if budget == 0:  # only what is free fits
+            return np.where(cost == 0, 0, -1).astype(np.int64), self.buckets
+        # a quotient above a whole number by a few rounding errors is that number; what is above the budget never fits
+        exact = np.minimum(real / budget, 2.0) * self.buckets
+        rounded = np.ceil(exact * (1 - gamma(8)))
+        return np.where(np.isfinite(cost), rounded, -1).astype(np.int64), self.buckets
 
 
 def _swept(cost: knapsack.Choice, loss: knapsack.Array, buckets: int) -> knapsack.Choice | None:

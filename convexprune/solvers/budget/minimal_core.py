@@ -17,6 +17,7 @@ from torch import Tensor
 
 from convexprune import knapsack
 from convexprune.forms import KnapsackProblem
+from convexprune.options import check_options
 from convexprune.solution import Attempt, Status
 from convexprune.solvers.budget.lagrangian_price import infeasible
 
@@ -48,6 +49,9 @@ class MinimalCore:
     starts: ClassVar[bool] = False
 
     time_limit: float | None = None
+
+    def __post_init__(self) -> None:
+        check_options(self)
 
     def solve(self, problem: KnapsackProblem, start: Tensor | None = None) -> Attempt:
         """The start is not used. Status INFEASIBLE if the budget is below the cheapest choice."""

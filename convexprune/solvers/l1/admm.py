@@ -12,11 +12,13 @@ import torch
 from torch import Tensor
 
 from convexprune.forms import BallProblem, GroupedLeastSquares, LassoProblem, declared
+from convexprune.options import between, check_options, positive
 from convexprune.problem import Problem, Solver, judge
 from convexprune.solution import Attempt, Certificate, Status, TracePoint
 from convexprune.solvers.l1.splitting import Splitting, splitting
 from convexprune.solvers.l1.working_set import WorkingSet
 from convexprune.solvers.least_squares.rising_penalty import RisingPenalty
+from convexprune.solvers.least_squares.spd_inverse import NotDefinite
 
 CHECK = 20  # steps between two looks at the certificate
 ADAPT = 10  # steps between two changes of rho
@@ -31,16 +33,35 @@ class ADMM:
     """Over-relaxed ADMM with adaptive rho that ends in a sparse and feasible point.
 
     For a problem with a sparsity pattern, which is not convex, it is `RisingPenalty` with the same max_iter,
-    time_limit, device and dtype, and any other option that is not at its default raises ValueError.
+    time_limit, device and dtype.
 
-    eps_abs, eps_rel  stop when the certificate has violation <= eps_abs and relative gap <= eps_rel
-    max_iter          first-order steps
-    time_limit        seconds, or None
-    device, dtype     where and in what the first-order steps run; verdicts are always float64
-    alpha             over-relaxation, in (0, 2)
-    handover          the relative gap and violation at which the finish takes over
-    finish            the Newton-type finish, with ADMM's eps_abs, eps_rel and device; or None to stop at ADMM's own
-                      accuracy
+    Args:
+        eps_abs: The largest violation with which the run has converged.
+        eps_rel: The largest relative gap with which the run has converged.
+        max_iter: Largest number of first-order steps, in each precision.
+        time_limit: Seconds, or None for no limit.
+        device: Where the first-order steps run: "cpu", "cuda", ...
+        dtype: Precision of the first-order steps. If a run in torch.float32 ends MAX_ITER or NUMERICAL, it goes on in
+            torch.float64 from its best point, and the note says so. Verdicts are always float64.
+        alpha: Over-relaxation, in (0, 2).
+        handover: The relative gap and violation at which the finish takes over; it also does where the steps stall.
+        finish: The Newton-type finish, which runs with ADMM's eps_abs, eps_rel and device; None stops at ADMM's own
+            accuracy. If it needs more than its memory, ADMM's own point stays, and the note says so.
+
+    Raises:
+        ValueError: For an option out of its range, and for one that does not apply: on a problem with a sparsity
+            pattern all but the four above.
+        TypeError: For an option of another type.
+
+    Source:
+        Aghasi, Abdi, Romberg, SIMODS 2020, section 4; Boyd et al., Foundations and Trends in Machine Learning 2011.
+
+    Example:
+        >>> import torch, convexprune as cp
+        >>> layer = cp.Layer.from_samples(torch.tensor([[5.0, 2.0, 0.0], [1.0, -4.0, 3.0]]), torch.eye(3))
+        >>> solution = cp.solve(cp.NetTrim(layer, epsilon=0.1), cp.ADMM(eps_rel=1e-4))
+        >>> solution.status.name, solution.certificate.violation <= 1e-6
+        ('CONVERGED', True)
     """
 
     takes: ClassVar[tuple[type, ...]] = (BallProblem, LassoProblem, GroupedLeastSquares)
@@ -56,15 +77,7 @@ class ADMM:
     finish: WorkingSet | None = field(default_factory=WorkingSet)
 
     def __post_init__(self) -> None:
-        for name in ("eps_abs", "eps_rel", "handover"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be a finite number > 0")
-        if not 0 < self.alpha < 2:
-            raise ValueError(f"alpha is {self.alpha}; over-relaxation must be in (0, 2)")
-        if self.max_iter < 1:
-            raise ValueError(f"max_iter is {self.max_iter}; it must be at least 1")
-        if self.dtype not in (torch.float32, torch.float64):
-            raise ValueError(f"dtype is {self.dtype}; the steps run in torch.float32 or torch.float64")
+        check_options(self, alpha=between(0, 2), handover=positive)
         self._check_finish()
 
     def adapted(self, problem: Problem) -> Solver:
@@ -84,9 +97,22 @@ class ADMM:
         trivial = _zero_if_feasible(problem) if BallProblem in declared(problem) else None
         if trivial is not None:
             return trivial
-        split = splitting(problem, start, self.alpha, torch.device(self.device), self.dtype)
         run = _Run(problem, self._meets, begun)
-        handover = self.handover
+        status = self._descend(problem, start, run, deadline, self.dtype)
+        if status in (Status.MAX_ITER, Status.NUMERICAL) and self.dtype is torch.float32:
+            run.notes.append(f"float32 ended {status.name}, float64 went on from its best point")
+            status = self._descend(problem, run.found, run, deadline, torch.float64)
+        return run.attempt(status)
+
+    def _descend(
+        self, problem: Any, start: Tensor | None, run: _Run, deadline: float, dtype: torch.dtype
+    ) -> Status:  # fmt: skip
+        """First-order steps in one precision, and the finish when they are close; why they stopped."""
+        try:
+            split = splitting(problem, start, self.alpha, torch.device(self.device), dtype)
+        except NotDefinite:
+            return Status.NUMERICAL
+        handover, before, patience = self.handover, run.steps, _Patience()
         for step in range(1, self.max_iter + 1):
             split.step()
             if step % ADAPT == 0 and step <= SETTLED:
@@ -94,20 +120,21 @@ class ADMM:
             late = time.perf_counter() > deadline
             if step % CHECK and step < self.max_iter and not late:
                 continue
-            certificate = run.look(split, step)
+            certificate = run.look(split, before + step)
             status = self._verdict(problem, certificate)
-            if status is None and late:
-                status = Status.TIME_LIMIT
-            if status is not None:
-                return run.attempt(status)
-            if self.finish is not None and max(certificate.relative_gap, certificate.violation) < handover:
-                if self._finished(problem, split, run, deadline):
-                    return run.attempt(Status.CONVERGED)
-                handover /= 4
+            if status is not None or late:
+                return status or Status.TIME_LIMIT
+            distance = max(certificate.relative_gap, certificate.violation)
+            if distance < handover or patience.ends(step, distance):
+                if self._finished(problem, run, deadline, split.point, split.witness):
+                    return Status.CONVERGED
+                handover = min(handover, distance) / 4
         # badly scaled inputs keep first-order steps far from the optimum; the finish minds them less
-        if self.finish is not None and self._finished(problem, split, run, deadline):
-            return run.attempt(Status.CONVERGED)
-        return run.attempt(Status.MAX_ITER)
+        if self._finished(problem, run, deadline, split.point, split.witness):
+            return Status.CONVERGED
+        if dtype is torch.float64 and self._finished(problem, run, deadline, problem.dense, None):
+            return Status.CONVERGED
+        return Status.MAX_ITER
 
     def _rising(self) -> RisingPenalty:
         for name, default in vars(ADMM()).items():
@@ -139,12 +166,18 @@ class ADMM:
             return Status.INFEASIBLE
         return None
 
-    def _finished(self, problem: Problem, split: Splitting, run: _Run, deadline: float) -> bool:
-        """Hand over to the finish; whether its certificate meets the rule."""
-        assert self.finish is not None
+    def _finished(self, problem: Problem, run: _Run, deadline: float, point: Tensor, witness: Tensor | None) -> bool:
+        """Hand over to the finish; whether its certificate meets the rule. One that does not fit is not asked again."""
+        if self.finish is None or run.crowded:
+            return False
         finish = replace(self.finish, **{name: getattr(self, name) for name in GIVEN})
         offset = time.perf_counter() - run.begun
-        finer = finish.refine(problem, split.point.cpu().double(), split.witness, deadline)
+        try:
+            finer = finish.refine(problem, point.cpu().double(), witness, deadline)
+        except MemoryError as error:
+            run.crowded = True
+            run.notes.append(f"the finish did not run: {error}")
+            return False
         run.adopt(finer, offset)
         return self._meets(run.best_certificate)
 
@@ -152,8 +185,24 @@ class ADMM:
         return certificate.meets(self.eps_abs, self.eps_rel)
 
 
+class _Patience:
+    """Says when first-order steps have stalled: a distance that has not halved while their number doubled."""
+
+    def __init__(self) -> None:
+        self.next, self.least, self.before = SETTLED, math.inf, math.inf
+
+    def ends(self, step: int, distance: float) -> bool:
+        """To be asked at every look."""
+        self.least = min(self.least, distance)
+        if step < self.next:
+            return False
+        stalled = self.least > self.before / 2
+        self.before, self.next = self.least, 2 * self.next
+        return stalled
+
+
 class _Run:
-    """What a run has seen: its trace, and the best point by the problem's own verdict."""
+    """The record of a run: its trace, and the best point by the problem's own verdict."""
 
     def __init__(self, problem: Problem, meets: Callable[[Certificate], bool], begun: float) -> None:
         self.problem, self.meets, self.begun = problem, meets, begun
@@ -162,6 +211,13 @@ class _Run:
         self.last: tuple[Tensor, Tensor] | None = None
         self.best_certificate = Certificate(math.inf, -math.inf, math.inf)
         self.steps = 0
+        self.crowded = False  # the finish needs more memory than it may take
+        self.notes: list[str] = []
+
+    @property
+    def found(self) -> Tensor | None:
+        """The best point so far; None where none is finite."""
+        return None if self.best is None or not bool(torch.isfinite(self.best[0]).all()) else self.best[0]
 
     def look(self, split: Splitting, step: int) -> Certificate:
         """Judge the splitting's point now."""
@@ -172,13 +228,15 @@ class _Run:
         return certificate
 
     def adopt(self, attempt: Attempt, offset: float) -> None:
-        """Take over what the finish found."""
+        """Take over the finish's point and trace."""
         self.trace += [TracePoint(offset + p.seconds, p.certificate) for p in attempt.trace]
         self._keep(attempt.x, attempt.witness, judge(self.problem, attempt.x, attempt.witness))
 
     def _keep(self, x: Tensor, witness: Tensor, certificate: Certificate) -> None:
-        def merit(c: Certificate) -> tuple[bool, float]:  # what meets the rule comes before what has a smaller sum
-            return not self.meets(c), c.violation + abs(c.relative_gap)
+        def merit(
+            c: Certificate,
+        ) -> tuple[bool, float]:  # points that meet the rule come first
+            return not self.meets(c), c.violation + abs(c.relative_gap) if math.isfinite(c.value) else math.inf
 
         if self.best is None or merit(certificate) < merit(self.best_certificate):
             self.best, self.best_certificate = (x.clone(), witness.clone()), certificate
@@ -186,8 +244,10 @@ class _Run:
     def attempt(self, status: Status) -> Attempt:
         """The best of the run; of an infeasible problem the last, whose witness proves the largest bound."""
         found = self.last if status is Status.INFEASIBLE else self.best
-        assert found is not None
-        return Attempt(*found, status, self.steps, tuple(self.trace))
+        note = "; ".join(self.notes)
+        if found is None:
+            return Attempt(self.problem.dense, None, status, self.steps, note=note)
+        return Attempt(*found, status, self.steps, tuple(self.trace), note)
 
 
 def _zero_if_feasible(problem: Problem) -> Attempt | None:

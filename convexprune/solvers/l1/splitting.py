@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, Protocol
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 from convexprune.forms import BallProblem, LassoProblem, declared
 
 BALANCE = 3.0  # residuals further apart than this factor change rho
-UNEQUAL = 30.0  # columns with so many times the typical energy get a weight of their own
+UNEQUAL = 30.0  # a column with more than this times the median energy gets a weight of its own
 
 
 class Splitting(Protocol):
@@ -42,25 +43,29 @@ class BallSplitting:
 
     T <- project(X U - A);  S <- soft(U - B, 1 / (rho w));  (X^T X + w I) U <- X^T (T + A) + w (S + B);
     A <- A + T - X U;  B <- B + S - U, with T and S over-relaxed. Everything is transposed: U, S are (P, M).
-    The weight w of the second block against the first is what scaling X would do; a column that dwarfs the others, such
-    as the ones of a bias beside tiny inputs, has its own.
+    X and Y are first divided by powers of two near their largest entries, so that float32 neither overflows nor rounds
+    them anew. The weight w of the second block against the first acts as a scaling of X's columns; a column much larger
+    or smaller than the others, such as the ones of a bias beside tiny inputs, has a weight of its own.
     """
 
     def __init__(self, problem: BallProblem, start: Tensor | None, alpha: float, device: torch.device,
                  dtype: torch.dtype) -> None:  # fmt: skip
-        self.problem, self.alpha = problem, alpha
-        self.inputs = problem.inputs.to(device, dtype)
-        self.outputs, self.active = problem.outputs.to(device, dtype), problem.active.to(device)
-        ceiling = problem.ceiling.to(device, dtype)
-        self.top = torch.where(self.active, torch.inf, ceiling)
+        self.alpha, self.active = alpha, problem.active.to(device)
+        self.unit = _unit(problem.inputs), _unit(problem.outputs)  # of X, of Y
+        self.inputs = (problem.inputs.to(device) / self.unit[0]).to(dtype)
+        outputs, ceiling = (each.to(device) / self.unit[1] for each in (problem.outputs, problem.ceiling))
+        self.outputs, self.radius = outputs.to(dtype), problem.radius / self.unit[1]
+        self.top = torch.where(self.active, torch.inf, ceiling.to(dtype))
         gram = self.inputs.T @ self.inputs
         self.weight = 0.05 * _energies(gram.diagonal())[:, None]
         kernel = gram.double() + torch.diag(self.weight[:, 0].double())
         self.kernel = torch.cholesky_inverse(torch.linalg.cholesky(kernel)).to(dtype)
-        size = float(problem.dense.abs().mean()) or 1.0
+        self.grown = self.unit[1] / self.unit[0]  # a weight is this times its scaled one
+        size = float(problem.dense.abs().mean()) / self.grown or 1.0
         self.rho = 0.1 / (float(self.weight.min()) * size)
         shape = (self.inputs.shape[1], self.outputs.shape[1])
-        self.S = torch.zeros(shape, dtype=dtype, device=device) if start is None else start.T.to(device, dtype).clone()
+        blank = torch.zeros(shape, dtype=dtype, device=device)
+        self.S = blank if start is None else (start.T.to(device, torch.float64) / self.grown).to(dtype)
         self.U, self.B = self.S.clone(), torch.zeros_like(self.S)
         self.XU = self.inputs @ self.U
         self.A = torch.zeros_like(self.outputs)
@@ -82,16 +87,13 @@ class BallSplitting:
         self.B -= self.U
 
     def _shrunk(self, x: Tensor) -> Tensor:
-        least, most = float(self.weight.min()), float(self.weight.max())
-        if least == most:
-            return torch.nn.functional.softshrink(x, 1 / (self.rho * least))
         limit = 1 / (self.rho * self.weight)
         return x - torch.minimum(torch.maximum(x, -limit), limit)
 
     def _project(self, produced: Tensor) -> Tensor:
         residual = torch.where(self.active, produced - self.outputs, 0)
         norm = float(torch.linalg.vector_norm(residual))
-        inside = self.outputs + residual * min(1.0, self.problem.radius / max(norm, 1e-300))
+        inside = self.outputs + residual * min(1.0, self.radius / max(norm, 1e-300))
         return torch.where(self.active, inside, torch.minimum(produced, self.top))
 
     def balance(self) -> None:
@@ -105,13 +107,13 @@ class BallSplitting:
 
     @property
     def point(self) -> Tensor:
-        """(M, P)."""
-        return self.S.T
+        """(M, P), float64."""
+        return self.S.T.double() * self.grown
 
     @property
     def witness(self) -> Tensor:
-        """(n, M): rho A, the multiplier of T = X U."""
-        return self.rho * self.A
+        """(n, M), float64: rho A, the multiplier of T = X U."""
+        return self.A.double() * (self.rho / self.unit[0])
 
 
 class LassoSplitting:
@@ -155,14 +157,19 @@ class LassoSplitting:
 
 
 def _energies(diagonal: Tensor) -> Tensor:
-    """(P,): the mean of a Gram matrix's diagonal; columns that dwarf the others are left out of it and keep theirs."""
-    mean, alive = diagonal.mean(), diagonal[diagonal > 0]
-    if not len(alive):
+    """(P,): the mean energy of the typical columns; columns much larger or smaller than these keep their own."""
+    alive = diagonal > 0
+    if not bool(alive.any()):
         return torch.ones_like(diagonal)
-    typical = UNEQUAL * alive.median()
-    if mean <= typical:
-        return torch.full_like(diagonal, float(mean))
-    return torch.where(diagonal > typical, diagonal, alive[alive <= typical].mean())
+    median = diagonal[alive].median()
+    large, small = diagonal > UNEQUAL * median, alive & (diagonal < median / UNEQUAL**2)
+    return torch.where(large | small, diagonal, diagonal[alive & ~large & ~small].mean())
+
+
+def _unit(values: Tensor) -> float:
+    """A power of two near the largest entry: dividing by it is exact."""
+    largest = float(values.abs().max()) if values.numel() else 0.0
+    return 2.0 ** math.floor(math.log2(largest)) if largest > 0 else 1.0
 
 
 def _balanced(primal: float, dual: float) -> float:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from convexprune.forms import BallProblem, LassoProblem, declared
+from convexprune.options import check_options, number, whole
 from convexprune.problem import Problem, judge
 from convexprune.solution import Attempt, Certificate, Status, TracePoint
 from convexprune.solvers.l1.working_set_state import BallView, LassoView, Limits
@@ -49,6 +50,9 @@ class WorkingSet:
     margin: float = 3e-7
     memory: float = 4e9
     device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        check_options(self, max_rounds=whole(1), margin=number(0))
 
     def solve(self, problem: Problem, start: Tensor | None = None) -> Attempt:
         """Solve from `start` (M, P), by default the dense layer: all its columns are then in the first working set."""

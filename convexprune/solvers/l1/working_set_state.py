@@ -1,6 +1,7 @@
-"""What a working set holds of a problem: the columns and rows of each neuron, solved together, looked at and grown.
+"""The working sets of a problem: the columns and rows of each neuron, which are solved together, checked and grown.
 
-`solve_restricted` solves what has changed, `grow` adds what was missed, `widen` what a breakdown asks for.
+`solve_restricted` solves the changed neurons, `grow` adds missing columns and rows, `widen` adds columns after a
+breakdown.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ TIGHT = 1e-9  # how far a multiplier may pass its limit before its column counts
 
 @dataclass(frozen=True)
 class Limits:
-    """What a run may take, and how far inside the constraints it stays; see `WorkingSet`."""
+    """The limits of a run, and its margin inside the constraints; see `WorkingSet`."""
 
     eps_abs: float
     max_iter: int
@@ -83,7 +84,7 @@ class LassoView:
         return bool(self.changed.any())
 
     def widen(self) -> bool:
-        """What to try after a restricted lasso was lost: nothing, for it always has a solution."""
+        """False: a lasso on any columns has a solution, so more columns would not help."""
         return False
 
 
@@ -103,7 +104,7 @@ class BallView:
         self.ceiling = problem.ceiling.to(self.device)
         # a row's margin is this times its norm: in units of the output's rms for a row of typical norm
         self.margin = limits.margin * self.scale / max(float(self.inputs.norm(dim=1).mean()), 1e-300)
-        # an interior point needs an interior: a ball far narrower than the tolerance is taken half as wide as that
+        # enlarge a ball narrower than the tolerance to half of it, so that the method has an interior
         least = 0.5 * limits.eps_abs * math.sqrt(float(self.energies.sum()))
         self.radius = max(problem.radius * (1 - limits.margin), least)
         self.changed = torch.ones(len(self.point), dtype=torch.bool, device=self.device)
@@ -166,7 +167,7 @@ class BallView:
         return outcome.iterations
 
     def _ratio(self) -> float:
-        """A typical room of the rows over a typical multiplier: what makes the two comparable."""
+        """Typical slack of a row divided by a typical multiplier; it makes the two comparable."""
         pushing = -self.witness[(self.witness < 0) & ~self.active]
         price = float(pushing.mean()) if len(pushing) else self.tau * self.scale
         return self.scale / max(price, 1e-300)

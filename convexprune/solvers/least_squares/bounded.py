@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from convexprune.forms import PerspectiveProblem, adapted
+from convexprune.options import check_options, whole
 from convexprune.problem import Problem, Solver, can_start, check_solver
 from convexprune.solution import Attempt
 from convexprune.solvers.least_squares.perspective import Relaxation, centred
@@ -33,8 +34,7 @@ class Bounded:
 
     def __post_init__(self) -> None:
         check_solver(self.inner)
-        if self.rounds < 0 or self.steps < 1:
-            raise ValueError(f"rounds is {self.rounds} and steps {self.steps}; they must be >= 0 and >= 1")
+        check_options(self, rounds=whole(0), steps=whole(1))
 
     @property
     def starts(self) -> bool:
@@ -67,6 +67,6 @@ class Bounded:
                 break
             try:
                 d = centred(relaxation.gram, gradient, d, 0.5**turn * float(gradient @ d) / len(d))
-            except NotDefinite:  # too close to the edge for float64: what is found so far stands
+            except NotDefinite:  # too close to the edge for float64: keep the best bound so far
                 break
         return replace(attempt, witness=best)

@@ -3,8 +3,8 @@
 For one neuron, f(k) = the least value with k weights. A node has decided some inputs, in or out; with the undecided
 ones all in, least squares gives a lower bound of everything below it, and thousands of nodes are solved in one batch.
 The neurons meet only in their counts: for a pattern over the whole layer an exact dynamic program over the neurons
-divides the budget. Where groups join neurons in any other way, all of them are searched as one. Of a pattern with
-cells of many weights, read cell for input, and bundle of neurons that keep and drop together for neuron.
+divides the budget. Where groups join neurons in any other way, all of them are searched as one. For patterns whose
+cells hold many weights, read cell for input, and bundle of neurons for neuron.
 Source: Furnival, Wilson, Technometrics 1974 (leaps and bounds).
 """
 
@@ -21,6 +21,7 @@ from torch import Tensor
 
 from convexprune.forms import GroupedLeastSquares, SparseLeastSquares
 from convexprune.layout import Grid, Layout
+from convexprune.options import check_options, whole
 from convexprune.solution import Attempt, Status
 from convexprune.solvers.least_squares.elimination import gridded
 from convexprune.solvers.least_squares.on_support import refitted, ridge_of
@@ -35,10 +36,14 @@ class BranchAndBound:
 
     The certificate does not say so (a problem's bound knows nothing of the search): compare values with it.
 
-    max_inputs  how many cells may be searched together: the inputs of a neuron, the blocks beside one another, all
-                cells of the layer where groups join neurons and are not the whole layer
+    Args:
+        max_inputs: Largest number of cells that are searched together: the inputs of a neuron, the blocks beside one
+            another, or all cells of the layer if groups join neurons and are not the whole layer.
+        time_limit: Seconds, or None for no limit.
 
-    Raises ValueError for a larger layer, TypeError for a pattern with cells that are not some rows times some inputs.
+    Raises:
+        ValueError: For a larger layer.
+        TypeError: For a pattern whose cells are not a set of rows times a set of inputs.
     """
 
     takes: ClassVar[type] = GroupedLeastSquares
@@ -46,6 +51,9 @@ class BranchAndBound:
 
     max_inputs: int = 30
     time_limit: float | None = None
+
+    def __post_init__(self) -> None:
+        check_options(self, max_inputs=whole(1))
 
     def adapted(self, problem: Any) -> BranchAndBound:
         """Itself, where the layer is small enough and the cells of the pattern make a grid."""

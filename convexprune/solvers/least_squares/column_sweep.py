@@ -18,6 +18,7 @@ from torch import Tensor
 
 from convexprune.forms import SparseLeastSquares
 from convexprune.layout import Layout, ranks
+from convexprune.options import check_options, positive, whole
 from convexprune.patterns import PerRow, Unstructured, select
 from convexprune.solution import Attempt, Status
 from convexprune.solvers.least_squares.elimination import layout_of
@@ -27,14 +28,30 @@ from convexprune.solvers.least_squares.spd_inverse import NotDefinite
 
 @dataclass(frozen=True)
 class ColumnSweep:
-    """SparseGPT's scheme.
+    """One sweep over the inputs, as in SparseGPT.
 
-    Inputs are taken in blocks, whose masks are chosen together: those of a group of the pattern, as in N:M, or `block`
-    inputs where that is fewer, each block with its share of a group's count. The mask of whole blocks or channels, of a
-    given support and with weights that must stay is chosen at once.
+    The sweep takes the inputs in blocks and chooses the mask of each block at once. A block holds the inputs of a group
+    of the pattern, as in N:M, or `block` inputs if that is fewer; it then gets its share of the group's count. For
+    patterns of blocks or channels, a given support, and weights that must stay, the whole mask is chosen first.
 
-    damping  added to H, as a fraction of its mean diagonal: part of the method, which is unstable without it
-    block    the most inputs of a block
+    Args:
+        damping: Ridge that is added to H, as a fraction of its mean diagonal; the method is unstable without it.
+        block: Largest number of inputs in a block.
+        device: Where the sweep runs: "cpu", "cuda", ...
+        dtype: Precision of the sweep, torch.float32 or torch.float64.
+
+    Raises:
+        ValueError: For an option out of its range; TypeError for one of another type.
+
+    Source:
+        Frantar, Alistarh, ICML 2023 (SparseGPT), Algorithm 1.
+
+    Example:
+        >>> import torch, convexprune as cp
+        >>> layer = cp.Layer.from_samples(torch.tensor([[5.0, 2.0, 0.0], [1.0, -4.0, 3.0]]), torch.eye(3))
+        >>> solution = cp.solve(cp.Reconstruction(layer, cp.PerRow(1)), cp.ColumnSweep())
+        >>> solution.x.round(decimals=3).tolist()
+        [[5.0, 0.0, 0.0], [0.0, -4.0, 0.0]]
     """
 
     takes: ClassVar[type] = SparseLeastSquares
@@ -46,10 +63,7 @@ class ColumnSweep:
     dtype: torch.dtype = torch.float32
 
     def __post_init__(self) -> None:
-        if not 0 < self.damping < float("inf"):
-            raise ValueError(f"damping is {self.damping}; it must be a finite number > 0")
-        if self.block < 1:
-            raise ValueError(f"block is {self.block}; it must be at least 1")
+        check_options(self, damping=positive, block=whole(1))
 
     def solve(self, problem: SparseLeastSquares, start: Tensor | None = None) -> Attempt:
         """The start is not used. Status NUMERICAL where the Gram matrix with its damping is not positive definite."""
@@ -95,7 +109,7 @@ class _Masks:
             self.mask = problem.select(self._scores(weights, 0, self.width).cpu()).to(weights.device).T
 
     def blocks(self, most: int) -> list[tuple[int, int]]:
-        """From which input to which: between two cuts, or at most so many of these."""
+        """The first and the last input of each block: between two cuts, and at most `most` inputs."""
         return [
             (begin, min(begin + most, end))
             for start, end in itertools.pairwise(self.cuts)

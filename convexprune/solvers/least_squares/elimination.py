@@ -1,4 +1,4 @@
-"""Exact greedy elimination down to a pattern: of the cells that may leave, the one that costs least goes next."""
+"""Exact greedy elimination down to a pattern: each step removes the cheapest of the cells that may leave."""
 
 from __future__ import annotations
 
@@ -65,8 +65,8 @@ def shrink_together(parts: Sequence[SupportInverses], surplus: Tensor, groups: S
 
     `groups` has the group (R, K) of each cell of each part; None where there is one group.
 
-    Every bundle loses one cell below its group's price at a time; the price is that at which the surplus would be gone
-    by today's costs. Removals make the rest dearer, so this is the order of one removal at a time, but for ties.
+    Each round removes one cell below its group's price from every bundle; at this price, today's costs would remove
+    exactly the surplus. Costs only rise, so this equals removing one cell at a time, up to ties.
     """
     left = surplus.clone()
     while bool((left > 0).any()):
@@ -82,7 +82,7 @@ def shrink_together(parts: Sequence[SupportInverses], surplus: Tensor, groups: S
 
 
 def _prices(parts: Sequence[SupportInverses], surplus: Tensor, groups: Sequence[Tensor] | None) -> Tensor:
-    """(G,): the cost below which the surplus of each group lies; -inf where there is none."""
+    """(G,): for each group the cost of the last cell of its surplus; -inf for a group without a surplus."""
     costs = torch.cat([part.costs.flatten() for part in parts])
     if groups is None:
         return kth_smallest(costs[None], int(surplus))[0]
@@ -93,7 +93,7 @@ def _prices(parts: Sequence[SupportInverses], surplus: Tensor, groups: Sequence[
 
 
 def _leave_below(part: SupportInverses, prices: Tensor, left: Tensor, group: Tensor | None) -> None:
-    """One removal in each bundle whose cheapest cell costs at most its group's price; `left` (G,) is brought down."""
+    """Remove the cheapest cell of each bundle where it costs at most its group's price; count `left` (G,) down."""
     costs = part.costs
     if group is None:
         cheapest, slots = costs.min(1)
@@ -103,7 +103,7 @@ def _leave_below(part: SupportInverses, prices: Tensor, left: Tensor, group: Ten
         cheapest, slots = torch.where((costs <= prices[held]) & (left > 0)[held], costs, torch.inf).min(1)
         chosen, own = torch.isfinite(cheapest), held.gather(1, slots[:, None])[:, 0]
     counts = torch.bincount(own[chosen], minlength=len(left))
-    if bool((counts > left).any()):  # of more than may leave, the cheapest do
+    if bool((counts > left).any()):  # if more cells are chosen than may leave, only the cheapest of them leave
         which = chosen.nonzero()[:, 0]
         which = which[ranks(-cheapest[which], own[which]) < left[own[which]]]
         chosen = torch.zeros_like(chosen).index_fill_(0, which, True)

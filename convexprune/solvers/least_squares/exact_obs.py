@@ -1,8 +1,8 @@
-"""Exact greedy elimination from all weights down: the cell whose loss costs least goes next, the others adapt.
+"""Exact greedy elimination from all weights down: each step removes the cheapest cell, and the others adapt.
 
-A cell is what the pattern keeps or drops: a weight, a block, a channel. Each neuron (each bundle of neurons that keep
-and drop together) is taken apart by itself and its removals are recorded, in order and with their costs; merging the
-records by cost gives the greedy order of the whole layer, so that one run serves every sparsity.
+A cell is the unit that the pattern keeps or drops: a weight, a block, a channel. Each neuron (each bundle of neurons
+that keep and drop together) is taken apart by itself and its removals are recorded, in order and with their costs;
+merging the records by cost gives the greedy order of the whole layer, so that one run serves every sparsity.
 Source: Frantar, Singh, Alistarh, NeurIPS 2022 (ExactOBS); a neuron's order is that of Hassibi, Stork 1993.
 """
 
@@ -16,10 +16,13 @@ from torch import Tensor
 
 from convexprune.forms import GroupedLeastSquares
 from convexprune.layout import Grid
+from convexprune.options import check_options
+from convexprune.patterns import excess
 from convexprune.solution import Attempt, Status
 from convexprune.solvers.least_squares.elimination import gridded, shrink_apart, shrink_together
 from convexprune.solvers.least_squares.on_support import refitted
-from convexprune.solvers.least_squares.scaling import Scaled
+from convexprune.solvers.least_squares.scaling import Scaled, in_float64_if_lost
+from convexprune.solvers.least_squares.spd_inverse import NotDefinite
 from convexprune.solvers.least_squares.support_inverses import SupportInverses
 
 
@@ -57,11 +60,16 @@ class Traces:
 class ExactOBS:
     """Greedy elimination with inverses that are kept up to date.
 
-    memory  bytes for the inverses: neurons are taken in turns that fit. A pattern with several groups that join neurons
-            needs all of them at once
+    Args:
+        memory: Bytes for the inverses; neurons are taken in turns that fit. A pattern with several groups that join
+            neurons needs the inverses of all neurons at once.
+        device: Where the work is done: "cpu", "cuda", ...
+        dtype: Working precision, torch.float32 or torch.float64; what ends NUMERICAL in float32 begins anew in float64,
+            and the note says so.
 
-    Raises TypeError for a pattern with cells that are not some rows times some inputs, MemoryError where a pattern
-    joins neurons whose inverses do not fit.
+    Raises:
+        TypeError: For a pattern whose cells are not a set of rows times a set of inputs.
+        MemoryError: For a pattern that joins neurons whose inverses do not fit.
     """
 
     takes: ClassVar[type] = GroupedLeastSquares
@@ -70,6 +78,9 @@ class ExactOBS:
     memory: float = 2e9
     device: str = "cpu"
     dtype: torch.dtype = torch.float32
+
+    def __post_init__(self) -> None:
+        check_options(self)
 
     def adapted(self, problem: Any) -> ExactOBS:
         """Itself, where the cells of the problem's pattern make a grid and the memory is enough."""
@@ -85,6 +96,13 @@ class ExactOBS:
 
     def solve(self, problem: GroupedLeastSquares, start: Tensor | None = None) -> Attempt:
         """Least squares on the greedy support. Everything begins at the full support; `start` is not used."""
+        return in_float64_if_lost(self, lambda solver: solver.attempted(problem))
+
+    def attempted(self, problem: GroupedLeastSquares) -> Attempt:
+        """The elimination in the precision that `dtype` says.
+
+        Raises torch.linalg.LinAlgError where rounding leaves no finite cost before the pattern is met.
+        """
         layout, grid = gridded(problem, "ExactOBS")
         if layout.forced:
             mask = problem.select(torch.ones_like(problem.target))
@@ -92,6 +110,8 @@ class ExactOBS:
             mask = grid.spread(self.traces(problem).support(layout.quota))
         else:
             mask = grid.spread(self._grouped(problem, grid, layout.quota))
+        if excess(problem.pattern, mask, problem.kernel):
+            raise NotDefinite("no cell that is left has a finite cost")
         return Attempt(problem.completed(refitted(problem, mask)), None, Status.CONVERGED, int((~mask).sum()))
 
     def traces(self, problem: GroupedLeastSquares) -> Traces:
@@ -101,7 +121,7 @@ class ExactOBS:
         cost = torch.full(walk.full.shape, torch.inf, dtype=torch.float64)
         for bundles in self._turns(problem, len(order)):
             part = walk.whole(bundles)
-            # what carries nothing, or can never be kept, leaves first
+            # cells that carry no signal, or can never be kept, leave first
             full = walk.full[bundles]
             begun = (~full).sum(1)
             first = torch.arange(full.shape[1]) < begun[:, None]
@@ -115,7 +135,7 @@ class ExactOBS:
                 cells = part.index.gather(1, slots[:, None])[:, 0]
                 which, at = bundles[chosen.cpu()], (begun + step)[chosen.cpu()]
                 order[which, at] = cells[chosen].cpu()
-                cost[which, at] = cheapest[chosen].cpu().double()
+                cost[which, at] = cheapest[chosen].cpu().double() * walk.scaled.unit**2
                 part.leave(slots, chosen)
         return Traces(order, cost)
 
@@ -136,7 +156,7 @@ class ExactOBS:
         return mask
 
     def _bytes(self, problem: GroupedLeastSquares) -> int:
-        """What the inverses of one bundle take."""
+        """Bytes of the inverses of one bundle."""
         return 3 * torch.finfo(self.dtype).bits // 8 * problem.target.shape[1] ** 2
 
     def _turns(self, problem: GroupedLeastSquares, count: int) -> list[Tensor]:
@@ -145,7 +165,7 @@ class ExactOBS:
 
 
 class _Walk:
-    """What an elimination begins with: everything that carries something and may be kept."""
+    """The start of an elimination: the support of all cells that carry a signal and may be kept."""
 
     def __init__(self, problem: GroupedLeastSquares, options: ExactOBS) -> None:
         self.scaled = Scaled.of(problem, options.device, options.dtype)

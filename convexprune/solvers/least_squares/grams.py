@@ -1,6 +1,6 @@
 """The Gram matrices of a module's neurons: one that all share, or one for each group of a grouped convolution.
 
-Of a pattern with cells of many weights, read bundle of neurons that keep and drop together for neuron.
+For patterns whose cells hold many weights, a "neuron" here is a bundle of neurons that keep and drop together.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Grams:
         return Grams(self.matrices.to(device, dtype), self.owner.to(device))
 
     def rows(self, values: Tensor) -> Tensor:
-        """(R, k): for each neuron what `values` (G, k) says of its group."""
+        """(R, k): for each neuron the row of `values` (G, k) of its group."""
         return values.expand(len(self.owner), -1) if len(values) == 1 else values[self.owner]
 
     def product(self, weights: Tensor) -> Tensor:

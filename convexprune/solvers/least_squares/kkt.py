@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from convexprune.forms import EqualityQuadratic, LeastSquares
+from convexprune.options import check_options, whole
 from convexprune.solution import Attempt, Status
 from convexprune.solvers.least_squares.spd_inverse import NotDefinite
 
@@ -25,6 +26,9 @@ class KKT:
     starts: ClassVar[bool] = False
 
     max_inputs: int = 1000
+
+    def __post_init__(self) -> None:
+        check_options(self, max_inputs=whole(1))
 
     def adapted(self, problem: Any) -> KKT:
         """Itself. Raises ValueError for a layer of more than `max_inputs` inputs."""

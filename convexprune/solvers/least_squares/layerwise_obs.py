@@ -9,7 +9,6 @@ Source: Dong, Chen, Pan, NIPS 2017, Algorithm 1, and the published code (Woodbur
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor
 
 from convexprune.forms import SparseLeastSquares
+from convexprune.options import check_options, positive
 from convexprune.solution import Attempt, Status
 from convexprune.solvers.least_squares.spd_inverse import NotDefinite
 
@@ -34,8 +34,7 @@ class LayerwiseOBS:
     alpha: float = 1e6
 
     def __post_init__(self) -> None:
-        if not 0 < self.alpha < math.inf:
-            raise ValueError(f"alpha is {self.alpha}; it must be a finite number > 0")
+        check_options(self, alpha=positive)
 
     def inverse(self, problem: SparseLeastSquares) -> Tensor:
         """(N, N), float64: P."""

@@ -51,7 +51,7 @@ class Relaxation:
         return cls(problem, gram, cross, dense, torch.zeros_like(dense), rho)
 
     def solve(self, d: Tensor, steps: int) -> tuple[Tensor, Tensor]:
-        """w (M, N), whose slope c - w (H - diag d) the multipliers have settled, and the gradient of B (N,)."""
+        """ADMM's solution w (M, N), and the gradient of B with respect to d (N,)."""
         values, vectors = torch.linalg.eigh(self.gram - torch.diag(d))
         values = values.clamp(min=0)
         w, slope = self.u, d
@@ -84,7 +84,7 @@ class Relaxation:
 
 @dataclass(frozen=True, eq=False)
 class _Cells:
-    """What the cells of each group (groups, cells) demand of the group's budget at a price.
+    """The share that each cell (groups, cells) takes of its group's budget at a price.
 
     `force` (M, N) is (rho x)^2 d; cells that can `never` be kept have a share of 0, `fixed` ones of 1, at any price.
     """
@@ -115,7 +115,7 @@ class _Cells:
         return demand(high, z)
 
     def _worth(self, z: float) -> Tensor:
-        """By what the objective falls with a cell's share, as a square root: the highest price at which z is taken."""
+        """Square root of the marginal gain of a cell at share z: the largest price at which it is still selected."""
         worth = self._fold(self.force / (self.rho * z + 2 * self.d).square(), 0.0).sqrt()
         return worth if self.fixed is None else worth.masked_fill(self.fixed, FIXED)
 

@@ -1,4 +1,4 @@
-"""Three ways to a good reconstruction: `Fast`, `Balanced` and `Best`, each the parts of this folder put together.
+"""Three presets for a reconstruction: `Fast`, `Balanced` and `Best`. Each combines solvers of this folder.
 
 Fast      a short ADMM, and conjugate gradients on its support
 Balanced  ADMM to a support somewhat too large, exact elimination down to the pattern, a few rounds of swaps
@@ -18,12 +18,13 @@ import torch
 from torch import Tensor
 
 from convexprune.forms import GroupedLeastSquares
+from convexprune.options import check_options, number, positive, whole
 from convexprune.problem import Solver
 from convexprune.solution import Attempt, Status
 from convexprune.solvers.least_squares.elimination import grid_of, layout_of
 from convexprune.solvers.least_squares.on_support import improved_on_support, refitted
 from convexprune.solvers.least_squares.rising_penalty import RisingPenalty
-from convexprune.solvers.least_squares.scaling import Scaled
+from convexprune.solvers.least_squares.scaling import Scaled, in_float64_if_lost
 from convexprune.solvers.least_squares.swap_search import SwapSearch
 
 SHORT = 14  # ADMM steps in which a quickly rising penalty settles
@@ -31,10 +32,24 @@ SHORT = 14  # ADMM steps in which a quickly rising penalty settles
 
 @dataclass(frozen=True)
 class Fast:
-    """A good support in about the time of a single sweep over the columns.
+    """A good support in about the time of one sweep over the columns: a short ADMM, then conjugate gradients.
 
-    flops   what the ADMM steps may cost: small layers get the full schedule, large ones one that rises faster
-    polish  conjugate-gradient steps on the support
+    Args:
+        flops: Limit on the cost of the ADMM steps: small layers get the full schedule, large ones a shorter one.
+        polish: Number of conjugate-gradient steps on the support.
+        device: Where the work is done: "cpu", "cuda", ...
+        dtype: Working precision, torch.float32 or torch.float64; what ends NUMERICAL in float32 begins anew in float64,
+            and the note says so.
+
+    Raises:
+        ValueError: For an option out of its range; TypeError for one of another type.
+
+    Example:
+        >>> import torch, convexprune as cp
+        >>> layer = cp.Layer.from_samples(torch.tensor([[5.0, 2.0, 0.0], [1.0, -4.0, 3.0]]), torch.eye(3))
+        >>> solution = cp.solve(cp.Reconstruction(layer, cp.Unstructured(3)), cp.Fast())
+        >>> solution.x.round(decimals=3).tolist()
+        [[5.0, 0.0, 0.0], [0.0, -4.0, 3.0]]
     """
 
     takes: ClassVar[type] = GroupedLeastSquares
@@ -45,8 +60,15 @@ class Fast:
     device: str = "cpu"
     dtype: torch.dtype = torch.float32
 
+    def __post_init__(self) -> None:
+        check_options(self, flops=positive, polish=whole(0))
+
     def solve(self, problem: GroupedLeastSquares, start: Tensor | None = None) -> Attempt:
         """The start is not used."""
+        return in_float64_if_lost(self, lambda solver: solver.attempted(problem))
+
+    def attempted(self, problem: GroupedLeastSquares) -> Attempt:
+        """The attempt in the precision that `dtype` says."""
         scaled = Scaled.of(problem, self.device, self.dtype)
         out, width = scaled.dense.shape
         most = max(int(self.flops / (2 * out * width**2)), SHORT)
@@ -59,12 +81,25 @@ class Fast:
 
 @dataclass(frozen=True)
 class Balanced:
-    """The default: below the error of ADMM alone in about its time.
+    """The default: a lower error than ADMM alone, in about the same time.
 
-    grow    how much too large ADMM's support is
-    rounds  of swaps after the elimination
+    Args:
+        grow: Ratio of ADMM's support size to the pattern's count; the elimination removes the rest.
+        rounds: Number of rounds of swaps after the elimination.
+        device: Where the work is done: "cpu", "cuda", ...
+        dtype: Working precision, torch.float32 or torch.float64; what ends NUMERICAL in float32 begins anew in float64,
+            and the note says so.
 
-    Raises ValueError where these were given and the pattern's cells cannot be swapped.
+    Raises:
+        ValueError: For an option out of its range, and for `grow` or `rounds` with a pattern whose cells cannot be
+            swapped; TypeError for an option of another type.
+
+    Example:
+        >>> import torch, convexprune as cp
+        >>> layer = cp.Layer.from_samples(torch.tensor([[5.0, 2.0, 0.0], [1.0, -4.0, 3.0]]), torch.eye(3))
+        >>> solution = cp.solve(cp.Reconstruction(layer, cp.Unstructured(3)), cp.Balanced())
+        >>> solution.x.round(decimals=3).tolist()
+        [[5.0, 0.0, 0.0], [0.0, -4.0, 3.0]]
     """
 
     takes: ClassVar[type] = GroupedLeastSquares
@@ -75,6 +110,9 @@ class Balanced:
     device: str = "cpu"
     dtype: torch.dtype = torch.float32
 
+    def __post_init__(self) -> None:
+        check_options(self, grow=number(1), rounds=whole(0))
+
     def adapted(self, problem: Any) -> Solver:
         """Itself, or `RisingPenalty` where the pattern's cells cannot be swapped."""
         return _swapping(self, problem)
@@ -83,6 +121,10 @@ class Balanced:
         """The start is not used."""
         if (plain := self.adapted(problem)) is not self:
             return plain.solve(problem)
+        return in_float64_if_lost(self, lambda solver: solver.attempted(problem))
+
+    def attempted(self, problem: GroupedLeastSquares) -> Attempt:
+        """The attempt in the precision that `dtype` says."""
         scaled = Scaled.of(problem, self.device, self.dtype)
         sparse, steps, _ = RisingPenalty(self.grow, every=2, max_iter=45).descend(problem, scaled)
         search = SwapSearch(rounds=self.rounds, enter=0.03)
@@ -96,13 +138,26 @@ class Balanced:
 
 @dataclass(frozen=True)
 class Best:
-    """The lowest error that is known how to reach in some ten times ADMM's time.
+    """The preset with the lowest error; it takes about ten times as long as ADMM.
 
-    grow        how much too large ADMM's support is
-    rounds      of swaps after the elimination
-    time_limit  seconds for both, or None
+    Args:
+        grow: Ratio of ADMM's support size to the pattern's count; the elimination removes the rest.
+        rounds: Largest number of rounds of swaps after the elimination.
+        time_limit: Seconds for all steps together, or None for no limit.
+        device: Where the work is done: "cpu", "cuda", ...
+        dtype: Working precision, torch.float32 or torch.float64; what ends NUMERICAL in float32 begins anew in float64,
+            and the note says so.
 
-    Raises ValueError where the first two were given and the pattern's cells cannot be swapped.
+    Raises:
+        ValueError: For an option out of its range, and for `grow` or `rounds` with a pattern whose cells cannot be
+            swapped; TypeError for an option of another type.
+
+    Example:
+        >>> import torch, convexprune as cp
+        >>> layer = cp.Layer.from_samples(torch.tensor([[5.0, 2.0, 0.0], [1.0, -4.0, 3.0]]), torch.eye(3))
+        >>> solution = cp.solve(cp.Reconstruction(layer, cp.PerRow(1)), cp.Best())
+        >>> solution.x.round(decimals=3).tolist()
+        [[5.0, 0.0, 0.0], [0.0, -4.0, 0.0]]
     """
 
     takes: ClassVar[type] = GroupedLeastSquares
@@ -114,6 +169,9 @@ class Best:
     device: str = "cpu"
     dtype: torch.dtype = torch.float32
 
+    def __post_init__(self) -> None:
+        check_options(self, grow=number(1), rounds=whole(0))
+
     def adapted(self, problem: Any) -> Solver:
         """Itself, or `RisingPenalty` where the pattern's cells cannot be swapped."""
         return _swapping(self, problem)
@@ -122,10 +180,14 @@ class Best:
         """The start is not used."""
         if (plain := self.adapted(problem)) is not self:
             return plain.solve(problem)
+        return in_float64_if_lost(self, lambda solver: solver.attempted(problem))
+
+    def attempted(self, problem: GroupedLeastSquares) -> Attempt:
+        """The attempt in the precision that `dtype` says."""
         begun = time.perf_counter()
         scaled = Scaled.of(problem, self.device, self.dtype)
         sparse, steps, _ = RisingPenalty(self.grow, time_limit=self.time_limit).descend(problem, scaled)
-        left = None if self.time_limit is None else max(self.time_limit - (time.perf_counter() - begun), 0.0)
+        left = None if self.time_limit is None else max(self.time_limit - (time.perf_counter() - begun), 1e-9)
         search = SwapSearch(rounds=self.rounds, time_limit=left)
         mask, _, rounds, status = search.improve(problem, scaled, sparse)
         return Attempt(problem.completed(refitted(problem, mask.cpu())), None, status, steps + rounds)

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from convexprune.forms import GroupedLeastSquares
+from convexprune.options import check_options, number, positive, several, whole
 from convexprune.solution import Attempt, Status
 from convexprune.solvers.least_squares.grams import Grams
 from convexprune.solvers.least_squares.on_support import refitted
@@ -32,13 +33,15 @@ CHANGED = (0.1, 0.005)  # of the support: above the first rho rises fastest, bel
 class RisingPenalty:
     """`ADMM` for sparse least squares.
 
-    grow        how many times the pattern's count the support may have: above 1, a start for `SwapSearch`
-    rho         the first penalty
-    rises       the factors of rho while the support changes by >= 10%, by >= 0.5%, by less
-    every       steps between two changes of rho
-    max_iter    ADMM steps
-    time_limit  seconds, or None
-    device, dtype  where and in what the steps run; the last least squares is float64
+    Args:
+        grow: Ratio of the support's size to the pattern's count; above 1 the result is a start for `SwapSearch`.
+        rho: The first penalty.
+        rises: Factors of rho while the support changes by at least 10%, by at least 0.5%, and by less; each > 1.
+        every: Number of steps between two changes of rho.
+        max_iter: Largest number of ADMM steps.
+        time_limit: Seconds, or None for no limit.
+        device: Where the steps run: "cpu", "cuda", ...
+        dtype: Precision of the steps, torch.float32 or torch.float64; the final least squares is float64.
     """
 
     takes: ClassVar[type] = GroupedLeastSquares
@@ -54,15 +57,8 @@ class RisingPenalty:
     dtype: torch.dtype = torch.float32
 
     def __post_init__(self) -> None:
-        if not 0 < self.rho < math.inf:
-            raise ValueError(f"rho is {self.rho}; it must be a finite number > 0")
-        if not all(1 < rise < math.inf for rise in self.rises):
-            raise ValueError(f"rises are {self.rises}; each factor must be > 1, or rho never settles the support")
-        for name in ("every", "max_iter"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        if not 1 <= self.grow < math.inf:
-            raise ValueError(f"grow is {self.grow}; it must be at least 1")
+        rises = several(3, number(1, least_open=True))  # a factor of 1 would never settle the support
+        check_options(self, grow=number(1), rho=positive, rises=rises, every=whole(1))
 
     def solve(self, problem: GroupedLeastSquares, start: Tensor | None = None) -> Attempt:
         """Least squares on ADMM's support. ADMM begins at the dense weights; `start` is not used."""

@@ -1,22 +1,30 @@
 """A reconstruction problem in coordinates where every input has second moment 1.
 
-    w_i = W_i sqrt(G_ii),    H_ij = G_ij / sqrt(G_ii G_jj),    value = delta H delta^T + constant,   delta = w - optimum
+    w_i = W_i sqrt(G_ii) / unit,   H_ij = G_ij / sqrt(G_ii G_jj),   value = unit^2 delta H delta^T + constant
+
+with delta = w - optimum. The unit is a power of two near the largest of these weights: float32 squares neither overflow
+nor vanish.
 
 Inputs that are constantly zero cannot change the value: they are taken out (H = identity there, weight 0).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import NamedTuple
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from convexprune.forms import GroupedLeastSquares, SparseLeastSquares
 from convexprune.rounding import gamma
+from convexprune.solution import Attempt, Status
 from convexprune.solvers.least_squares.grams import Grams
 from convexprune.solvers.least_squares.on_support import ridge_of
+from convexprune.solvers.least_squares.spd_inverse import NotDefinite
 
 # of the unit diagonal, for a regular and for a nearly singular H: the Cholesky factors of its parts exist, and choices
 # hardly change (measured: up to 1e-4 the errors agree to three digits, 1e-3 moves them by half a percent)
@@ -27,16 +35,17 @@ RIDGES = {torch.float32: (1e-4, 1e-3), torch.float64: (1e-9, 1e-6)}
 class Scaled:
     """The moments in float64 on the CPU, and in `dtype` on the device the solver works on.
 
-    Every group is in a scale of its own: `grams.rows` makes of its figures those of its neurons.
+    Every group has a scale of its own: `grams.rows` expands a group's figures to its neurons.
 
     Raises torch.linalg.LinAlgError where the Gram matrix is not positive semidefinite.
     """
 
     grams64: Grams
     optimum64: Tensor  # (M, N): least squares with all weights
+    unit: float
     scale: Tensor  # (G, N)
     live: Tensor  # (G, N) bool, on the working device
-    ridge: Tensor  # (G, 1), on it: what inverses of parts of H want on their diagonal, in the working precision
+    ridge: Tensor  # (G, 1), on it: added to the diagonal of parts of H before they are inverted
     grams: Grams
     optimum: Tensor
     cross: Tensor  # optimum H
@@ -53,21 +62,50 @@ class Scaled:
         grams = Grams.of(gram, len(dense))
         ridges = [max(RIDGES[dtype][group.ridge > 0], 4 * group.ridge) for group in each]
         ridge = torch.tensor(ridges, dtype=dtype, device=device)[:, None]
-        work = [tensor.to(device, dtype) for tensor in (optimum, cross, dense)]
-        return cls(grams, optimum, scale, live.to(device), ridge, grams.to(device, dtype), *work)
+        unit = _unit(optimum, dense)
+        optimum = optimum / unit
+        work = [optimum.to(device, dtype), *((tensor / unit).to(device, dtype) for tensor in (cross, dense))]
+        return cls(grams, optimum, unit, scale, live.to(device), ridge, grams.to(device, dtype), *work)
 
     def restored(self, weights: Tensor) -> Tensor:
         """(M, N), float64: the problem's own weights."""
-        return weights.detach().cpu().double() / self.grams64.rows(self.scale)
+        return weights.detach().cpu().double() * self.unit / self.grams64.rows(self.scale)
+
+    def taken(self, weights: Tensor) -> Tensor:
+        """(M, N): a problem's own weights in these coordinates, in the working dtype; the inverse of `restored`."""
+        return (weights.detach().cpu().double() * self.grams64.rows(self.scale) / self.unit).to(self.dense)
 
     def excess(self, weights: Tensor) -> Tensor:
-        """(M,): how far each neuron's value is above that of its optimum, for scaled weights in the working dtype."""
+        """(M,): each neuron's value less that of its optimum, over unit^2, for scaled weights in the working dtype."""
         delta = weights - self.optimum
         return (self.grams.product(delta) * delta).sum(1)
 
 
+def in_float64_if_lost(solver: Any, run: Callable[[Any], Attempt]) -> Attempt:
+    """What `run` proposes with the solver; where float32 ended NUMERICAL, with the same solver in float64.
+
+    The note then says so. Inputs with a common mean, for instance, have Gram matrices beyond float32.
+    Raises torch.linalg.LinAlgError where float64 finds a matrix that is not positive definite, too.
+    """
+    begun = time.perf_counter()
+    try:
+        attempt = run(solver)
+    except NotDefinite:
+        if solver.dtype is torch.float64:
+            raise
+    else:
+        if solver.dtype is torch.float64 or attempt.status is not Status.NUMERICAL:
+            return attempt
+    finer = replace(solver, dtype=torch.float64)
+    if getattr(solver, "time_limit", None) is not None:
+        finer = replace(finer, time_limit=max(solver.time_limit - (time.perf_counter() - begun), 1e-9))
+    note = "float32 ended NUMERICAL, float64 began anew"
+    attempt = run(finer)
+    return replace(attempt, note=f"{note}; {attempt.note}" if attempt.note else note)
+
+
 class _Group(NamedTuple):
-    """One group in float64, what is said of the group itself with a leading dimension of 1."""
+    """One group in float64; figures of the whole group have a leading dimension of 1."""
 
     gram: Tensor
     scale: Tensor
@@ -89,6 +127,11 @@ class _Group(NamedTuple):
         ridge = ridge_of(gram)
         optimum = _least_squares(gram, cross, dense, ridge)
         return cls(gram[None], scale[None], live[None], optimum, optimum @ gram, dense, ridge)
+
+
+def _unit(*weights: Tensor) -> float:
+    largest = max(float(each.abs().max()) for each in weights)
+    return 2.0 ** math.floor(math.log2(largest)) if 0 < largest < math.inf else 1.0
 
 
 def _below(tensors: list[Tensor]) -> Tensor:

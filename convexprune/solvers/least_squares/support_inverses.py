@@ -29,8 +29,8 @@ class SupportInverses:
     """P and W of R bundles in slots: slot j of bundle i holds cell `index[i, j]` where `live[i, j]`.
 
     grams, one for each bundle, with unit diagonal; cross (R, h, N), mask (R, K) bool. `ridge` (R, 1) is added to the
-    diagonal; `spare` slots are left free, so that so many entries need no larger arrays; cells in `pinned` (R, K) bool
-    never leave; `grid` says which inputs a cell has, and is None where cell k is input k.
+    diagonal; `spare` slots stay free, so that this number of cells can enter without larger arrays; cells in `pinned`
+    (R, K) bool never leave; `grid` says which inputs a cell has, and is None where cell k is input k.
     Raises torch.linalg.LinAlgError where a support's Gram matrix cannot be factored.
     """
 
@@ -115,7 +115,7 @@ class SupportInverses:
 
     @property
     def costs(self) -> Tensor:
-        """(R, slots): what each cell's removal adds to the bundle's value; inf in free slots and where pinned."""
+        """(R, slots): increase of the bundle's value when a cell is removed; inf in free slots and where pinned."""
         may = self.live if self.pinned is None else self.live & ~self.pinned.gather(1, self.index)
         if self.width == 1:
             squares = self.weights.square()
@@ -185,7 +185,7 @@ class SupportInverses:
             self._waiting = 0
 
     def _widen(self, slots: int) -> None:
-        """Free slots at the end, until there are so many in all."""
+        """Append free slots, up to `slots` in all."""
         more = slots - self.live.shape[1]
         if more > 0:
             self.index, self.live = (nn.functional.pad(each, (0, more)) for each in (self.index, self.live))

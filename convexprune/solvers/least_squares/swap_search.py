@@ -1,8 +1,8 @@
-"""Local search on the support: in each round some cells enter, and as many leave, at exact costs.
+"""Local search on the support: in each round a number of cells enter, and as many leave, at exact costs.
 
-A cell is what the pattern keeps or drops: a weight, a block, a channel. A weight enters where (c - H w)_j^2 / d_j is
-largest, its gain if d_j were the exact Schur complement 1 - H_jS H_SS^-1 H_Sj; d_j = 1 / sqrt([H^-1]_jj) lies between
-its two limits; of a cell of many weights these gains add up. The inverses then say exactly what each removal costs, and
+A cell is the unit that the pattern keeps or drops: a weight, a block, a channel. A weight enters where
+(c - H w)_j^2 / d_j is largest, its gain if d_j were the exact Schur complement 1 - H_jS H_SS^-1 H_Sj;
+d_j = 1 / sqrt([H^-1]_jj) lies between its two limits; of a cell of many weights these gains add up. The inverses then say exactly what each removal costs, and
 the cheapest cells leave, each from its own group of the pattern. A round that does not pay is taken back.
 Source: the oscillating search of Somol, Pudil, Pattern Recognition 2000, with the exact costs of Hassibi, Stork 1993.
 """
@@ -19,10 +19,11 @@ from torch import Tensor
 
 from convexprune.forms import GroupedLeastSquares
 from convexprune.layout import ranks
+from convexprune.options import check_options, number, whole
 from convexprune.solution import Attempt, Status
 from convexprune.solvers.least_squares.elimination import gridded, shrink_apart, shrink_together
 from convexprune.solvers.least_squares.on_support import refitted
-from convexprune.solvers.least_squares.scaling import Scaled
+from convexprune.solvers.least_squares.scaling import Scaled, in_float64_if_lost
 from convexprune.solvers.least_squares.spd_inverse import NotDefinite
 from convexprune.solvers.least_squares.support_inverses import SupportInverses
 
@@ -34,17 +35,36 @@ WASTE = 1.3  # padding that bundles of one part may cost, in slots
 
 @dataclass(frozen=True)
 class SwapSearch:
-    """Rounds of swaps, until one gains less than `eps_rel` of the value.
+    """Local search on the support: in each round some cells enter and as many leave, until a round gains too little.
 
-    Begins at `start`'s support, shrunk to the pattern where it is larger; without one, at the largest weights. Returns
-    least squares on the best support seen: never a larger value than that of a feasible start.
+    The search begins at the support of `start`, which it first shrinks to the pattern; without a start, at the largest
+    weights. It returns least squares on the best support that it has seen. The value is never larger than that of a
+    feasible start.
 
-    rounds   at most this many
-    enter    how many cells enter in the first round, as a fraction of all
-    cooling  each round lets in this many times those of the round before
-    memory   bytes for the inverses; neurons that do not fit are searched in turns, each with its share of the count
+    Args:
+        rounds: Largest number of rounds.
+        enter: Fraction of all cells that enter in the first round, in (0, 1].
+        cooling: Ratio of the cells that enter in a round to those of the round before, in (0, 1].
+        eps_rel: The search stops if a round gains less than this fraction of the value.
+        time_limit: Seconds, or None for no limit.
+        memory: Bytes for the inverses. Neurons that do not fit are searched in turns, each with its share of the count.
+        device: Where the work is done: "cpu", "cuda", ...
+        dtype: Working precision, torch.float32 or torch.float64; what ends NUMERICAL in float32 begins anew in float64,
+            and the note says so.
 
-    Raises TypeError for a pattern with cells that are not some rows times some inputs.
+    Raises:
+        TypeError: For a pattern whose cells are not a set of rows times a set of inputs, and for an option of another
+            type; ValueError for an option out of its range.
+
+    Source:
+        Somol, Pudil, Pattern Recognition 2000; costs of removals by Hassibi, Stork 1993.
+
+    Example:
+        >>> import torch, convexprune as cp
+        >>> layer = cp.Layer.from_samples(torch.tensor([[5.0, 2.0, 0.0], [1.0, -4.0, 3.0]]), torch.eye(3))
+        >>> solution = cp.solve(cp.Reconstruction(layer, cp.Unstructured(3)), cp.SwapSearch())
+        >>> solution.x.round(decimals=3).tolist()
+        [[5.0, 0.0, 0.0], [0.0, -4.0, 3.0]]
     """
 
     takes: ClassVar[type] = GroupedLeastSquares
@@ -59,12 +79,8 @@ class SwapSearch:
     dtype: torch.dtype = torch.float32
 
     def __post_init__(self) -> None:
-        if not 0 < self.enter <= 1:
-            raise ValueError(f"enter is {self.enter}; it must be a fraction of the weights in (0, 1]")
-        if not 0 < self.cooling <= 1:
-            raise ValueError(f"cooling is {self.cooling}; it must be a factor in (0, 1]")
-        if self.rounds < 0:
-            raise ValueError(f"rounds is {self.rounds}; it must be at least 0")
+        share = number(0, 1, least_open=True)
+        check_options(self, rounds=whole(0), enter=share, cooling=share)
 
     def adapted(self, problem: Any) -> SwapSearch:
         """Itself, where the cells of the problem's pattern make a grid."""
@@ -73,11 +89,12 @@ class SwapSearch:
 
     def solve(self, problem: GroupedLeastSquares, start: Tensor | None = None) -> Attempt:
         """Search from the support of `start` (M, P)."""
+        return in_float64_if_lost(self, lambda solver: solver.attempted(problem, start))
+
+    def attempted(self, problem: GroupedLeastSquares, start: Tensor | None) -> Attempt:
+        """The search in the precision that `dtype` says."""
         scaled = Scaled.of(problem, self.device, self.dtype)
-        weights = scaled.dense
-        if start is not None:
-            scale = scaled.grams64.rows(scaled.scale)
-            weights = (start.detach().cpu()[:, : scale.shape[1]] * scale).to(scaled.dense)
+        weights = scaled.dense if start is None else scaled.taken(start[:, : scaled.dense.shape[1]])
         mask, _, rounds, status = self.improve(problem, scaled, weights)
         x = problem.completed(refitted(problem, mask.cpu()))
         if start is not None and problem.violation(start) == 0 and problem.value(start) < problem.value(x):
@@ -186,7 +203,7 @@ class _Search:
 
     def _part(self, rows: Tensor) -> _Part:
         pinned = None if self.pinned is None else self.pinned[rows]
-        spare = math.ceil(self.options.enter * self.mask.shape[1])  # what enters in the first round, in the mean
+        spare = math.ceil(self.options.enter * self.mask.shape[1])  # mean number of cells that enter in the first round
         grams = self.grams[rows]
         ridge = grams.rows(self.scaled.ridge)
         inverses = SupportInverses(grams, self.cross[rows], self.mask[rows], ridge, spare, pinned, self.grid)
@@ -247,7 +264,7 @@ class _Search:
         return torch.bincount(group[mask], minlength=self.groups)
 
     def _adopt(self, parts: list[_Part]) -> None:
-        """Take over the supports and weights of the parts, and what they cost."""
+        """Take over the supports and weights of the parts, and their values."""
         for rows, inverses in parts:
             self.mask[rows], self.weights[rows] = inverses.mask, inverses.scattered
             delta = self.weights[rows] - self.optimum[rows]
@@ -284,7 +301,7 @@ def _narrowed(parts: list[_Part], moved: Tensor, active: Tensor) -> list[_Part]:
 def _first_supports(problem: GroupedLeastSquares, scaled: Scaled, start: Tensor) -> tuple[Tensor, Tensor]:
     """(M, N) bool: the supports to begin with, and an allowed one, which says how the counts divide."""
     begun = start != 0
-    # what the start has comes first, by its size; what that leaves of the count goes to large weights
+    # the start's own weights come first, by size; the rest of the count goes to the largest other weights
     own = start.square() / scaled.grams.rows(_room(scaled))
     other = scaled.optimum.square()
     top = own.max().clamp(min=1e-30), other.max().clamp(min=1e-30)

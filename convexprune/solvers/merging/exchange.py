@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from convexprune.forms import MergingProblem
+from convexprune.options import check_options, whole
 from convexprune.solution import Attempt, Status
 from convexprune.solvers.merging.greedy import GreedyMerging
 
@@ -42,6 +43,9 @@ class Exchange:
     bound_steps: int = 300
     time_limit: float | None = None
     memory: float = 4e9
+
+    def __post_init__(self) -> None:
+        check_options(self, bound_steps=whole(0))
 
     def adapted(self, problem: Any) -> Exchange:
         """Itself. Raises MemoryError where the costs do not fit: use GreedyMerging there."""

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from convexprune.forms import MergingProblem
+from convexprune.options import check_options, whole
 from convexprune.solution import Attempt, Status
 
 BLOCK = 2**25  # numbers in a block of distances
@@ -75,8 +76,7 @@ class GreedyMerging:
     dtype: torch.dtype = torch.float32
 
     def __post_init__(self) -> None:
-        if self.neighbours < 1:
-            raise ValueError(f"neighbours is {self.neighbours}; it must be at least 1")
+        check_options(self, neighbours=whole(1))
 
     def solve(self, problem: MergingProblem, start: Tensor | None = None) -> Attempt:
         """The start is not used. With `max_saliency` the merges stop at the last one whose total is within it."""

@@ -1,0 +1,188 @@
+"""Inputs of unlike scales, of deficient rank and with a common mean: solved, or refused, but never in silence wrong."""
+
+import pytest
+import torch
+from torch import tensor
+
+from convexprune import (
+    ADMM,
+    Balanced,
+    Best,
+    Curve,
+    DynamicProgramming,
+    ExactOBS,
+    Fast,
+    L1Reconstruction,
+    MinimalCore,
+    NetTrim,
+    PerRow,
+    Reconstruction,
+    SparsityAllocation,
+    SwapSearch,
+    Unstructured,
+    WorkingSet,
+    solve,
+)  # fmt: skip
+from convexprune.layer import Layer
+from convexprune.solution import Status
+
+WENT_ON = "float32 ended MAX_ITER, float64 went on from its best point"
+BEGAN_ANEW = "float32 ended NUMERICAL, float64 began anew"
+
+
+def drawn(seed):
+    generator = torch.Generator().manual_seed(seed)
+    return lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+
+# the convex problems
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_inputs_of_deficient_rank_in_float32_are_solved(seed):
+    draw = drawn(seed)
+    layer = Layer.from_samples(draw(20, 50), (draw(500, 10) @ draw(10, 50)).float(), draw(20))
+    solution = solve(NetTrim(layer, 0.1))
+    assert solution.status is Status.CONVERGED
+    assert solution.certificate.violation <= 1e-6
+
+
+def test_a_run_that_fails_in_float32_says_that_it_went_on_in_float64():
+    draw = drawn(0)
+    problem = NetTrim(Layer.from_samples(draw(20, 50), draw(100, 10) @ draw(10, 50), draw(20)), 0.1)
+    found = solve(problem, ADMM(max_iter=60, finish=None))
+    assert found.status is Status.MAX_ITER
+    assert found.note == WENT_ON
+    assert found.iterations == 120
+    double = solve(problem, ADMM(max_iter=60, finish=None, dtype=torch.float64))
+    assert double.note == ""
+    assert double.iterations == 60
+
+
+@pytest.mark.parametrize("kind", ["columns", "channel", "rows", "samples and inputs"])
+@pytest.mark.parametrize("seed", range(4))
+def test_inputs_of_unlike_scales_are_solved(seed, kind):
+    draw = drawn(100 + seed)
+    x, weight = draw(60, 8), draw(4, 8)
+    if kind == "columns":
+        x = x * 10 ** draw(8).clamp(-3, 3)
+    if kind == "channel":
+        x[:, 3] *= 1e4
+    if kind == "rows":
+        x = x * 10 ** (0.5 * draw(60, 1))
+    if kind == "samples and inputs":
+        x = x * 10 ** (0.3 * draw(60, 1)) * 10 ** draw(8)
+    solution = solve(NetTrim(Layer.from_samples(weight, x), 0.1))
+    assert solution.status is Status.CONVERGED
+    assert solution.certificate.violation <= 1e-6
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e-18, 1e-6, 1e6, 1e18, 1e30])
+def test_the_optimum_follows_the_unit(size):
+    draw = drawn(5)
+    x, weight = draw(60, 8), draw(4, 8)
+    value = solve(NetTrim(Layer.from_samples(weight, x), 0.1)).certificate.value
+    inputs = solve(NetTrim(Layer.from_samples(weight, x * size), 0.1))
+    weights = solve(NetTrim(Layer.from_samples(weight * size, x), 0.1))
+    assert inputs.status is weights.status is Status.CONVERGED
+    assert inputs.certificate.value == pytest.approx(value, rel=1e-4)
+    assert weights.certificate.value == pytest.approx(value * size, rel=1e-4)
+
+
+def test_a_feasible_problem_is_never_called_infeasible():
+    """Dense weights of zero with targets of their own: their value is 0, any bound is a thousand times that."""
+    draw = drawn(6)
+    x, targets = draw(60, 8), draw(60, 4).abs() * 0.1
+    problem = NetTrim(Layer.from_samples(torch.zeros(4, 8), x, None, None, targets=targets), 1.0)
+    assert solve(problem).status is Status.CONVERGED
+
+
+def test_a_finish_that_needs_too_much_memory_leaves_the_point_of_admm():
+    draw = drawn(7)
+    problem = NetTrim(Layer.from_samples(draw(4, 8), draw(60, 8)), 0.1)
+    alone = solve(problem, ADMM(finish=None, eps_rel=1e-3, eps_abs=1e-4))
+    crowded = solve(problem, ADMM(finish=WorkingSet(memory=10.0), eps_rel=1e-3, eps_abs=1e-4))
+    assert alone.status is crowded.status is Status.CONVERGED
+    assert torch.equal(alone.x, crowded.x)
+    assert crowded.note.startswith("the finish did not run: the restricted problems need")
+    assert alone.note == ""
+    with pytest.raises(MemoryError, match=r"raise WorkingSet\(memory"):
+        solve(problem, WorkingSet(memory=10.0))
+
+
+@pytest.mark.parametrize("size", [1e-18, 1e18, 1e30])
+def test_a_lasso_follows_the_unit(size):
+    draw = drawn(8)
+    x, weight = draw(60, 8), draw(4, 8)
+    value = solve(L1Reconstruction(Layer.from_samples(weight, x), 0.1)).certificate.value
+    scaled = solve(L1Reconstruction(Layer.from_samples(weight * size, x), 0.1 * size))
+    assert scaled.status is Status.CONVERGED
+    assert scaled.certificate.value == pytest.approx(value * size**2, rel=1e-4)
+
+
+# the reconstructions
+
+
+@pytest.mark.parametrize("pattern", [Unstructured(0.3), Unstructured(0.5), PerRow(0.5)])
+@pytest.mark.parametrize("kind", [Balanced, Best, ExactOBS, SwapSearch])
+def test_inputs_with_a_common_mean_are_solved_at_least_as_well_as_by_admm(kind, pattern):
+    draw = drawn(9)
+    x = 1 + 0.02 * draw(600, 60)
+    problem = Reconstruction(Layer.from_samples(draw(12, 60), x), pattern)
+    found, plain = solve(problem, kind()), solve(problem, ADMM(dtype=torch.float64))
+    assert found.status in (Status.CONVERGED, Status.MAX_ITER)
+    assert found.certificate.violation == 0
+    assert found.certificate.value <= plain.certificate.value
+    assert found.note in ("", BEGAN_ANEW)
+
+
+def test_what_float32_cannot_solve_is_said():
+    draw = drawn(10)
+    problem = Reconstruction(Layer.from_samples(draw(30, 150), 1 + 0.02 * draw(1000, 150)), Unstructured(0.3))
+    for solver in (Balanced(), Best(), ExactOBS(), SwapSearch()):
+        found = solve(problem, solver)
+        assert found.note == BEGAN_ANEW
+        assert found.status is not Status.NUMERICAL
+        assert found.certificate.violation == 0
+
+
+@pytest.mark.parametrize("size", [1e-25, 1e-15, 1e15, 1e25])
+@pytest.mark.parametrize("kind", [Fast, Balanced, Best, ExactOBS, SwapSearch, ADMM])
+def test_a_reconstruction_follows_the_unit(kind, size):
+    draw = drawn(11)
+    x, weight = draw(200, 20), draw(12, 20)
+    alone = solve(Reconstruction(Layer.from_samples(weight, x), Unstructured(0.4)), kind())
+    inputs = solve(Reconstruction(Layer.from_samples(weight, x * size), Unstructured(0.4)), kind())
+    weights = solve(Reconstruction(Layer.from_samples(weight * size, x), Unstructured(0.4)), kind())
+    assert inputs.certificate.violation == weights.certificate.violation == 0
+    for scaled in (inputs, weights):
+        assert scaled.status is alone.status
+        assert scaled.certificate.value == pytest.approx(alone.certificate.value * size**2, rel=0.02)
+
+
+# the budgets
+
+
+@pytest.mark.parametrize("buckets", [None, 1, 10, 10_000])
+@pytest.mark.parametrize(
+    ("costs", "budget", "cost"),
+    [
+        ([[0, 1], [0, 1]], 0, 0),
+        ([[0, 1], [0, 2], [0, 3]], 0, 0),
+        ([[0, 1], [0, 1]], 1, 1),
+        ([[0, 1e15], [0, 1e15]], 1e15, 1e15),
+        ([[0, 7], [0, 9]], 1, 0),
+        ([[2, 7], [0, 9]], 2, 2),
+    ],
+)
+def test_dynamic_programming_keeps_to_small_budgets(costs, budget, cost, buckets):
+    buckets = 10 if buckets is None and budget > 1e6 else buckets  # a bucket for each unit would be too many
+    curves = [
+        Curve(str(i), tensor([0, 1]), tensor([1.0, 0.0]), cost=tensor(each, dtype=torch.float64))
+        for i, each in enumerate(costs)
+    ]
+    problem = SparsityAllocation(curves, budget)
+    found = solve(problem, DynamicProgramming(buckets))
+    assert found.certificate.violation == 0
+    assert problem.cost(found.x) == cost
+    assert found.certificate.value == solve(problem, MinimalCore()).certificate.value
