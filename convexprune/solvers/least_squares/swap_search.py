@@ -2,8 +2,9 @@
 
 A cell is the unit that the pattern keeps or drops: a weight, a block, a channel. A weight enters where
 (c - H w)_j^2 / d_j is largest, its gain if d_j were the exact Schur complement 1 - H_jS H_SS^-1 H_Sj;
-d_j = 1 / sqrt([H^-1]_jj) lies between its two limits; of a cell of many weights these gains add up. The inverses then say exactly what each removal costs, and
-the cheapest cells leave, each from its own group of the pattern. A round that does not pay is taken back.
+d_j = 1 / sqrt([H^-1]_jj) lies between its two limits. Of a cell of many weights these gains add up. The inverses then
+say exactly what each removal costs, and the cheapest cells leave, each from its own group of the pattern. A round that
+does not pay is taken back.
 Source: the oscillating search of Somol, Pudil, Pattern Recognition 2000, with the exact costs of Hassibi, Stork 1993.
 """
 
