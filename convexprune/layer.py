@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from typing import Final
 
 import torch
 from torch import Tensor
 
-from convexprune.moments import CrossMoments, InputMoments, Moments, TargetMoments, affine, shown
+from convexprune.moments import CrossMoments, InputMoments, Moments, TargetMoments, affine
 from convexprune.quadratic import Quadratic, Residual
 from convexprune.rounding import gamma, raised
 
@@ -67,7 +67,12 @@ class Layer:
 
     def __repr__(self) -> str:
         """The fields that differ from their defaults, tensors by their shape."""
-        return shown(self)
+        shown = []
+        for entry in fields(self):
+            value = getattr(self, entry.name)
+            if value is not entry.default:
+                shown.append(f"{entry.name}={tuple(value.shape) if isinstance(value, Tensor) else repr(value)}")
+        return f"Layer({', '.join(shown)})"
 
     @classmethod
     def from_samples(

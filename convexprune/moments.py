@@ -17,9 +17,8 @@ Source: Chan, Golub, LeVeque, The American Statistician 1983 (shifted sums, and 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -48,10 +47,6 @@ class Moments:
     mean_doubt: Tensor
     size: Tensor
     noise: Tensor
-
-    def __repr__(self) -> str:
-        """Tensors by their shape."""
-        return shown(self)
 
     @classmethod
     def given(cls, count: int, gram: Tensor, mean: Tensor | None) -> Moments:
@@ -118,10 +113,6 @@ class CrossMoments:
     input_doubt: Tensor
     mean_doubt: Tensor
     relative: float = 0.0
-
-    def __repr__(self) -> str:
-        """Tensors by their shape."""
-        return shown(self)
 
     @classmethod
     def given(cls, cross: Tensor, energies: Tensor, mean: Tensor | None, inputs: Moments) -> CrossMoments:
@@ -295,16 +286,6 @@ class TargetMoments:
         covariance = torch.addr(self.products, self.targets.sums / n, self.inputs.sums, alpha=-1).div_(n)
         variance = ((self.targets.squares - self.targets.sums.square() / n) / n).clamp(min=0)
         return CrossMoments(mean, variance, covariance, self.targets.doubt(), self.inputs.doubt(), mean_doubt)
-
-
-def shown(data: Any) -> str:
-    """A dataclass as it is written: the fields that differ from their defaults, tensors by their shape."""
-    parts = []
-    for entry in fields(data):
-        value = getattr(data, entry.name)
-        if value is not entry.default:
-            parts.append(f"{entry.name}={tuple(value.shape) if isinstance(value, Tensor) else repr(value)}")
-    return f"{type(data).__name__}({', '.join(parts)})"
 
 
 def affine(x: Tensor, weight: Tensor, bias: Tensor | None = None, rows: int = 8192) -> Tensor:

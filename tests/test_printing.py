@@ -30,7 +30,7 @@ def test_a_layer_shows_shapes(layer):
         "name='fc1'",
         "weight=(30, 60)",
         "bias=(30,)",
-        "read=Moments(count=200",
+        "samples=200",
         "activation='relu'",
         "inputs=(200, 60)",
     ):
