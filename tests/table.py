@@ -3,6 +3,7 @@
 import torch
 from instances import cascade_layer, random_layer
 
+from convexprune.forms import BallProblem, EqualityQuadratic, LassoProblem, declared
 from convexprune.patterns import NM, Blocks, Channels, PerRow, Support, Unstructured
 from convexprune.problems import L1Reconstruction, NetTrim, OptimalBrainSurgeon, Reconstruction
 from convexprune.solvers import (
@@ -49,9 +50,14 @@ PROBLEMS = {
     "obs_one_mask": lambda: OptimalBrainSurgeon(random_layer(9), removed=some(0.5)[:1].expand(4, -1).clone()),
     "obs_cascade": lambda: OptimalBrainSurgeon(cascade_layer(10), removed=some(0.4)),
 }
-OBS = [name for name in PROBLEMS if name.startswith("obs")]
-NET_TRIM = [name for name in PROBLEMS if name.startswith("net_trim")]
-LASSO = [name for name in PROBLEMS if name.startswith("l1")]
+
+
+def of_form(form):
+    """The rows whose problems declare this form: a new row meets the solvers of its form."""
+    return [name for name, make in PROBLEMS.items() if form in declared(make())]
+
+
+OBS, NET_TRIM, LASSO = of_form(EqualityQuadratic), of_form(BallProblem), of_form(LassoProblem)
 
 # name: (solver, the problems that it takes)
 SOLVERS = {
