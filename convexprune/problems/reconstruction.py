@@ -298,10 +298,10 @@ def strongest(minorants: Sequence[Minorant], problem: GroupedLeastSquares) -> fl
 def _least(constant: float, scores: Tensor, problem: GroupedLeastSquares) -> float:
     """Certainly not above the constant less the scores of any support."""
     chosen = scores[problem.select(scores)]
-    # a pattern adds the scores of a cell up before it compares
-    cell = max(int(problem.pattern.folded(torch.ones_like(scores), problem.kernel).max()), 1)
+    # a pattern adds the scores of a block up before it compares; blocks need not be of one size
+    block = max(int(problem.pattern.folded(torch.ones_like(scores), problem.kernel).max()), 1)
     gain = total(chosen)
-    return down(constant, up(gain, total_doubt(chosen) + (2 * gamma(cell) + gamma(8)) * gain))
+    return down(constant, up(gain, total_doubt(chosen) + (2 * gamma(block) + gamma(8)) * gain))
 
 
 def mixed_integer(parts: Sequence[Reconstruction], pattern: Pattern, always: Tensor | None) -> Formulation:
