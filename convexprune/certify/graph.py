@@ -30,7 +30,7 @@ from convexprune.bounds.gains import Operator
 from convexprune.bounds.propagation import ByChannel, Rule, Spread
 from convexprune.certify.operations import COPIES, Uncovered, carried, changed, norm_scale
 from convexprune.certify.side_by_side import Seen
-from convexprune.network.kinds import SUMS
+from convexprune.network.kinds import NONEXPANSIVE, SUMS
 from convexprune.network.matrices import Stack
 from convexprune.network.names import stacks
 from convexprune.network.recording import Record, Step
@@ -152,7 +152,8 @@ class _Walk:
         if not any(map(changed, reads)):
             return Spread(0.0)
         shapes = zip(step.reads, step.shaped, strict=False)
-        if step.operation in SUMS and any(not fits and changed(self.spreads.get(number)) for number, fits in shapes):
+        even = SUMS | NONEXPANSIVE  # a tensor that is stretched over another is read several times
+        if step.operation in even and any(not fits and changed(self.spreads.get(number)) for number, fits in shapes):
             raise Uncovered(f"{step.place} stretches a tensor over another, and is not covered")
         return carried(step, self.modules[step.module], reads, self.rule)
 
