@@ -229,13 +229,13 @@ class EqualityQuadratic(Form):
     def removed(self) -> Tensor:
         """(M, P) bool."""
 
-    @abstractmethod
     def pieces(self) -> Iterable[LeastSquares]:
-        """The same without the bias, which is put at its best: for a large mean that is far better conditioned."""
+        """The same as it stands; or without a bias, which is put at its best: with a large mean better conditioned."""
+        yield LeastSquares(self.removed.new_ones(len(self.removed)), self.gram, self.cross, self.removed, self.dense)
 
-    @abstractmethod
     def completed(self, weight: Tensor) -> Tensor:
-        """(M, P), float64: the weights (M, N) of all pieces with the bias that belongs to them."""
+        """(M, P), float64: the weights of all pieces, with the bias that belongs to them where the pieces have none."""
+        return weight
 
 
 class KnapsackProblem(Form):

@@ -70,7 +70,9 @@ class Layer:
         shown = []
         for entry in fields(self):
             value = getattr(self, entry.name)
-            if value is not entry.default:
+            if entry.name == "read":
+                shown.append(f"samples={self.samples}")
+            elif value is not entry.default:
                 shown.append(f"{entry.name}={tuple(value.shape) if isinstance(value, Tensor) else repr(value)}")
         return f"Layer({', '.join(shown)})"
 

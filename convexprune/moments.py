@@ -66,6 +66,10 @@ class Moments:
         doubt = torch.where(varies, raised(squares).sqrt(), 0.0)
         return cls(count, mean, central, doubt, none, size, gamma(4) * even.diagonal().abs())
 
+    def __repr__(self) -> str:
+        """How many samples there were, and of how many inputs."""
+        return f"Moments(samples={self.count}, inputs={len(self.covariance)})"
+
     @property
     def gram(self) -> Tensor:
         """(N, N): E[x x^T]."""
@@ -113,6 +117,11 @@ class CrossMoments:
     input_doubt: Tensor
     mean_doubt: Tensor
     relative: float = 0.0
+
+    def __repr__(self) -> str:
+        """How many targets there were, and of how many inputs."""
+        targets, inputs = self.covariance.shape
+        return f"CrossMoments(targets={targets}, inputs={inputs})"
 
     @classmethod
     def given(cls, cross: Tensor, energies: Tensor, mean: Tensor | None, inputs: Moments) -> CrossMoments:

@@ -1,10 +1,13 @@
 """Optimal Brain Surgeon: closed form = KKT = OSQP, exact constants, bounds (the laws of test_problems.py hold too)."""
 
+from dataclasses import dataclass
+
 import pytest
 import torch
 from instances import cascade_layer, random_layer
 from table import OBS, PROBLEMS, some
 
+from convexprune.forms import EqualityQuadratic
 from convexprune.layer import Layer
 from convexprune.problems import OptimalBrainSurgeon, increase, saliencies
 from convexprune.solution import Status
@@ -95,3 +98,36 @@ def test_bad_masks_are_refused():
         OptimalBrainSurgeon(random_layer(), torch.zeros(4, 5, dtype=torch.bool))
     with pytest.raises(ValueError, match="KKT is for up to"):
         solve(OptimalBrainSurgeon(random_layer(), some(0.5)), KKT(max_inputs=3))
+
+
+@dataclass(frozen=True, eq=False)
+class Ridge(EqualityQuadratic):
+    """|x - t|^2 under a metric, some weights removed: a form of one's own that states no pieces."""
+
+    gram: torch.Tensor
+    dense: torch.Tensor
+    removed: torch.Tensor
+
+    shape = property(lambda self: tuple(self.dense.shape))
+    cross = property(lambda self: self.dense @ self.gram)
+
+    def value(self, x):
+        step = x - self.dense
+        return float(((step @ self.gram) * step).sum())
+
+    def violation(self, x):
+        return float(x[self.removed].abs().sum())
+
+    def lower_bound(self, witness):
+        return 0.0
+
+    def to_cvxpy(self):
+        raise NotImplementedError
+
+
+@pytest.mark.parametrize("solver", [ClosedForm(), KKT()])
+def test_a_quadratic_of_ones_own_is_solved_as_it_stands(solver):
+    layer = random_layer(11, bias=False)
+    theirs = OptimalBrainSurgeon(layer, some(0.4))
+    ours = Ridge(layer.gram, layer.weight, theirs.removed)
+    torch.testing.assert_close(solve(ours, solver).x, solve(theirs, solver).x, rtol=1e-9, atol=1e-9)

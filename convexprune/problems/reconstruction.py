@@ -298,8 +298,8 @@ def strongest(minorants: Sequence[Minorant], problem: GroupedLeastSquares) -> fl
 def _least(constant: float, scores: Tensor, problem: GroupedLeastSquares) -> float:
     """Certainly not above the constant less the scores of any support."""
     chosen = scores[problem.select(scores)]
-    # a pattern adds the scores of a block up before it compares
-    block = scores.numel() // max(problem.pattern.folded(scores, problem.kernel).numel(), 1)
+    # a pattern adds the scores of a block up before it compares; blocks need not be of one size
+    block = max(int(problem.pattern.folded(torch.ones_like(scores), problem.kernel).max()), 1)
     gain = total(chosen)
     return down(constant, up(gain, total_doubt(chosen) + (2 * gamma(block) + gamma(8)) * gain))
 
