@@ -25,6 +25,18 @@ class Layer:
 
     A bias is one more input that is always 1. The `affine_*` views have it as their last column, P = in + 1; for a
     layer without bias they are the plain arrays and P = in. Every problem is stated in these views.
+
+    Make one by `capture`, `Layer.from_samples` or `Layer.from_moments`; the constructor takes moments that are summed.
+
+    Raises:
+        ValueError: For shapes that do not fit, numbers that are not finite, and an unknown activation.
+        TypeError: For weights that are no floating-point tensor.
+
+    Example:
+        >>> import torch, convexprune as cp
+        >>> layer = cp.Layer.from_samples(torch.tensor([[1.0, -2.0]]), torch.tensor([[1.0, 0.0], [0.0, 1.0]]))
+        >>> layer.gram.tolist(), layer.energy
+        ([[0.5, 0.0], [0.0, 0.5]], 2.5)
     """
 
     name: str
@@ -36,7 +48,7 @@ class Layer:
     inputs: Tensor | None = field(default=None, repr=False)  # (samples, in)   kept only when asked for
     targets: Tensor | None = field(default=None, repr=False)  # (samples, out)  y; None where y = W x + b
     kernel: int = 1  # kernel positions: inputs i, i + kernel, ... are one position of consecutive channels
-    repairs: bool = False  # whether the targets also make good what the other branch of the sum behind it has lost
+    repairs: bool = False  # True if the targets also compensate the error of the other residual branch
     damping: float = 0.0  # the ridge that is in the moments, as a fraction of the mean diagonal of the Gram matrix
     module: str = None  # type: ignore[assignment]  # the name of the module that it is in; the layer's unless given
     group: int = 0  # which of the module's `groups` it is

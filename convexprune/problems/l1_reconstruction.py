@@ -25,9 +25,21 @@ from convexprune.rounding import TINY, down, gamma, lowered, raised, total, tota
 
 @dataclass(frozen=True, eq=False)
 class L1Reconstruction(LassoProblem):
-    """The lasso of a layer; `lam` > 0 is in the units of E[y x].
+    """The lasso of a layer: reconstruction with a price on the weights' absolute values.
 
-    Raises ValueError for a lam that is not a finite number > 0.
+    Args:
+        layer: Its moments are all that the problem reads.
+        lam: Price of a unit of weight, > 0, in the units of E[y x].
+
+    Raises:
+        ValueError: For a `lam` that is not a finite number > 0.
+
+    Example:
+        >>> import torch, convexprune as cp
+        >>> layer = cp.Layer.from_samples(torch.eye(2), torch.eye(2), activation=None)
+        >>> solution = cp.solve(cp.L1Reconstruction(layer, lam=1.0))  # every weight costs more than it is worth
+        >>> solution.x.tolist()
+        [[0.0, 0.0], [0.0, 0.0]]
     """
 
     needs_samples: ClassVar[bool] = False  # whether it reads Layer.inputs

@@ -55,13 +55,25 @@ class Left(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class NetTrim(BallProblem):
-    """The parallel Net-Trim problem of a layer; `NetTrim.cascade` states the cascade one.
+    """The parallel Net-Trim problem of a layer; `NetTrim.cascade` states the cascade problem.
 
-    layer    captured with its inputs
-    epsilon  the ball's radius, relative: radius = epsilon ||Y||_F
-    slack    V: None (zero), a number, or an array (samples, out) read where the dense layer is inactive
+    Args:
+        layer: A layer that was captured with its inputs.
+        epsilon: The ball's radius relative to the outputs: radius = epsilon ||Y||_F.
+        slack: V, the ceiling where the dense layer is inactive: None (zero), a number, or an array (samples, out).
 
-    Raises ValueError for a negative or non-finite epsilon, a slack of the wrong shape, a layer without samples.
+    Raises:
+        ValueError: For a negative or non-finite epsilon, a slack of the wrong shape, and a layer without samples.
+
+    Source:
+        Aghasi, Abdi, Nguyen, Romberg, NIPS 2017, eq. (5); Aghasi, Abdi, Romberg, SIMODS 2020.
+
+    Example:
+        >>> import torch, convexprune as cp
+        >>> layer = cp.Layer.from_samples(torch.tensor([[5.0, 2.0, 0.0], [1.0, -4.0, 3.0]]), torch.eye(3))
+        >>> problem = cp.NetTrim(layer, epsilon=0.1)
+        >>> problem.violation(problem.dense), problem.value(problem.dense)
+        (0.0, 15.0)
     """
 
     needs_samples: ClassVar[bool] = True  # whether it reads Layer.inputs

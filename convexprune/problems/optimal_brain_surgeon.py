@@ -33,9 +33,24 @@ from convexprune.rounding import down, gamma, raised, total, total_doubt, up
 
 @dataclass(frozen=True, eq=False)
 class OptimalBrainSurgeon(EqualityQuadratic):
-    """The equality-constrained quadratic of a layer; `removed` is a boolean mask (M, N), or (M, P) with the bias last.
+    """The equality-constrained quadratic of a layer: some weights are removed, and the others make up for them.
 
-    Raises ValueError for a mask of another shape or type.
+    Args:
+        layer: Its moments are all that the problem reads.
+        removed: Boolean mask (M, N) of the weights that are removed, or (M, P) with the bias as its last column.
+
+    Raises:
+        ValueError: For a mask of another shape or type.
+
+    Source:
+        Hassibi, Stork, NIPS 1993; Dong, Chen, Pan, NIPS 2017.
+
+    Example:
+        >>> import torch, convexprune as cp
+        >>> layer = cp.Layer.from_moments(torch.tensor([[1.0, 1.0]]), torch.tensor([[1.0, 0.5], [0.5, 1.0]]))
+        >>> problem = cp.OptimalBrainSurgeon(layer, removed=torch.tensor([[True, False]]))
+        >>> [round(weight, 6) for weight in cp.solve(problem).x[0].tolist()]
+        [0.0, 1.5]
     """
 
     needs_samples: ClassVar[bool] = False  # whether it reads Layer.inputs

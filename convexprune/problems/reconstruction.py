@@ -38,12 +38,26 @@ IDLE = 2.0**-20  # of an output's rms: 16 units of float32's rounding
 
 @dataclass(frozen=True, eq=False)
 class Reconstruction(PerspectiveProblem):
-    """Least squares with a support in `pattern`.
+    """The best least-squares approximation of a layer by weights with a support in a pattern.
 
-    always      (M, N) bool: weights that must stay in the support
-    importance  (M,) > 0: how much an output's error counts; the norms of the next layer's columns, say
+    Args:
+        layer: Its moments are all that the problem reads.
+        pattern: Which supports are allowed, such as `Unstructured(0.3)` or `NM(2, 4)`.
+        always: Boolean mask (M, N) of weights that must stay in the support, or None.
+        importance: (M,) > 0: how much the error of an output counts, such as the norms of the next layer's columns.
 
-    Raises ValueError where the pattern does not fit the layer.
+    Raises:
+        ValueError: If the pattern does not fit the layer, and for `always` or `importance` of another shape.
+
+    Source:
+        Hassibi, Stork 1993; Dong, Chen, Pan, NIPS 2017; Frantar, Singh, Alistarh 2022, eq. 1.
+
+    Example:
+        >>> import torch, convexprune as cp
+        >>> layer = cp.Layer.from_moments(torch.tensor([[3.0, 1.0]]), torch.tensor([[1.0, 0.5], [0.5, 1.0]]))
+        >>> solution = cp.solve(cp.Reconstruction(layer, cp.Unstructured(1)))
+        >>> [round(weight, 6) for weight in solution.x[0].tolist()], round(solution.certificate.value, 6)
+        ([3.5, 0.0], 0.75)
     """
 
     needs_samples: ClassVar[bool] = False  # whether it reads Layer.inputs

@@ -67,7 +67,7 @@ class SparsityAllocation(KnapsackProblem):
 
     @cached_property
     def groups(self) -> tuple[tuple[int, ...], ...]:
-        """The curves that choose together, by their numbers."""
+        """Groups of curve indices that must take the same level."""
         found: dict[object, list[int]] = {}
         for index, curve in enumerate(self.curves):
             found.setdefault(index if curve.tie is None else curve.tie, []).append(index)

@@ -60,9 +60,10 @@ class BranchAndBound:
         layout, grid = gridded(problem, "BranchAndBound")
         together = grid.group.shape[1] if layout.groups == 1 or grid.apart is not None else grid.group.numel()
         if together > self.max_inputs and not layout.forced:
-            what = "inputs" if layout.single and together == grid.group.shape[1] else "cells that are chosen together"
+            single = layout.single and together == grid.group.shape[1]
+            unit, what = ("inputs", "inputs") if single else ("cells", "cells that are chosen together")
             raise ValueError(
-                f"BranchAndBound is for up to {self.max_inputs} inputs, this layer has {together} {what}; use Best"
+                f"BranchAndBound is for up to {self.max_inputs} {unit}, this layer has {together} {what}; use Best"
             )
         return self
 
