@@ -10,10 +10,12 @@ from convexprune.allocate.rate_distortion import (
     random_inputs,
     rate_distortion,
 )
+from convexprune.backends import Backend, InProcess, Joblib, Task
 from convexprune.certify.held_out import Unseen, certify_unseen
 from convexprune.certify.input_region import WorstCase, worst_case
 from convexprune.curve import Curve
 from convexprune.distill import Distilled, distill
+from convexprune.execution import Execution
 from convexprune.layer import Layer
 from convexprune.merge import merge
 from convexprune.network import (
@@ -90,6 +92,7 @@ __all__ = [
     "ActivationMagnitude",
     "Allocation",
     "Attempt",
+    "Backend",
     "Balanced",
     "Best",
     "BestOf",
@@ -109,12 +112,15 @@ __all__ = [
     "ErrorBudget",
     "ExactOBS",
     "Exchange",
+    "Execution",
     "Fast",
     "Formulation",
     "GlobalMagnitude",
     "Goal",
     "GreedyMerging",
     "Groupwise",
+    "InProcess",
+    "Joblib",
     "L1Reconstruction",
     "LagrangianPrice",
     "Layer",
@@ -144,6 +150,7 @@ __all__ = [
     "Status",
     "Support",
     "SwapSearch",
+    "Task",
     "Then",
     "Uniform",
     "UniformPlus",

@@ -6,15 +6,19 @@ what need not be kept is not, before the work begins. `network.traversal` then g
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
 
 from convexprune.allocate import Allocation
+from convexprune.backends import Backend, Task
 from convexprune.certify.network_error import network_error
+from convexprune.execution import Execution
 from convexprune.forms import adapted
 from convexprune.layer import Layer
 from convexprune.network import Calibration, read, write
@@ -31,8 +35,9 @@ from convexprune.report.row import TOLERANCE, Row, small
 from convexprune.report.row_of import row_of
 from convexprune.report.shares import Shares
 from convexprune.solution import Solution, Status
-from convexprune.solve import default_solver, rejudged, solve
+from convexprune.solve import default_solver, rejudged
 from convexprune.solvers import Groupwise
+from convexprune.store import Store, content, model_hash, text_hash
 
 UNSOLVED: Final = (Status.INFEASIBLE, Status.NUMERICAL)  # no point worth writing: the layer stays as it was
 Build = Callable[..., LayerProblem | None]  # of a layer, and of its count where there is an allocation
@@ -50,6 +55,7 @@ def prune(
     names: Sequence[str] | str | None = None,
     allocation: Allocation | None = None,
     progress: Callable[[Progress], None] | None = None,
+    execution: Execution | None = None,
 ) -> tuple[nn.Module, Report]:
     """Prune a model layer by layer: solve a problem for each, write its weights into a copy, judge what was written.
 
@@ -71,6 +77,7 @@ def prune(
         names: which layers, as in `Calibration`, where that does not say.
         allocation: divides a budget among the layers first.
         progress: called with a `Progress` at each step.
+        execution: how the work is done, such as `Execution(store="folder")`, which goes on where it was killed.
 
     Returns:
         The pruned copy, and the report on it.
@@ -93,47 +100,144 @@ def prune(
     check_watcher(progress)
     calibration = Calibration.of(batches, names)
     tell = Teller(progress, calibration)
-    walk = Traversal(model, calibration, mode, tell.captured)
+    execution = _checked_execution(execution)
+    walk = Traversal(model, calibration, mode, tell.captured, execution.way)
     shares = None if allocation is None else allocation.shares(model, calibration, progress=progress)
     counts = None if shares is None else shares.by_layer(walk.names)
-    report = walked(walk, _stated(build, counts), solver, tell, shares)
+    report = walked(walk, _stated(build, counts), solver, tell, shares, execution)
     return walk.pruned, report
 
 
-def walked(walk: Traversal, state: State, solver: Solver | None, tell: Teller, shares: Shares | None = None) -> Report:
+def walked(
+    walk: Traversal, state: State, solver: Solver | None, tell: Teller, shares: Shares | None = None,
+    execution: Execution | None = None,
+) -> Report:  # fmt: skip
     """Prune the walk's copy layer by layer, by what `state` says of each layer; returns the report.
 
     shares  that a budget gave the layers, if there was one: each of them has to be pruned
 
     Raises what `prune` raises.
     """
+    execution = execution or Execution()
     plan = _Plan.of(walk, state, solver)
     if shares is not None:
         check_counted(shares.counts, [module for module, names in walk.names.items() if not {*names} <= {*plan.left}])
     tell.planned(plan.coverage, len(walk.modules))
-    rows: list[Row] = []
-    used: dict[str, None] = {}  # in order, each once
-    written = list(plan.pruned)
-    for done, (module, layers) in enumerate(walk.layers(plan.keep)):
-        tell.solving(module, done, len(walk.modules))
-        for groups, problem in _asked(state, layers):
-            if problem is not None and module not in written:
-                written.append(module)
-                _check_untied(walk.pruned, written)
-            solution, refusal = None, ""
-            if problem is not None:
-                solution, refusal = _written(walk.pruned, groups, problem, solver)
-                used[solution.solver] = None
-            rows.append(row_of(groups, _stored(walk.pruned, groups), problem, solution, refusal))
-    if not used:
+    store = None if execution.kept is None else execution.kept.opened(_run(walk, plan, solver), walk.modules)
+    run = _Run(walk, state, solver, tell, execution.backend, store, list(plan.pruned))
+    rows = run.rows(plan.keep)
+    if not run.used:
         raise ValueError("nothing was pruned: build(layer) returned None for every layer; return a problem for one")
     network = network_error(walk, rows, tell.measured)
     fingerprint, dtype = walk.calibration.fingerprint, next(walk.model.parameters()).dtype
     settings = Settings(
-        walk.mode, "; ".join(used), fingerprint.samples, fingerprint.text, str(dtype).removeprefix("torch."),
+        walk.mode, "; ".join(run.used), fingerprint.samples, fingerprint.text, str(dtype).removeprefix("torch."),
         walk.calibration.seed, torch.get_num_threads(), torch.__version__,
     )  # fmt: skip
     return Report(tuple(rows), network, settings, shares, plan.coverage)
+
+
+def _run(walk: Traversal, plan: _Plan, solver: Solver | None) -> dict[str, Any]:
+    """What makes this run: its store is no other's."""
+    return {
+        "model": model_hash(walk.model),
+        "data": walk.calibration.fingerprint.text,
+        "recipe": plan.recipe,
+        "solver": repr(solver),
+        "mode": walk.mode,
+        "seed": walk.calibration.seed,
+        "threads": torch.get_num_threads(),
+    }
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """Some groups of a module, and the problem that the recipe states for them, if any."""
+
+    module: str
+    layers: list[Layer]
+    problem: LayerProblem | None
+
+
+@dataclass
+class _Run:
+    """The layers of a walk, solved and written group by group.
+
+    written  the modules that get a problem: no two may be tied
+    used     what the solvers say of themselves, in order, each once
+    """
+
+    walk: Traversal
+    state: State
+    solver: Solver | None
+    tell: Teller
+    backend: Backend
+    store: Store | None
+    written: list[str]
+    used: dict[str, None] = field(default_factory=dict)
+    finished: dict[str, tuple[Row, ...]] = field(default_factory=dict)
+
+    def rows(self, keep: Collection[str]) -> list[Row]:
+        """Of all modules, in order; those that the store has are written from there first."""
+        if self.store is not None:
+            for module in self.walk.modules:
+                self._restore(module, self.store)
+        for group in self.walk.groups(keep, frozenset(self.finished)):
+            self._solve(group)
+        return [row for module in self.walk.modules for row in self.finished[module]]
+
+    def _restore(self, module: str, store: Store) -> None:
+        found = store.get(module)
+        if found is None:
+            return
+        parameters, self.finished[module] = found
+        own = dict(self.walk.pruned.get_submodule(module).named_parameters(recurse=False))
+        with torch.no_grad():
+            for key, value in parameters.items():
+                own[key].copy_(value)
+        self.used.update({row.solver: None for row in self.finished[module] if row.solver})
+
+    def _solve(self, group: Iterable[tuple[str, list[Layer]]]) -> None:
+        """Layers that do not depend on each other."""
+        waiting: deque[_Asked] = deque()
+        rows: list[Row] = []
+        solution: Solution | None
+        for solution in chain(self.backend.solutions(self._tasks(group, waiting)), [None]):
+            while waiting and (waiting[0].problem is None or solution is not None):
+                asked = waiting.popleft()
+                if asked.problem is None:
+                    rows.append(row_of(asked.layers, _stored(self.walk.pruned, asked.layers), None, None))
+                else:
+                    rows.append(self._write(asked.layers, asked.problem, solution))
+                    solution = None
+                if not waiting or waiting[0].module != asked.module:
+                    self._finish(asked.module, rows)
+                    rows = []
+
+    def _tasks(self, group: Iterable[tuple[str, list[Layer]]], waiting: deque[_Asked]) -> Iterator[Task]:
+        """One for each problem; what waits for an answer is put down, module by module."""
+        for module, layers in group:
+            self.tell.solving(module, self.walk.modules.index(module), len(self.walk.modules))
+            asked = [_Asked(module, groups, problem) for groups, problem in _asked(self.state, layers)]
+            if module not in self.written and any(each.problem is not None for each in asked):
+                self.written.append(module)
+                _check_untied(self.walk.pruned, self.written)
+            waiting.extend(asked)
+            for each in asked:
+                if each.problem is not None:
+                    yield Task(module, each.problem, _solver_for(each.problem, self.solver))
+
+    def _write(self, layers: list[Layer], problem: LayerProblem, solution: Solution | None) -> Row:
+        assert solution is not None  # of a backend that gives one for each task
+        written, refusal = _written(self.walk.pruned, layers, problem, solution)
+        self.used[written.solver] = None
+        return row_of(layers, _stored(self.walk.pruned, layers), problem, written, refusal)
+
+    def _finish(self, module: str, rows: list[Row]) -> None:
+        self.finished[module] = tuple(rows)
+        if self.store is not None:
+            own = self.walk.pruned.get_submodule(module).named_parameters(recurse=False)
+            self.store.put(module, dict(own), rows)
 
 
 @dataclass(frozen=True)
@@ -183,6 +287,12 @@ def _check_options(build: Any, solver: Any, allocation: Any) -> None:
         raise TypeError("give a `build`, which states each layer's problem, or an `allocation`")
 
 
+def _checked_execution(execution: Any) -> Execution:
+    if execution is not None and not isinstance(execution, Execution):
+        raise TypeError(f"execution is {execution!r}; give an Execution, such as Execution(store='folder')")
+    return execution or Execution()
+
+
 def _stated(build: Build | None, counts: Mapping[str, int] | None) -> State:
     """The recipe as a function of the layer alone."""
     if counts is None:
@@ -206,12 +316,14 @@ class _Plan:
     keep    the modules whose rows have to be kept: a problem of theirs needs samples, or that is not known
     coverage  which of the model's weights they have
     left    the layers for which the recipe states no problem
+    recipe  a hash of what it states
     """
 
     pruned: tuple[str, ...]
     keep: frozenset[str]
     coverage: Coverage
     left: tuple[str, ...]
+    recipe: str
 
     @classmethod
     def of(cls, walk: Traversal, state: State, solver: Solver | None) -> _Plan:
@@ -223,6 +335,7 @@ class _Plan:
         pruned: list[str] = []
         keep: set[str] = set()
         left: list[str] = []
+        texts: list[str] = []
         for module, outlines in walk.outlines():
             stated: list[LayerProblem] = []
             for outline in outlines:
@@ -235,6 +348,7 @@ class _Plan:
                     left.append(outline.name)
                 else:
                     stated.append(_checked(problem, outline.name))
+            texts.append(f"{module}: {'; '.join(map(content, stated))}")
             if stated:
                 pruned.append(module)
                 _check_solvable(module, stated, solver)
@@ -244,7 +358,7 @@ class _Plan:
         if walk.calibration.keep_inputs is not None:
             keep = set(walk.modules) if walk.calibration.keep_inputs else set()
         covered = coverage(walk.model, walk.modules, walk.chosen.stacks)
-        return cls(tuple(pruned), frozenset(keep), covered, tuple(left))
+        return cls(tuple(pruned), frozenset(keep), covered, tuple(left), text_hash("\n".join(texts)))
 
 
 def _checked(problem: Any, name: str) -> LayerProblem:
@@ -295,14 +409,9 @@ def _asked(state: State, layers: Sequence[Layer]) -> list[tuple[list[Layer], Lay
 
 
 def _written(
-    pruned: nn.Module, layers: Sequence[Layer], problem: LayerProblem, solver: Solver | None
+    pruned: nn.Module, layers: Sequence[Layer], problem: LayerProblem, solution: Solution
 ) -> tuple[Solution, str]:
-    """Solve, write the weights, and let the problem judge what is in the model now; and why nothing was written."""
-    try:
-        solution = solve(problem, _solver_for(problem, solver))
-    except (TypeError, ValueError, MemoryError) as error:
-        error.add_note(f"This was layer {layers[0].module!r}.")
-        raise
+    """Write the weights, and let the problem judge what is in the model now; and why nothing was written."""
     refusal = "" if solution.status not in UNSOLVED else "the solver found no point"
     if not refusal and solution.certificate.violation > TOLERANCE:
         dense = problem.violation(_stored(pruned, layers))

@@ -63,7 +63,7 @@ def test_the_passes_are_those_that_are_stated(mode, build):
     walk = Traversal(model, calibration, mode)
     stated = walk.passes
     model.counts = [0] * 7
-    pruned, _ = cp.prune(model, calibration, build, cp.ADMM(max_iter=20), mode)
+    pruned, _ = cp.prune(model, calibration, build, cp.ADMM(max_iter=20), mode, execution=cp.Execution(by_block=False))
     # and two passes of each network to measure, one of them recorded
     assert model.counts[0] == 5 * (stated.dense + 2)
     assert pruned.counts[0] == 5 * (stated.pruned + 2)
@@ -143,7 +143,7 @@ def test_layers_that_read_one_tensor_share_their_moments_and_go_together():
     model = Attention()
     walk = Traversal(model, Calibration([torch.randn(20, 6)]), "cascade")
     assert walk.survey.groups == [["q", "k"], ["o"]]
-    found = {name: layers[0] for name, layers in walk.layers(keep=())}
+    found = {name: layers[0] for group in walk.groups(keep=()) for name, layers in group}
     assert found["q"].gram is found["k"].gram
     assert walk.passes.pruned == 2
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from convexprune.layer import ACTIVATIONS, Layer
+from convexprune.network.blocks import Stream
 from convexprune.network.calibration import Calibration, Mask
 from convexprune.network.forward import Enough, check_model, check_untransformed, numbered, run, tensors_in, undisturbed
 from convexprune.network.matrices import Stack, stack_of
@@ -94,6 +95,7 @@ class Gathering:
     calls     how often each module is called in a batch: the pass ends with the last call that is wanted
     residual  with `dense`: targets that also repair the other branch of the residual sum behind each layer
               (`network.residual`); for layers that have one
+    streams   of the networks, whose finished blocks do not run
     """
 
     model: nn.Module
@@ -103,6 +105,7 @@ class Gathering:
     dense: nn.Module | None = None
     calls: Mapping[str, int] | None = None
     residual: bool = False
+    streams: Sequence[Stream] = ()
 
     def __post_init__(self) -> None:
         if self.dense is not None:
@@ -114,7 +117,9 @@ class Gathering:
         account = Account(keep, self.calibration.positions, self.calibration.seed)
         with undisturbed(self.model, *(() if self.dense is None else (self.dense,))):
             for index, batch in enumerate(self.calibration):
-                with numbered(index):
+                with numbered(index), ExitStack() as finished:
+                    for stream in self.streams:
+                        finished.enter_context(stream.at(index))
                     self._take(account, batch, survey)
                 if tell is not None:
                     tell(index)

@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from convexprune.network.activation import activation
+from convexprune.network.blocks import Blocks
 from convexprune.network.calibration import Calibration
 from convexprune.network.forward import numbered, tensors_in, undisturbed
 from convexprune.network.matrices import Stack
@@ -106,13 +107,17 @@ class Survey:
 
 
 def survey(
-    model: nn.Module, calibration: Calibration, stacks: Mapping[str, Stack], tell: Callable[[int], None]
+    model: nn.Module, calibration: Calibration, stacks: Mapping[str, Stack], blocks: Blocks, tell: Callable[[int], None]
 ) -> Survey:
-    """One pass of the model over all batches; `tell` is called with each batch's number."""
+    """One pass of the model over all batches.
+
+    blocks  looks on
+    tell    is called with each batch's number
+    """
     found = Survey(stacks)
     with undisturbed(model):
         for index, batch in enumerate(calibration):
-            with numbered(index):
+            with numbered(index), blocks.watched():
                 found.add(record(model, batch), batch)
             tell(index)
     return found

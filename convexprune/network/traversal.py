@@ -6,8 +6,8 @@
     residual   the same, and a layer whose output goes into a          the same tensor go together
                residual sum repairs what the other branch has lost
 
-Names, kinds, order, calls and activations come from one survey of the dense network over all batches. What is written
-here for a network holds for a part of it: a part is a module, and what it reads are its batches.
+Names, kinds, order, calls and activations come from one survey of the dense network over all batches. Where a network
+is a chain of blocks, a cascade's pass begins behind the blocks that are finished (`network.blocks`).
 """
 
 from __future__ import annotations
@@ -16,16 +16,18 @@ import copy
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Final
 
 from torch import nn
 
 from convexprune.layer import Layer
+from convexprune.network.blocks import Blocks, Chain, Stash, Stream, streamed
 from convexprune.network.calibration import Calibration
 from convexprune.network.capture import Gathering, layers_of, told_activations
 from convexprune.network.forward import copied
 from convexprune.network.matrices import Stack
-from convexprune.network.memory import check_grams, check_rows
+from convexprune.network.memory import available, check_grams, check_rows
 from convexprune.network.moment_accumulator import Account
 from convexprune.network.names import choose
 from convexprune.network.residual import summed
@@ -36,11 +38,30 @@ Tell = Callable[[str | None, int], None]  # of a module that is captured (None: 
 
 
 @dataclass(frozen=True)
+class Way:
+    """How a cascade goes through the blocks of a network; the weights are the same whichever way.
+
+    by_block  whether finished blocks are left out of later passes, where the network is a chain of blocks and what they
+              make of the batches can be kept
+    scratch   folder in which that is kept; None: in memory, as long as it takes less than half of what is free
+    """
+
+    by_block: bool = True
+    scratch: Path | None = None
+
+
+@dataclass(frozen=True)
 class Passes:
-    """How often each batch goes through each network; in a cascade only as far as the layer that is captured."""
+    """How often each batch goes through each network; in a cascade only as far as the layer that is captured.
+
+    Where a cascade goes block by block, a pass begins behind the finished blocks, and there is one more for each block.
+    """
 
     dense: int
     pruned: int
+
+
+WHOLE: Final = Way(by_block=False)
 
 
 class Traversal:
@@ -51,21 +72,26 @@ class Traversal:
     Raises ValueError for an unknown mode and for names that mean no layer that is called.
     """
 
-    def __init__(self, model: nn.Module, calibration: Calibration, mode: str, tell: Tell | None = None) -> None:
+    def __init__(
+        self, model: nn.Module, calibration: Calibration, mode: str, tell: Tell | None = None, way: Way = WHOLE
+    ) -> None:
         if mode not in MODES:
             raise ValueError(f"mode is {mode!r}; it must be one of {MODES}")
-        self.model, self.calibration, self.mode = model, calibration, mode
+        self.model, self.calibration, self.mode, self.way = model, calibration, mode, way
         self.chosen = choose(model, calibration.names)
         check_grams(self.chosen.stacks)
         self.told = told_activations(model, calibration)
         self.pruned = copied(model)
         self._tell = tell or (lambda module, batch: None)
         self._gathered: list[Account] = []  # of a parallel walk
+        self._blocks = Blocks(model)
 
     @cached_property
     def survey(self) -> Survey:
         """One pass of the dense network over all batches."""
-        found = survey(self.model, self.calibration, self.chosen.stacks, lambda index: self._tell(None, index))
+        found = survey(
+            self.model, self.calibration, self.chosen.stacks, self._blocks, lambda index: self._tell(None, index)
+        )
         self.chosen.check_called(found.order)
         return found
 
@@ -111,29 +137,59 @@ class Traversal:
                 for group, name in enumerate(stack.names(module)) if name in self.chosen.layers
             ]  # fmt: skip
 
-    def layers(self, keep: Collection[str]) -> Iterator[tuple[str, list[Layer]]]:
-        """Each module with its layers, one for each group, after the module before it was written.
+    def groups(self, keep: Collection[str], done: Collection[str] = ()) -> Iterator[Iterator[tuple[str, list[Layer]]]]:
+        """Modules that do not depend on each other, each with its layers, one for each of its groups.
+
+        The modules of one round are to be written before the next round is asked for.
 
         keep  the modules whose rows are kept: their problems need samples
+        done  the modules that are written already, and left out
         """
         if self.calibration.positions is None and self.calibration.mask is None:
             for name in filter(keep.__contains__, self.modules):
                 check_rows(name, self.survey.rows[name], self.chosen.stacks[name])
         groups = [self.modules] if self.mode == "parallel" else self.survey.groups
-        for group in groups:
-            yield from self._captured(group, keep)
+        for number, group in enumerate(groups):
+            left = [name for name in group if name not in done]
+            if left:
+                self._advance(number)
+                yield self._captured(left, keep, alone=len(group) == 1)
+
+    @cached_property
+    def chains(self) -> list[Chain]:
+        """The chains of blocks that a cascade goes through block by block."""
+        if self.mode == "parallel" or not self.way.by_block:
+            return []
+        chains = self._blocks.chains(self.survey.groups)
+        there = available()
+        if self.way.scratch is None and there is not None and 2 * self._blocks.held(chains) > there / 2:
+            return []
+        return streamed(self.model, chains, self.calibration.first) if chains else []
+
+    def _advance(self, number: int) -> None:
+        """Finish the blocks that are behind when the walk comes to this group."""
+        for chain in reversed(self.chains):  # the inner before the outer that they are in
+            for stream in self._streams:
+                stream.finish(chain, chain.count(self.survey.groups, number), self.calibration)
+
+    @cached_property
+    def _streams(self) -> list[Stream]:
+        stash = Stash(self.way.scratch)
+        networks = {"dense": self.model, "pruned": self.pruned}
+        return [Stream(network, self.chains, name, stash) for name, network in networks.items()]
 
     def renewed(self) -> Traversal:
         """The same walk with a fresh copy to write: no further survey, and in parallel mode no further pass."""
         self.survey  # noqa: B018   made once, for both
         other = copy.copy(self)
         other.pruned = copied(self.model)
-        other.__dict__.pop("_pruned_stacks", None)
+        for made in ("_pruned_stacks", "_streams"):
+            other.__dict__.pop(made, None)
         return other
 
-    def _captured(self, group: list[str], keep: Collection[str]) -> Iterator[tuple[str, list[Layer]]]:
+    def _captured(self, group: list[str], keep: Collection[str], alone: bool) -> Iterator[tuple[str, list[Layer]]]:
         cascade = self.mode != "parallel"
-        residual = self.mode == "residual" and len(group) == 1 and summed(self.survey.record, group[0])
+        residual = self.mode == "residual" and alone and summed(self.survey.record, group[0])
         stacks = self._pruned_stacks if cascade else self.chosen.stacks
         gathering = Gathering(
             self.pruned if cascade else self.model,
@@ -143,6 +199,7 @@ class Traversal:
             dense=self.model if cascade else None,
             calls=self.survey.calls,
             residual=residual,
+            streams=self._streams if self.chains else (),
         )
         account = self._run(gathering, group[0]) if cascade else self._run_once(gathering, keep)
         for module in group:
@@ -153,7 +210,8 @@ class Traversal:
 
     def _run_once(self, gathering: Gathering, keep: Collection[str]) -> Account:
         """A parallel walk's pass, which `renewed` walks share."""
-        known = [account for account in self._gathered if set(account.keep) >= set(keep)]
+        wanted = set(gathering.stacks)
+        known = [each for each in self._gathered if set(each.keep) >= set(keep) and set(each.slots) >= wanted]
         if not known:
             self._gathered[:] = known = [self._run(gathering, None)]
         return known[0]
