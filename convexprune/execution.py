@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from convexprune.backends import Backend, InProcess
@@ -18,7 +18,7 @@ class Execution:
     """How the work of `prune` is done. The weights that it finds are the same, to the rounding of other threads.
 
     Args:
-        by_block: In a cascade, do not run blocks again that are finished; where the model is no chain of blocks, or what
+        by_block: In a cascade, do not run finished blocks again; where the model is no chain of blocks, or what
             they make does not fit, the whole model is run.
         scratch: Folder for what the blocks make of the calibration samples; None keeps that in memory.
         backend: Solves the layers that do not depend on each other: `InProcess()` here, `Joblib(...)` in other
@@ -36,7 +36,7 @@ class Execution:
 
     by_block: bool = True
     scratch: str | os.PathLike[str] | None = None
-    backend: Backend = InProcess()
+    backend: Backend = field(default_factory=InProcess)
     store: str | os.PathLike[str] | None = None
 
     def __post_init__(self) -> None:

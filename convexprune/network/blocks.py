@@ -5,7 +5,7 @@ its children are the blocks. A run for a later layer then puts a stub in the pla
 the last one gives what that block has made of the batch. Those before it give NaN of the right shape: should the code
 between the blocks read more of them than to hand it on, then NaN is seen and refused, never a wrong number.
 
-The cost of a cascade is so linear in the number of blocks. It holds one tensor (a block's output) of each batch for each
+So the cost of a cascade is linear in the number of blocks. It holds one block's output of each batch for each
 network.
 """
 
