@@ -15,6 +15,7 @@ from convexprune.certify.held_out import Unseen, certify_unseen
 from convexprune.certify.input_region import WorstCase, worst_case
 from convexprune.curve import Curve
 from convexprune.distill import Distilled, distill
+from convexprune.evaluate import Estimate, Evaluation, evaluate
 from convexprune.execution import Execution
 from convexprune.layer import Layer
 from convexprune.merge import merge
@@ -43,6 +44,7 @@ from convexprune.problems import (
 )
 from convexprune.prune import prune
 from convexprune.prune_within import Goal, prune_within
+from convexprune.recipe import Recipe, Rule
 from convexprune.report import MergeReport, Report
 from convexprune.report.progress import Progress
 from convexprune.solution import Attempt, Certificate, Solution, Status
@@ -110,6 +112,8 @@ __all__ = [
     "DynamicProgramming",
     "ErdosRenyiKernel",
     "ErrorBudget",
+    "Estimate",
+    "Evaluation",
     "ExactOBS",
     "Exchange",
     "Execution",
@@ -139,10 +143,12 @@ __all__ = [
     "PerRow",
     "Problem",
     "Progress",
+    "Recipe",
     "Reconstruction",
     "Refit",
     "Report",
     "RisingPenalty",
+    "Rule",
     "SecondOrder",
     "Solution",
     "Solver",
@@ -165,6 +171,7 @@ __all__ = [
     "certify_unseen",
     "compact",
     "distill",
+    "evaluate",
     "judge",
     "load",
     "macs_per_weight",

@@ -29,6 +29,7 @@ from convexprune.options import function, optional
 from convexprune.patterns import Unstructured
 from convexprune.problem import LayerProblem, Solver, check_problem, check_solver
 from convexprune.problems import Reconstruction, Stacked, StackedReconstruction, stacked
+from convexprune.recipe import Recipe
 from convexprune.report import Report, Settings
 from convexprune.report.progress import Progress
 from convexprune.report.row import TOLERANCE, Row, small
@@ -42,6 +43,7 @@ from convexprune.store import Store, content, model_hash, text_hash
 UNSOLVED: Final = (Status.INFEASIBLE, Status.NUMERICAL)  # no point worth writing: the layer stays as it was
 Build = Callable[..., LayerProblem | None]  # of a layer, and of its count where there is an allocation
 State = Callable[[Layer], LayerProblem | None]
+Choose = Callable[[Layer], Solver | None]  # of a layer the solver; None for the default of its problem
 
 
 @torch.inference_mode(False)  # of the caller's: what is made here can be trained
@@ -104,27 +106,28 @@ def prune(
     walk = Traversal(model, calibration, mode, tell.captured, execution.way)
     shares = None if allocation is None else allocation.shares(model, calibration, progress=progress)
     counts = None if shares is None else shares.by_layer(walk.names)
-    report = walked(walk, _stated(build, counts), solver, tell, shares, execution)
+    report = walked(walk, _stated(build, counts), _chosen(build, solver), tell, shares, execution)
     return walk.pruned, report
 
 
 def walked(
-    walk: Traversal, state: State, solver: Solver | None, tell: Teller, shares: Shares | None = None,
+    walk: Traversal, state: State, choose: Choose, tell: Teller, shares: Shares | None = None,
     execution: Execution | None = None,
 ) -> Report:  # fmt: skip
     """Prune the walk's copy layer by layer, by what `state` says of each layer; returns the report.
 
+    choose  says which solver a layer gets
     shares  that a budget gave the layers, if there was one: each of them has to be pruned
 
     Raises what `prune` raises.
     """
     execution = execution or Execution()
-    plan = _Plan.of(walk, state, solver)
+    plan = _Plan.of(walk, state, choose)
     if shares is not None:
         check_counted(shares.counts, [module for module, names in walk.names.items() if not {*names} <= {*plan.left}])
     tell.planned(plan.coverage, len(walk.modules))
-    store = None if execution.kept is None else execution.kept.opened(_run(walk, plan, solver), walk.modules)
-    run = _Run(walk, state, solver, tell, execution.backend, store, list(plan.pruned))
+    store = None if execution.kept is None else execution.kept.opened(_run(walk, plan), walk.modules)
+    run = _Run(walk, state, choose, tell, execution.backend, store, list(plan.pruned))
     rows = run.rows(plan.keep)
     if not run.used:
         raise ValueError("nothing was pruned: build(layer) returned None for every layer; return a problem for one")
@@ -137,13 +140,13 @@ def walked(
     return Report(tuple(rows), network, settings, shares, plan.coverage)
 
 
-def _run(walk: Traversal, plan: _Plan, solver: Solver | None) -> dict[str, Any]:
+def _run(walk: Traversal, plan: _Plan) -> dict[str, Any]:
     """What makes this run: its store is no other's."""
     return {
         "model": model_hash(walk.model),
         "data": walk.calibration.fingerprint.text,
         "recipe": plan.recipe,
-        "solver": repr(solver),
+        "solver": plan.solvers,
         "mode": walk.mode,
         "seed": walk.calibration.seed,
         "threads": torch.get_num_threads(),
@@ -169,7 +172,7 @@ class _Run:
 
     walk: Traversal
     state: State
-    solver: Solver | None
+    choose: Choose
     tell: Teller
     backend: Backend
     store: Store | None
@@ -225,7 +228,7 @@ class _Run:
             waiting.extend(asked)
             for each in asked:
                 if each.problem is not None:
-                    yield Task(module, each.problem, _solver_for(each.problem, self.solver))
+                    yield Task(module, each.problem, _solver_for(each.problem, self.choose(each.layers[0])))
 
     def _write(self, layers: list[Layer], problem: LayerProblem, solution: Solution | None) -> Row:
         assert solution is not None  # of a backend that gives one for each task
@@ -308,6 +311,13 @@ def _stated(build: Build | None, counts: Mapping[str, int] | None) -> State:
     return state
 
 
+def _chosen(build: Any, solver: Solver | None) -> Choose:
+    """The solver of a layer: the one that is given, else the recipe's."""
+    if solver is None and isinstance(build, Recipe):
+        return build.solver
+    return lambda layer: solver
+
+
 @dataclass(frozen=True)
 class _Plan:
     """What the recipe states of the layers' outlines.
@@ -317,6 +327,7 @@ class _Plan:
     coverage  which of the model's weights they have
     left    the layers for which the recipe states no problem
     recipe  a hash of what it states
+    solvers  that the layers get, each once
     """
 
     pruned: tuple[str, ...]
@@ -324,9 +335,10 @@ class _Plan:
     coverage: Coverage
     left: tuple[str, ...]
     recipe: str
+    solvers: str
 
     @classmethod
-    def of(cls, walk: Traversal, state: State, solver: Solver | None) -> _Plan:
+    def of(cls, walk: Traversal, state: State, choose: Choose) -> _Plan:
         """Ask the recipe.
 
         Raises ValueError where two of the modules that get a problem are tied, TypeError for what is no problem, and
@@ -336,6 +348,7 @@ class _Plan:
         keep: set[str] = set()
         left: list[str] = []
         texts: list[str] = []
+        solvers: dict[str, None] = {}
         for module, outlines in walk.outlines():
             stated: list[LayerProblem] = []
             for outline in outlines:
@@ -351,6 +364,8 @@ class _Plan:
             texts.append(f"{module}: {'; '.join(map(content, stated))}")
             if stated:
                 pruned.append(module)
+                solver = choose(outlines[0])
+                solvers[repr(solver)] = None
                 _check_solvable(module, stated, solver)
             if any(getattr(problem, "needs_samples", True) for problem in stated):
                 keep.add(module)
@@ -358,7 +373,9 @@ class _Plan:
         if walk.calibration.keep_inputs is not None:
             keep = set(walk.modules) if walk.calibration.keep_inputs else set()
         covered = coverage(walk.model, walk.modules, walk.chosen.stacks)
-        return cls(tuple(pruned), frozenset(keep), covered, tuple(left), text_hash("\n".join(texts)))
+        return cls(
+            tuple(pruned), frozenset(keep), covered, tuple(left), text_hash("\n".join(texts)), "; ".join(solvers)
+        )
 
 
 def _checked(problem: Any, name: str) -> LayerProblem:

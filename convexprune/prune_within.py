@@ -105,7 +105,7 @@ def prune_within(
     for _ in range(goal.rounds):
         solution = solve(replace(budget, goal=allowed))
         shares = dict(zip(walk.modules, (solution.x[:, 0] / budget.caps).clamp(0, 1).tolist(), strict=True))
-        report = walked(walk, lambda layer: build(layer, shares[layer.module]), solver, tell)  # noqa: B023
+        report = walked(walk, lambda layer: build(layer, shares[layer.module]), lambda layer: solver, tell)  # noqa: B023
         if report.network.guaranteed is None:
             raise ValueError(f"the pruned network has no bound: {report.network.reason}")
         bound = report.network.guaranteed

@@ -1,0 +1,275 @@
+"""`convexprune prune` makes of a model's folder the folder of the pruned model."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import click
+
+from convexprune.backends import Backend, InProcess, Joblib
+from convexprune.command.folder import CONFIG
+from convexprune.command.samples import Windows
+from convexprune.command.show import check_writable, drawn, reported, show
+from convexprune.command.source import SAMPLES, Source, options
+from convexprune.execution import Execution
+from convexprune.extras import extras
+from convexprune.network import Calibration, save
+from convexprune.network.names import choose, stacks
+from convexprune.plan import Plan
+from convexprune.recipe import SOLVERS, Recipe, Rule
+from convexprune.whole_file import write_whole
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from convexprune.report import Report
+    from convexprune.report.progress import Progress
+
+PAGE, NUMBERS, RECIPE, MASKS, WORK = "report.html", "report.json", "recipe.toml", "masks.safetensors", "unfinished"
+RESULTS: Final = (PAGE, NUMBERS, RECIPE, MASKS)
+WEIGHTS: Final = "pruned.safetensors"  # of a model that is no folder
+
+
+@dataclass(frozen=True)
+class Short:
+    """A recipe in a few options."""
+
+    sparsity: float | None
+    pattern: str
+    epsilon: float | None
+    solver: str | None
+    damping: float
+    only: tuple[str, ...]
+    ignore: tuple[str, ...]
+
+    def recipe(self, allocated: bool) -> Recipe:
+        """The rules: those ignored stay dense, and the others get one problem."""
+        fixed = ":" in self.pattern or allocated
+        if self.epsilon is None and self.sparsity is None and not fixed:
+            raise ValueError("say what is wanted: --sparsity 0.5, --pattern 2:4, --epsilon 0.05 or --recipe FILE")
+        dense = [Rule(name, problem="dense") for name in self.ignore]
+        kind = "reconstruction" if self.epsilon is None else "net-trim"
+        wanted = [
+            Rule(
+                name, kind, None if allocated else self.sparsity, self.pattern, self.epsilon, self.damping, self.solver
+            )
+            for name in self.only or ("*",)
+        ]
+        return Recipe([*dense, *wanted])
+
+
+@click.command()
+@click.argument("model")
+@click.option("--calibration", required=True, help=f"{SAMPLES}.")
+@click.option(
+    "--out", required=True, type=click.Path(path_type=Path), help="Folder of the pruned model; made if missing."
+)
+@click.option("--recipe", type=click.Path(path_type=Path), help="A TOML file of rules, instead of the options below.")
+@click.option("--sparsity", type=float, help="Share of the weights that goes.")
+@click.option("--pattern", default="unstructured", show_default=True, help="unstructured, per-row, channels, 2:4, 4x4.")
+@click.option("--epsilon", type=float, help="Net-Trim instead: how far a layer's outputs may move.")
+@click.option("--solver", type=click.Choice(sorted(SOLVERS)), help="Default: balanced; of Net-Trim its own.")
+@click.option("--damping", type=float, default=0.0, show_default=True, help="Of the Gram matrices.")
+@click.option("--only", multiple=True, help="Layers that are pruned, by a glob; several times for several.")
+@click.option("--ignore", multiple=True, help="Layers that stay dense, by a glob.")
+@click.option("--allocate", is_flag=True, help="Divide the budget among the layers instead of pruning each alike.")
+@click.option(
+    "--distill", type=click.IntRange(min=0), default=0, help="Epochs of training on the dense outputs behind it."
+)
+@click.option(
+    "--mode", type=click.Choice(["parallel", "cascade", "residual"]), default="cascade", show_default=True,
+    help="What a layer reads and aims at.",
+)  # fmt: skip
+@click.option("--class", "kind", help="Class of transformers to load it as; default: the config's.")
+@click.option("--weights", type=click.Path(path_type=Path), help="safetensors file for a model of module:function.")
+@click.option("--tokenizer", type=click.Path(path_type=Path), help="Folder of the tokenizer; default: MODEL.")
+@options
+@click.option("--device", default="cpu", show_default=True, help="Where the model runs.")
+@click.option("--jobs", type=click.IntRange(min=1), default=1, show_default=True, help="Layers solved at once.")
+@click.option("--dask", help="Address of a dask scheduler whose workers solve the layers.")
+@click.option("--scratch", type=click.Path(path_type=Path), help="Folder for activations; default: in memory.")
+@click.option("--memory", type=float, help="Gigabytes that may be used; a plan above it is refused.")
+@click.option("--resume/--no-resume", default=True, show_default=True, help="Go on with what OUT has of this run.")
+@click.option("--dry-run", is_flag=True, help="Say what would be pruned and what it takes, and stop.")
+@click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True)
+def prune(
+    model: str, calibration: str, out: Path, recipe: Path | None, sparsity: float | None, pattern: str,
+    epsilon: float | None, solver: str | None, damping: float, only: tuple[str, ...], ignore: tuple[str, ...],
+    allocate: bool, distill: int, mode: str, kind: str | None, weights: Path | None, tokenizer: Path | None,
+    windows: int, first: int, length: int, batch: int, device: str, jobs: int, dask: str | None, scratch: Path | None,
+    memory: float | None, resume: bool, dry_run: bool, seed: int,
+) -> None:  # fmt: skip
+    """Prune MODEL, a transformers folder or module:function, layer by layer, and write the pruned model to OUT.
+
+    The same command goes on where it was stopped.
+    """
+    short = Short(sparsity, pattern, epsilon, solver, damping, only, ignore)
+    with reported():
+        rules = short.recipe(allocate) if recipe is None else _recipe(recipe, short)
+        if allocate and sparsity is None:
+            raise ValueError("--allocate divides a budget: give --sparsity, the share of the weights that goes in all")
+        place = Place(out)
+        place.check()
+        source = Source(model, kind, weights, tokenizer)
+        dense = source.model()
+        batches = source.samples(calibration, dense, Windows(windows, first, length, batch))
+        budget = 1 - sparsity if allocate and sparsity is not None else None
+        job = Job(dense, batches, rules, mode, budget, seed, device)
+        click.echo(job.plan.text())
+        job.plan.check(memory)
+        if dry_run:
+            return
+        with drawn() as progress, _backend(jobs, dask) as backend:
+            execution = Execution(scratch=scratch, backend=backend, store=place.work(resume))
+            pruned, report = job.run(execution, progress)
+            pruned = job.distilled(pruned, report, distill) if distill else pruned
+        show(report)
+        place.finish(source, pruned, report, rules)
+
+
+def _recipe(path: Path, short: Short) -> Recipe:
+    """Of a file, which says all that the short options say."""
+    if short != Short(None, "unstructured", None, None, 0.0, (), ()):
+        raise ValueError("--recipe says it all; leave --sparsity, --pattern, --epsilon, --solver, --only, ... out")
+    return Recipe.from_toml(path.read_text(encoding="utf-8"), str(path))
+
+
+@contextmanager
+def _backend(jobs: int, dask: str | None) -> Iterator[Backend]:
+    if dask is None:
+        yield Joblib(jobs) if jobs > 1 else InProcess()
+        return
+    with extras():
+        from distributed import Client
+    with Client(dask, timeout="10s") as client:  # type: ignore[no-untyped-call]
+        yield Joblib(max(jobs, sum(client.nthreads().values())), engine="dask")
+
+
+@dataclass(frozen=True, eq=False)
+class Job:
+    """What is to be pruned, how, and on what.
+
+    budget  the share of the weights that an allocation may keep; None: each rule says its own
+    """
+
+    dense: nn.Module
+    batches: Iterable[Any]
+    recipe: Recipe
+    mode: str
+    budget: float | None
+    seed: int
+    device: str
+
+    @cached_property
+    def layers(self) -> list[str]:
+        """The layers that the recipe prunes; raises ValueError for a rule that matches none."""
+        known = stacks(self.dense)
+        named = {rule.layers for rule in self.recipe.rules} & set(known)
+        names = list(dict.fromkeys([*(module for module, _ in choose(self.dense, None).pairs), *sorted(named)]))
+        self.recipe.check_matches(names)
+        found = {name: self.recipe.rule(name) for name in names}
+        chosen = [name for name, rule in found.items() if rule is not None and rule.problem != "dense"]
+        if not chosen:
+            raise ValueError("the recipe leaves every layer dense; there is nothing to prune")
+        return chosen
+
+    @cached_property
+    def calibration(self) -> Calibration:
+        """The samples, where the model runs."""
+        return Calibration([_moved(batch, self.device) for batch in self.batches], names=self.layers, seed=self.seed)
+
+    @cached_property
+    def plan(self) -> Plan:
+        """What it takes, from shapes alone."""
+        return Plan.of(self.dense, self.calibration, self.recipe, self.mode)
+
+    def run(self, execution: Execution, progress: Callable[[Progress], None] | None) -> tuple[nn.Module, Report]:
+        """Prune."""
+        from convexprune.allocate import Allocation
+        from convexprune.allocate.rate_distortion import SecondOrder
+        from convexprune.prune import prune as pruned
+
+        allocation = None if self.budget is None else Allocation(self.budget, SecondOrder())
+        return pruned(
+            self.dense.to(self.device), self.calibration, self.recipe, mode=self.mode, allocation=allocation,
+            progress=progress, execution=execution,
+        )  # fmt: skip
+
+    def distilled(self, pruned: nn.Module, report: Report, epochs: int) -> nn.Module:
+        """The pruned model after some training on the dense one's outputs; its certificates are those before."""
+        from convexprune.distill import distill
+
+        trained, found = distill(self.dense, pruned, self.calibration, epochs=epochs, seed=self.seed)
+        click.echo(
+            f"distilled in {found.seconds:.0f} s: objective {found.objective[0]:.4g} -> {found.objective[1]:.4g}"
+        )
+        return trained
+
+
+@dataclass(frozen=True)
+class Place:
+    """The folder that the pruned model goes to, with the folder of what is unfinished in it."""
+
+    out: Path
+
+    def check(self) -> None:
+        """Raise OSError or ValueError where nothing can be written there, or something else is there."""
+        check_writable(self.out, (*RESULTS, WEIGHTS))
+        if (self.out / CONFIG).exists() and not (self.out / WORK).exists() and not (self.out / NUMBERS).exists():
+            raise ValueError(f"{self.out} holds a model that this command has not made; give another folder")
+
+    def work(self, resume: bool) -> Path:
+        """The folder of what is finished so far; emptied where it is not wanted."""
+        folder = self.out / WORK
+        if folder.exists() and not resume:
+            shutil.rmtree(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+
+    def finish(self, source: Source, pruned: nn.Module, report: Report, recipe: Recipe) -> None:
+        """Write the model, the report, the recipe and the masks; what was unfinished goes."""
+        pruned = pruned.to("cpu")
+        if source.folder is not None:
+            source.folder.save(pruned, self.out)
+        else:
+            save(pruned, self.out / WEIGHTS, {"report": NUMBERS, "kept": f"{report.kept_fraction:.6f}"})
+        report.save_html(self.out / PAGE)
+        report.save_json(self.out / NUMBERS)
+        write_whole(self.out / RECIPE, recipe.to_toml())
+        write_whole(self.out / MASKS, packed_masks(pruned, [row.module for row in report.rows]))
+        for name in ("layers",):
+            shutil.rmtree(self.out / WORK / name, ignore_errors=True)
+        shutil.rmtree(self.out / WORK, ignore_errors=True)
+        click.echo(f"written: {self.out}: the model, {', '.join(RESULTS)}")
+
+
+def packed_masks(model: nn.Module, modules: Iterable[str]) -> bytes:
+    """Which weights are not zero, as safetensors: eight to a byte, shapes in the metadata."""
+    import numpy as np
+    import torch
+    from safetensors.torch import save as serialised
+
+    known = stacks(model)
+    packed, shapes = {}, {}
+    for module in dict.fromkeys(modules):
+        weight = known[module].weight.detach()
+        name = f"{module}.{known[module].weight_name}"
+        packed[name] = torch.from_numpy(np.packbits((weight != 0).cpu().numpy().reshape(-1)))
+        shapes[name] = list(weight.shape)
+    return bytes(serialised(packed, {"shapes": json.dumps(shapes), "packed": "numpy.packbits, row by row"}))
+
+
+def _moved(value: Any, device: str) -> Any:
+    """Tensors in nested mappings and sequences, on a device."""
+    if isinstance(value, dict):
+        return {key: _moved(part, device) for key, part in value.items()}
+    if isinstance(value, (tuple, list)):
+        return type(value)(_moved(part, device) for part in value)
+    return value.to(device) if hasattr(value, "to") else value

@@ -1,0 +1,96 @@
+"""Where a command takes its model and its samples from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import click
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from convexprune.command.folder import Folder
+    from convexprune.command.samples import Windows
+
+SAMPLES: Final = "A text, an npz file of the model's inputs, or module:function that returns batches"
+
+
+def options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The options that say which windows of a text are taken."""
+    numbers = {
+        "batch": (1, 16, "Samples run at once."),
+        "length": (2, 256, "Tokens of a window."),
+        "first": (0, 0, "Number of the first window."),
+        "windows": (1, 128, "Windows of a text."),
+    }
+    for name, (least, default, words) in numbers.items():
+        kind = click.IntRange(min=least)
+        command = click.option(f"--{name}", type=kind, default=default, show_default=True, help=words)(command)
+    return command
+
+
+@dataclass(frozen=True)
+class Source:
+    """A transformers folder, or module:function that returns a model.
+
+    kind       a class of transformers
+    weights    a safetensors file for the model of a function
+    tokenizer  folder of another tokenizer
+    """
+
+    name: str
+    kind: str | None = None
+    weights: Path | None = None
+    other_tokenizer: Path | None = None
+
+    @cached_property
+    def folder(self) -> Folder | None:
+        """The folder, or None for a function."""
+        from convexprune.command.folder import Folder
+
+        return None if not Path(self.name).exists() and ":" in self.name else Folder(Path(self.name))
+
+    def model(self) -> nn.Module:
+        """The model, in evaluation mode."""
+        from convexprune.command.samples import called
+        from convexprune.network import load
+        from convexprune.network.forward import check_model
+
+        if self.folder is not None:
+            if self.weights is not None:
+                raise ValueError(f"--weights is for a model of a function; {self.name} has weights of its own")
+            return self.folder.model(self.kind)
+        made = called(self.name)
+        check_model(made, f"what {self.name} returns")
+        model: nn.Module = made
+        if self.weights is not None:
+            load(model, self.weights)
+        return model.eval()
+
+    def samples(self, source: str, model: nn.Module, windows: Windows) -> Iterable[Any]:
+        """The batches of a text, an npz file or a function."""
+        from convexprune.command.samples import samples
+
+        return samples(source, model, self._tokenizer, windows)
+
+    def labelled(self, source: str, model: nn.Module, windows: Windows) -> tuple[Iterable[Any], list[Tensor] | None]:
+        """The batches, and the labels where an npz file has them."""
+        from convexprune.command.samples import LABELS
+
+        batches = list(self.samples(source, model, windows))
+        if not all(isinstance(batch, dict) and LABELS in batch for batch in batches):
+            return batches, None
+        labels = [batch.pop(LABELS) for batch in batches]
+        return [next(iter(batch.values())) if len(batch) == 1 else batch for batch in batches], labels
+
+    @property
+    def _tokenizer(self) -> Callable[[], Any] | None:
+        from convexprune.command.folder import tokenizer_in
+
+        if self.other_tokenizer is not None:
+            return partial(tokenizer_in, self.other_tokenizer)
+        return None if self.folder is None else self.folder.tokenizer
