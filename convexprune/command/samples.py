@@ -71,8 +71,9 @@ def samples(source: str, model: nn.Module, tokenizer: Callable[[], Any] | None, 
 
 
 def arrays(place: Path, model: nn.Module, size: int) -> list[Any]:
-    """The arrays of an npz file, cut along their first axis: one is a tensor, several are keyword arguments.
+    """The arrays of an npz file, cut along their first axis.
 
+    They are keyword arguments by their names; one alone that is none is the input. A single number goes to every batch.
     Numbers with a point come in the dtype of the model.
     """
     dtype = next((each.dtype for each in model.parameters() if each.is_floating_point()), torch.float32)
@@ -81,23 +82,32 @@ def arrays(place: Path, model: nn.Module, size: int) -> list[Any]:
             held = {key: torch.as_tensor(file[key]) for key in file.files}
     except (ValueError, OSError, zipfile.BadZipFile) as error:
         raise ValueError(f"{place} is no npz file of numbers: {error}") from error
-    lengths = {len(value) if value.ndim else 0 for value in held.values()}
+    single = {key: value.item() for key, value in held.items() if not value.ndim}
+    rows = {key: value.to(dtype) if value.is_floating_point() else value for key, value in held.items() if value.ndim}
+    lengths = {len(value) for value in rows.values()}
     if len(lengths) != 1 or 0 in lengths:
         raise ValueError(f"{place}: its arrays have {sorted(lengths)} rows; each must have one for each sample")
-    if len(held) > 1:
-        _check_taken(place, held, model)
-    held = {key: value.to(dtype) if value.is_floating_point() else value for key, value in held.items()}
     (length,) = lengths
-    parts = [{key: value[at : at + size] for key, value in held.items()} for at in range(0, length, size)]
-    return [next(iter(part.values())) for part in parts] if len(held) == 1 else parts
+    named = any(key in _known(model) for key in rows)
+    if named or len(rows) > 1:
+        for name in held:
+            if name not in (*_known(model), LABELS):
+                raise ValueError(f"{place}: the model takes no {name!r}; it takes {', '.join(_known(model))}")
+    parts = [{key: value[at : at + size] for key, value in rows.items()} for at in range(0, length, size)]
+    if not named and len(rows) == 1:
+        return [next(iter(part.values())) for part in parts]
+    return [{**_uncached(model), **part, **single} for part in parts]
 
 
-def _check_taken(place: Path, names: Iterable[str], model: nn.Module) -> None:
+def _known(model: nn.Module) -> list[str]:
+    """The arguments of the model's forward that have names."""
     kinds = inspect.signature(model.forward).parameters
-    known = [name for name, kind in kinds.items() if kind.kind not in (kind.VAR_KEYWORD, kind.VAR_POSITIONAL)]
-    for name in names:
-        if name not in (*known, LABELS):
-            raise ValueError(f"{place}: the model takes no {name!r}; it takes {', '.join(known)}")
+    return [name for name, kind in kinds.items() if kind.kind not in (kind.VAR_KEYWORD, kind.VAR_POSITIONAL)]
+
+
+def _uncached(model: nn.Module) -> dict[str, Any]:
+    """What tells a model that writes texts to keep nothing for a next token."""
+    return {"use_cache": False} if "use_cache" in _known(model) else {}
 
 
 def texts(text: str, source: str, model: nn.Module, tokenizer: Any, windows: Windows) -> list[dict[str, Any]]:
@@ -123,12 +133,11 @@ def texts(text: str, source: str, model: nn.Module, tokenizer: Any, windows: Win
 
 def _batch(model: nn.Module, ids: Tensor) -> dict[str, Any]:
     """As the model takes it; one that writes text from another text is to write what it reads."""
-    known = inspect.signature(model.forward).parameters
-    batch: dict[str, Any] = {"input_ids": ids}
-    if "decoder_input_ids" in known:
+    batch: dict[str, Any] = {"input_ids": ids, **_uncached(model)}
+    if "decoder_input_ids" in _known(model):
         start = getattr(getattr(model, "config", None), "decoder_start_token_id", None) or 0
         batch["decoder_input_ids"] = torch.cat([torch.full_like(ids[:, :1], start), ids[:, :-1]], 1)
-    return {**batch, **({"use_cache": False} if "use_cache" in known else {})}
+    return batch
 
 
 def _around(tokenizer: Any) -> tuple[Sequence[int], Sequence[int]]:

@@ -1,0 +1,97 @@
+"""A Llama-shaped model of 1.1 billion random weights, pruned from its folder to a folder: seconds and peak memory.
+
+    python benchmarks/large_model.py --solvers magnitude column-sweep
+    python benchmarks/large_model.py --part one-block --solvers fast
+    python benchmarks/large_model.py --part plan
+
+The model is made here (22 blocks, width 2048, MLP 5632, bf16) and removed afterwards, unless --folder says where it is.
+"""
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+SHAPES = {
+    "1.1B": {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22, "num_attention_heads": 32,
+             "num_key_value_heads": 4, "vocab_size": 32000},
+    "7B": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32,
+           "num_key_value_heads": 32, "vocab_size": 32000},
+    "small": {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 4, "num_attention_heads": 8,
+              "num_key_value_heads": 4, "vocab_size": 1000},
+}  # fmt: skip
+
+
+def made(folder, shape):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        config = LlamaConfig(**SHAPES[shape], max_position_embeddings=2048, tie_word_embeddings=False)
+        LlamaForCausalLM(config).save_pretrained(folder, max_shard_size="500MB")
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def command(folder, out, solver, arguments, more=()):
+    ids = np.random.default_rng(0).integers(
+        0, SHAPES[arguments.shape]["vocab_size"], (arguments.windows, arguments.length)
+    )
+    np.savez(Path(out).parent / "ids.npz", input_ids=ids)
+    return [
+        sys.executable, "-m", "convexprune", "prune", str(folder), "--calibration", str(Path(out).parent / "ids.npz"),
+        "--out", str(out), "--sparsity", "0.5", "--solver", solver, "--mode", arguments.mode, "--ignore", "lm_head",
+        "--batch", str(arguments.batch), *more,
+    ]  # fmt: skip
+
+
+def run(words):
+    begun = time.perf_counter()
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    output = process.communicate()[0]
+    _, status, usage = 0, process.returncode, resource.getrusage(resource.RUSAGE_CHILDREN)
+    return status, time.perf_counter() - begun, usage.ru_maxrss / 1e6, output
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--part", choices=["whole", "one-block", "plan"], default="whole")
+    parser.add_argument("--shape", choices=SHAPES, default="1.1B")
+    parser.add_argument("--solvers", nargs="+", default=["magnitude", "column-sweep"])
+    parser.add_argument("--mode", default="cascade")
+    parser.add_argument("--windows", type=int, default=8)
+    parser.add_argument("--length", type=int, default=256)
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--folder", type=Path)
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = arguments.folder or Path(temporary) / "model"
+        if not folder.exists():
+            made(folder, arguments.shape)
+        more = {"whole": [], "one-block": ["--only", "model.layers.10.*"], "plan": ["--dry-run"]}[arguments.part]
+        for solver in arguments.solvers:
+            words = command(folder, Path(temporary) / solver, solver, arguments, more)
+            status, seconds, gigabytes, output = run(words)
+            if status:
+                raise SystemExit(output)
+            plan = next(line for line in output.splitlines() if "at the peak" in line)
+            print(
+                f"{arguments.shape} {arguments.part} {arguments.mode} {solver}: {seconds:.0f} s, peak {gigabytes:.2f} GB"
+            )
+            print(f"    planned {plan}")
+            report = Path(temporary) / solver / "report.json"
+            if report.exists():
+                content = json.loads(report.read_text())
+                print(f"    kept {content['kept']} of {content['total']}, {len(content['rows'])} rows")
+
+
+if __name__ == "__main__":
+    main()
