@@ -74,7 +74,7 @@ class Propagation:
         try:
             for step in self.record.steps:
                 walk.take(step)
-            total = walk.total(self.record.results)
+            total = walk.total(self.record.chosen)
         except Uncovered as error:
             return GraphBound(None, walk.found, str(error))
         why = self._unfit(own)
@@ -130,13 +130,13 @@ class _Walk:
         if step.layer is not None and made.repair is None:
             self.found[step.layer] = made.total
 
-    def total(self, results: Sequence[int]) -> float:
-        """The bound of what the model returns. Raises Uncovered where there is none."""
-        if len(results) != 1:
-            raise Uncovered("the model does not return one tensor")
-        if results[0] in self.unknown:
-            raise Uncovered(self.unknown[results[0]])
-        return self.spreads.get(results[0], Spread(0.0)).total
+    def total(self, output: int | None) -> float:
+        """The bound of the model's output. Raises Uncovered where there is none."""
+        if output is None:
+            raise Uncovered("the model returns no tensor")
+        if output in self.unknown:
+            raise Uncovered(self.unknown[output])
+        return self.spreads.get(output, Spread(0.0)).total
 
     def _made(self, step: Step) -> Spread:
         unknown = [self.unknown[number] for number in step.reads if number in self.unknown]

@@ -96,7 +96,8 @@ class SideBySide:
                         self._judge(step, one[number], one, two)
         networks = (("dense", self.model, theirs, one), ("pruned", self.pruned, ours, two))
         for index, (which, model, real, replay) in enumerate(networks):
-            made = replay[dense.results[0]]
+            assert self.first.chosen is not None  # there is a bound
+            made = replay[self.first.chosen]  # a pass like the first has its numbers
             if not near(real, made):
                 place = departure(dense, model, batch)
                 seen = f", seen in {place}" if place else ""

@@ -131,7 +131,7 @@ class Gathering:
             # hooked first, so that what the hooks do falls inside the layer's own step and is not recorded
             with _hooked(self.stacks, into), Recorder(self.model) as recorder:
                 output = run(self.model, batch)
-            survey.add(recorder.record(output), batch)
+            survey.add(recorder.record(output, self.calibration.output), batch)
         account.end()
         _check_calls(account, targets or {})
 

@@ -19,6 +19,7 @@ from convexprune.network.call import Call
 from convexprune.network.forward import BatchError, edits, run, tensors_in
 from convexprune.network.kinds import DROPOUT, LOOKS
 from convexprune.network.matrices import stack_of
+from convexprune.network.outputs import Which, output_of
 
 CHANGED = "a change in place"
 
@@ -143,12 +144,13 @@ class Recorder(TorchFunctionMode):
         """The numbers of the tensors in a value."""
         return tuple(self._number(tensor) for tensor in tensors_in(value))
 
-    def record(self, output: Any) -> Record:
-        """What the passes did that returned this."""
-        results = self.numbers(output)
+    def record(self, returned: Any, which: Which = None) -> Record:
+        """What the passes did that returned this; `which` names the output among it."""
+        results, output = self.numbers(returned), output_of(returned, which)
         parameters = self.model.named_parameters(remove_duplicate=False)
         read = {name: self._numbers[each][0] for name, each in parameters if each in self._numbers}
-        return Record(tuple(self.steps), results, read, self._leaves, transformed=self._transformed)
+        chosen = None if output is None else self.numbers(output)[0]
+        return Record(tuple(self.steps), results, read, self._leaves, transformed=self._transformed, chosen=chosen)
 
     def _number(self, tensor: Tensor) -> int:
         with torch._C.DisableTorchFunction():
@@ -248,6 +250,7 @@ class Record:
     inputs      of those the batch's own
     random      whether the pass has drawn random numbers
     transformed  whether torch.func was at work, whose tensors stand for others that nobody sees
+    chosen      the number of the output among what was returned (`network.outputs`); None where there is none
     """
 
     steps: tuple[Step, ...]
@@ -257,6 +260,7 @@ class Record:
     inputs: tuple[int, ...] = ()
     random: bool = False
     transformed: bool = False
+    chosen: int | None = None
 
     def like(self, other: Record) -> bool:
         """Whether two batches were computed alike, but for how many samples they hold."""
@@ -273,13 +277,13 @@ class Record:
         return [self.leaves.get(number) for number in self.inputs]
 
 
-def record(model: nn.Module, batch: Any) -> Record:
-    """Run the model on a batch and say what it did."""
+def record(model: nn.Module, batch: Any, which: Which = None) -> Record:
+    """Run the model on a batch and say what it did; `which` names its output among what it returns."""
     before = _random_state(model)
     with Recorder(model) as recorder:
         output = run(model, batch)
     drawn = any(not torch.equal(*each) for each in zip(before, _random_state(model), strict=True))
-    return replace(recorder.record(output), random=drawn, inputs=recorder.numbers(batch))
+    return replace(recorder.record(output, which), random=drawn, inputs=recorder.numbers(batch))
 
 
 def _random_state(model: nn.Module) -> list[Tensor]:
@@ -290,7 +294,7 @@ def _random_state(model: nn.Module) -> list[Tensor]:
 def _whatever_the_batch(record: Record) -> tuple[Any, ...]:
     """A record without the first axes of its shapes."""
     steps = [(replace(step, sizes=()), [size[1:] for size in step.sizes]) for step in record.steps]
-    return steps, record.results, record.random
+    return steps, record.results, record.chosen, record.random
 
 
 def _storage(tensor: Tensor) -> int:
