@@ -133,7 +133,7 @@ class _Walk:
     def total(self, output: int | None) -> float:
         """The bound of the model's output. Raises Uncovered where there is none."""
         if output is None:
-            raise Uncovered("the model returns no tensor")
+            raise Uncovered("the model's output is no tensor that it was seen to make")
         if output in self.unknown:
             raise Uncovered(self.unknown[output])
         return self.spreads.get(output, Spread(0.0)).total

@@ -73,7 +73,8 @@ class SideBySide:
 
     def add(self, batch: Any, theirs: Tensor, ours: Tensor) -> str:
         """A batch and what the dense and the pruned network made of it; why no bound can say it, or nothing."""
-        dense, pruned = record(self.model, batch), record(self.pruned, batch)
+        which = self.first.which
+        dense, pruned = record(self.model, batch, which), record(self.pruned, batch, which)
         if not self.first.like(dense):
             return "the model has not taken the same way as in the pass before"
         # batches may come in another order

@@ -61,10 +61,9 @@ def _named(returned: Any, which: Any) -> Tensor:
         else:
             found = returned[which]
     except (KeyError, IndexError, AttributeError, TypeError) as error:
-        there = f", which has {', '.join(map(repr, returned))}" if isinstance(returned, Mapping) else ""
-        raise ValueError(
-            f"output is {which!r}: there is none in the {type(returned).__name__} returned{there}"
-        ) from error
+        keys = f"; its keys are {', '.join(map(repr, returned))}" if isinstance(returned, Mapping) else ""
+        kind = type(returned).__name__
+        raise ValueError(f"output is {which!r}, which the {kind} that the model returns does not have{keys}") from error
     if not isinstance(found, Tensor):
         raise TypeError(f"output is {which!r}: it is a {type(found).__name__}, not a tensor")
     return found

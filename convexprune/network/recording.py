@@ -149,8 +149,13 @@ class Recorder(TorchFunctionMode):
         results, output = self.numbers(returned), output_of(returned, which)
         parameters = self.model.named_parameters(remove_duplicate=False)
         read = {name: self._numbers[each][0] for name, each in parameters if each in self._numbers}
-        chosen = None if output is None else self.numbers(output)[0]
-        return Record(tuple(self.steps), results, read, self._leaves, transformed=self._transformed, chosen=chosen)
+        with torch._C.DisableTorchFunction():  # one that was computed after the pass has no number, and no bound
+            chosen = None if output is None or output not in self._numbers else int(self._numbers[output][0])
+        if chosen is not None and chosen not in results:
+            results = (*results, chosen)
+        return Record(
+            tuple(self.steps), results, read, self._leaves, transformed=self._transformed, chosen=chosen, which=which
+        )
 
     def _number(self, tensor: Tensor) -> int:
         with torch._C.DisableTorchFunction():
@@ -250,7 +255,8 @@ class Record:
     inputs      of those the batch's own
     random      whether the pass has drawn random numbers
     transformed  whether torch.func was at work, whose tensors stand for others that nobody sees
-    chosen      the number of the output among what was returned (`network.outputs`); None where there is none
+    chosen      the number of the output among what was returned (`network.outputs`), named by `which`; None where
+                there is none, and where it was computed after the pass
     """
 
     steps: tuple[Step, ...]
@@ -261,6 +267,7 @@ class Record:
     random: bool = False
     transformed: bool = False
     chosen: int | None = None
+    which: Which = field(default=None, compare=False, repr=False)
 
     def like(self, other: Record) -> bool:
         """Whether two batches were computed alike, but for how many samples they hold."""
