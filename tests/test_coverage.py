@@ -94,7 +94,7 @@ def test_each_reason():
     _, report = cp.prune(Motley(), [torch.randint(10, (6, 5))], half, names=["[fs][ip]*"])
     why = {held.name: held.why for held in report.coverage.tensors}
     assert why == {
-        "embedding.weight": "not among the names",  # tied with the head, which could have been named
+        "embedding.weight": "tied to an embedding (name 'head' to prune both)",
         "first.weight": "",
         "second.weight": "not among the names",
         "spare.weight": "never called on the calibration data",
@@ -104,6 +104,27 @@ def test_each_reason():
         "own": "no layer kind for the own of a Motley",
     }
     assert report.coverage.covered == 64
+
+
+@pytest.mark.parametrize(
+    ("names", "pruned"),
+    [(None, False), ("*", False), (["first", "*"], False), ("hea?", True), ("head", True), (["*", "head"], True)],
+)
+def test_a_tied_head_is_pruned_only_where_it_is_meant(names, pruned):
+    model, batches = Motley(), [torch.randint(10, (6, 5))]
+    copy, report = cp.prune(model, batches, half, cp.Magnitude(), names=names)
+    assert ("head" in [row.name for row in report.rows]) == pruned
+    assert bool((copy.embedding.weight == 0).any()) == pruned
+    assert ("tied to an embedding (name 'head' to prune both): embedding.weight (80)" in str(report)) != pruned
+
+
+def test_a_network_whose_only_layer_is_tied_says_so():
+    model = nn.Sequential(nn.Embedding(10, 8), nn.Linear(8, 10, bias=False))
+    model[1].weight = model[0].weight
+    with pytest.raises(ValueError, match="'1', the only layer, is tied to an embedding; prune both by naming it"):
+        cp.prune(model, [torch.randint(10, (6, 5))], half)
+    _, report = cp.prune(model, [torch.randint(10, (6, 5))], half, names="1")
+    assert report.kept == 40
 
 
 def test_everything_covered_is_one_line():

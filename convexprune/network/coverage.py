@@ -9,6 +9,7 @@ from typing import Final
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
+from convexprune.network.kinds import EMBEDDINGS
 from convexprune.network.matrices import kind_names, stack_of
 
 COVERED: Final = ""
@@ -96,10 +97,11 @@ def _why(places: list[tuple[str, str, nn.Module]], walked: Collection[str], chos
         return COVERED
     if any(path in chosen for path in layers):
         return "never called on the calibration data"
+    embedded = any(isinstance(module, EMBEDDINGS) for _, _, module in places)
     if layers:
-        return "not among the names"
+        return f"tied to an embedding (name {layers[0]!r} to prune both)" if embedded else "not among the names"
     path, key, module = places[0]
-    if isinstance(module, nn.Embedding):
+    if embedded:
         return "an embedding table"
     if is_parametrized(module) or path.rpartition(".")[0].endswith("parametrizations") or key.endswith("_orig"):
         return "computed by a parametrization"

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from convexprune.network.forward import check_eager
+from convexprune.network.kinds import EMBEDDINGS
 from convexprune.network.matrices import Stack, kind_names, stack_of
 from convexprune.network.weights import Place, check_stored
 
@@ -64,6 +65,9 @@ class Chosen:
 def choose(model: nn.Module, names: Iterable[str] | str | None) -> Chosen:
     """The layers that the names and fnmatch patterns mean; without names there is one request, "*".
 
+    A layer whose weight is an embedding table as well, such as a tied head, is meant by its name, or by a pattern that
+    means no other layer.
+
     Raises ValueError for a name or pattern that means no layer, for a name that means two, for weights that hold NaN
     or inf and for a compiled model, TypeError for a layer whose weights are no dense real numbers.
     """
@@ -73,7 +77,11 @@ def choose(model: nn.Module, names: Iterable[str] | str | None) -> Chosen:
         raise ValueError("names is empty; leave it out to capture every layer")
     known = stacks(model)
     layers = [(module, layer) for module, stack in known.items() for layer in stack.names(module)]
-    meant = {request: _meant(model, request, layers) for request in requests}
+    tables = _embeddings(model)
+    tied = {name for name, stack in known.items() if id(stack.module._parameters.get(stack.weight_name)) in tables}
+    meant = {request: _untied(request, _meant(model, request, layers), tied) for request in requests}
+    if names is None and tied.issuperset(module for module, _ in meant["*"]):
+        raise ValueError(f"{min(tied)!r}, the only layer, is tied to an embedding; prune both by naming it in `names`")
     modules = dict.fromkeys(module for pairs in meant.values() for module, _ in pairs)
     count = Counter(layer for _, layer in layers)
     for layer in {layer for pairs in meant.values() for _, layer in pairs}:
@@ -83,6 +91,19 @@ def choose(model: nn.Module, names: Iterable[str] | str | None) -> Chosen:
         check_stored(module, known[module])
         _check_finite(module, known[module].module)
     return Chosen(meant, {module: known[module] for module in known if module in modules})
+
+
+def _embeddings(model: nn.Module) -> set[int]:
+    """The ids of the parameters that are embedding tables."""
+    held = [module._parameters.get("weight") for module in model.modules() if isinstance(module, EMBEDDINGS)]
+    return {id(parameter) for parameter in held if parameter is not None}
+
+
+def _untied(request: str, meant: list[tuple[str, str]], tied: Collection[str]) -> list[tuple[str, str]]:
+    """What a request means, without what is tied to an embedding where there is more."""
+    if any(request in pair for pair in meant):
+        return meant
+    return [pair for pair in meant if pair[0] not in tied] or meant
 
 
 def _check_finite(name: str, module: nn.Module) -> None:
