@@ -26,6 +26,7 @@ from convexprune.network.compare import behind, hooked, norms, rectified_modules
 from convexprune.network.forward import check_eager, check_model, copied, differentiable, run, undisturbed
 from convexprune.network.names import stacks
 from convexprune.network.outputs import Which, output_of
+from convexprune.network.projections import weight_name
 from convexprune.network.weights import check_stored
 from convexprune.options import between, number, whole
 from convexprune.options import seed as check_seed
@@ -241,7 +242,7 @@ def _train(pair: _Pair, batches: list[Any], epochs: int, rate: float, seed: int)
 def _masks(pair: _Pair) -> dict[str, Tensor]:
     """The nonzeros of all layers by the names of their weights."""
     layers = stacks(pair.student)
-    return {f"{name}.{s.weight_name}".lstrip("."): s.weight.detach() != 0 for name, s in layers.items()}
+    return {weight_name(name, stack): stack.parameters[0].detach() != 0 for name, stack in layers.items()}
 
 
 def _groups(student: nn.Module, names: Iterable[str], rate: float) -> list[dict[str, Any]]:
@@ -250,7 +251,9 @@ def _groups(student: nn.Module, names: Iterable[str], rate: float) -> list[dict[
     for name in names:
         weight = layers[name].weight.detach()
         alive = weight[weight != 0]
-        parameters = [p for p in layers[name].module.parameters(recurse=False) if id(p) not in seen]
+        stack = layers[name]
+        own = stack.module.parameters(recurse=False) if stack.owner is stack.module else stack.parameters
+        parameters = [p for p in own if p is not None and id(p) not in seen]
         seen |= {id(parameter) for parameter in parameters}
         if len(alive) and parameters:
             groups.append({"params": parameters, "lr": rate * float(alive.double().square().mean().sqrt())})

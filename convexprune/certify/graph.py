@@ -33,6 +33,7 @@ from convexprune.certify.side_by_side import Seen
 from convexprune.network.kinds import NONEXPANSIVE, SUMS
 from convexprune.network.matrices import Stack
 from convexprune.network.names import stacks
+from convexprune.network.projections import owner_path
 from convexprune.network.recording import Record, Step
 from convexprune.network.residual import FAINT
 
@@ -91,9 +92,11 @@ class Propagation:
             if count > 1:
                 return f"{place} is called more than once"
         for name in own:
-            for key, parameter in self.modules[name]._parameters.items():
-                if f"{name}.{key}" in self.record.parameters or self.holders[id(parameter)] > 1:
-                    return f"the {key} of {name} ({type(self.modules[name]).__name__}) is read elsewhere as well"
+            stack = self.stacks[name]
+            path, owner = owner_path(name, stack), stack.owner
+            for key, parameter in owner._parameters.items():
+                if f"{path}.{key}" in self.record.parameters or self.holders[id(parameter)] > 1:
+                    return f"the {key} of {path} ({type(owner).__name__}) is read elsewhere as well"
         return ""
 
 

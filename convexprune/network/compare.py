@@ -10,8 +10,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from convexprune.layer import Layer
+from convexprune.network.expansion import expanded
 from convexprune.network.forward import check_untransformed, run, undisturbed
 from convexprune.network.outputs import Which, output_of
+from convexprune.network.projections import named_layers
 
 Rectified = Mapping[str, bool]  # module -> True if only a ReLU reads it: it is then judged behind the ReLU
 
@@ -41,13 +43,14 @@ def norms(
 @contextmanager
 def hooked(model: nn.Module, names: Iterable[str], function: Callable[..., None]) -> Iterator[None]:
     """Call `function(name, module, args, kwargs, output)` after the forward pass of each of these modules."""
-    modules = dict(model.named_modules())
+    modules = dict(named_layers(model))
 
     def checked(name: str, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         check_untransformed(name, args, kwargs, output)
         function(name, module, args, kwargs, output)
 
     with ExitStack() as hooks:
+        hooks.enter_context(expanded(model))
         for name in names:
             hook = modules[name].register_forward_hook(partial(checked, name), with_kwargs=True)
             hooks.callback(hook.remove)

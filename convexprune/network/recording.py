@@ -16,10 +16,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakIdKeyDictionary
 
 from convexprune.network.call import Call
+from convexprune.network.expansion import expanded
 from convexprune.network.forward import BatchError, edits, run, tensors_in
 from convexprune.network.kinds import DROPOUT, LOOKS
-from convexprune.network.matrices import stack_of
 from convexprune.network.outputs import Which, output_of
+from convexprune.network.projections import layer_stack, named_layers
 
 CHANGED = "a change in place"
 
@@ -81,10 +82,11 @@ class Recorder(TorchFunctionMode):
     def __enter__(self) -> Recorder:
         self._names = {id(parameter): name for name, parameter in self.model.named_parameters()}
         with ExitStack() as hooks:
-            for name, module in self.model.named_modules():
+            hooks.enter_context(expanded(self.model))
+            for name, module in named_layers(self.model):
                 if isinstance(module, torch.jit.ScriptModule):  # takes no hooks; what it reads goes unseen
                     continue
-                layer = stack_of(module) is not None
+                layer = layer_stack(module) is not None
                 hooks.callback(module.register_forward_pre_hook(partial(self._enter, name, layer)).remove)
                 after = module.register_forward_hook(partial(self._leave, name, layer), with_kwargs=True)
                 hooks.callback(after.remove)

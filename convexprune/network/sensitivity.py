@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from convexprune.network.calibration import Calibration
+from convexprune.network.expansion import expanded
 from convexprune.network.forward import (
     check_model,
     check_untransformed,
@@ -131,14 +132,15 @@ def directions(
         raise ValueError("no batches; give at least one")
     found: dict[str, list[Tensor]] = {layer: [] for _, layer in pairs}
     generator = torch.Generator().manual_seed(seed)
-    parameters = [p for stack in stacks.values() for p in (stack.weight, stack.bias) if p is not None]
+    parameters = [p for stack in stacks.values() for p in stack.parameters if p is not None]
+    parameters = list({id(parameter): parameter for parameter in parameters}.values())
     asked = [parameter.requires_grad for parameter in parameters]
     with undisturbed(model), torch.enable_grad():
         try:
             for parameter in parameters:
                 parameter.requires_grad_(True)
             for part in _parts(batches, max(1, -(-total // count))):
-                outputs, _ = _graph(model, part, (), which)
+                outputs, _ = _graph(model, part, {}, which)
                 probe = torch.randn(outputs.shape, generator=generator).to(outputs)
                 grads = torch.autograd.grad((outputs * probe).sum(), parameters, allow_unused=True)
                 known = dict(zip(map(id, parameters), grads, strict=True))
@@ -153,13 +155,14 @@ def directions(
 
 def _gradient(stack: Stack, known: Mapping[int, Tensor | None], group: int) -> Tensor:
     """(out, P), float32 on the CPU; 0 where the outputs do not depend on the layer."""
-    weight, bias = known[id(stack.weight)], stack.bias
-    weight = torch.zeros_like(stack.weight) if weight is None else weight
-    matrix = stack.pack(weight.detach())[group].float().cpu()
-    if bias is None:
+    whole, biases = stack.parameters
+    weight = known[id(whole)]
+    weight = torch.zeros_like(whole) if weight is None else weight
+    matrix = stack.pack(stack.weight_part(weight.detach()))[group].float().cpu()
+    if biases is None:
         return matrix
-    shift = known[id(bias)]
-    shift = torch.zeros_like(bias) if shift is None else shift
+    shift = known[id(biases)]
+    shift = stack.bias_part(torch.zeros_like(biases) if shift is None else shift)
     return torch.cat([matrix, shift.detach().reshape(stack.groups, -1)[group].float().cpu()[:, None]], 1)
 
 
@@ -182,7 +185,7 @@ def _parts(batches: Iterable[Any], size: int) -> Iterator[Any]:
 
 
 def _graph(
-    model: nn.Module, batch: Any, layers: Iterable[str], which: Which
+    model: nn.Module, batch: Any, layers: Mapping[str, Stack], which: Which
 ) -> tuple[Tensor, list[tuple[str, Tensor]]]:
     """The outputs with their graph, and the outputs of the layers in it, call by call."""
     calls: list[tuple[str, Tensor]] = []
@@ -195,8 +198,9 @@ def _graph(
         return output.clone()  # later modules may overwrite it in place
 
     with ExitStack() as hooks:
-        for name in layers:
-            hooks.callback(model.get_submodule(name).register_forward_hook(partial(keep, name)).remove)
+        hooks.enter_context(expanded(model))
+        for name, stack in layers.items():
+            hooks.callback(stack.module.register_forward_hook(partial(keep, name)).remove)
         outputs = sure_output(run(model, batch, gradients=True), which)
     if not outputs.is_floating_point() or outputs.ndim < 1:
         raise ValueError(f"the model's output is {outputs.dtype} {tuple(outputs.shape)}; it must be a batch of floats")
