@@ -1,12 +1,14 @@
 """The projections of attention and the experts of a mixture are layers like any other."""
 
 import copy
+import functools
 import gc
 import weakref
 
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 import convexprune as cp
 from convexprune.network import Calibration, capture, read, write
@@ -234,3 +236,180 @@ def test_tied_attention_is_refused():
 
     with pytest.raises(ValueError, match=r"'one.q_proj' and 'other.q_proj' are tied"):
         cp.prune(Pair(), [torch.randn(4, 5, 8)], half, cp.Magnitude())
+
+
+# ---- experts ----
+
+
+def as_transformers_marks_it(experts):
+    """What its `use_experts_implementation` does to a class, with a batched product as the implementation."""
+    plain = experts.forward
+
+    @functools.wraps(plain)
+    def forward(self, hidden, index, weights):
+        made = torch.einsum("th,eoh->teo", hidden, self.gate_up_proj)
+        gate, up = made.chunk(2, -1)
+        made = torch.einsum("tei,ehi->teh", gate.relu() * up, self.down_proj)
+        return (made.gather(1, index[..., None].expand(-1, -1, hidden.shape[1])) * weights[..., None]).sum(1)
+
+    experts.forward = forward
+    return experts
+
+
+@as_transformers_marks_it
+class Experts(nn.Module):
+    def __init__(self, count, width, inner):
+        super().__init__()
+        self.gate_up_proj = nn.Parameter(torch.randn(count, 2 * inner, width))
+        self.down_proj = nn.Parameter(torch.randn(count, width, inner))
+        self.is_transposed = self.has_bias = False
+
+    def forward(self, hidden, index, weights):
+        made = torch.zeros_like(hidden)
+        for expert in index.unique():
+            place, token = torch.where(expert == index.T)
+            gate, up = F.linear(hidden[token], self.gate_up_proj[expert]).chunk(2, -1)
+            part = F.linear(gate.relu() * up, self.down_proj[expert]) * weights[token, place, None]
+            made.index_add_(0, token, part)
+        return made
+
+
+class Mixed(nn.Module):
+    """The first of five experts gets every token with a negative second entry or so, the last one none."""
+
+    def __init__(self, width=6, inner=4):
+        super().__init__()
+        torch.manual_seed(0)
+        self.before, self.router, self.experts = nn.Linear(width, width), nn.Linear(width, 5), Experts(5, width, inner)
+        nn.init.constant_(self.router.bias, 0)
+        with torch.no_grad():
+            self.router.bias[4] = -1e3
+
+    def forward(self, x):
+        hidden = x.flatten(0, -2)
+        hidden = hidden + self.before(hidden)
+        weights, index = self.router(hidden).softmax(-1).topk(2, -1)
+        return (hidden + self.experts(hidden, index, weights)).view(x.shape)
+
+    def routed(self, x):
+        """The experts' input, and where it goes."""
+        hidden = x.flatten(0, -2)
+        hidden = hidden + self.before(hidden)
+        return hidden, self.router(hidden).softmax(-1).topk(2, -1).indices
+
+
+NAMES = "experts.*"
+
+
+def test_an_expert_reads_the_tokens_that_go_to_it():
+    model, x = Mixed().double(), torch.randn(30, 7, 6).double()
+    layers = {layer.name: layer for layer in capture(model, [x[:10], x[10:]], NAMES, keep_inputs=True)}
+    parts = [model.routed(each) for each in (x[:10], x[10:])]
+    for expert in range(4):
+        rows = torch.cat([hidden[torch.where(expert == index.T)[1]] for hidden, index in parts]).detach()
+        gate, up = (rows @ model.experts.gate_up_proj[expert].T).chunk(2, -1)
+        assert torch.equal(layers[f"experts.gate_up_proj[{expert}]"].inputs, rows)
+        torch.testing.assert_close(layers[f"experts.down_proj[{expert}]"].inputs, (gate.relu() * up).detach())
+    assert "experts.down_proj[4]" not in layers
+    with pytest.raises(ValueError, match="no such layer was called"):
+        capture(model, [x], "experts.down_proj[[]4]")
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_every_expert_that_is_reached_is_pruned(mode):
+    model, data = Mixed(), [torch.randn(30, 7, 6), torch.randn(20, 7, 6)]
+    pruned, report = cp.prune(model, data, half, cp.Magnitude(), mode)
+    assert len(report.rows) == 2 + 4 * 2
+    for row in report.rows:
+        assert (int((read(pruned, row.name)[:, : row.shape[1]] != 0).sum()), row.kept_fraction) == (row.kept, 0.5)
+    assert torch.equal(pruned.experts.down_proj[4], model.experts.down_proj[4])
+    assert "never called on the calibration data: experts.gate_up_proj[4] (48), experts.down_proj[4] (24)" in str(
+        report
+    )
+    assert report.network.measured > 0
+
+
+def test_a_cascade_sends_the_tokens_where_the_dense_network_does():
+    model, x = Mixed().double(), torch.randn(40, 7, 6).double()
+    pruned, report = cp.prune(model, [x], half, cp.Magnitude(), "cascade")
+    (theirs, index), (ours, other) = model.routed(x), pruned.routed(x)
+    assert not torch.equal(index, other)  # pruning the layers before has changed who goes where
+    for row in report.rows[2:]:
+        part, expert = row.name.removesuffix("]").removeprefix("experts.").split("[")
+        tokens = torch.where(int(expert) == index.T)[1]
+        change = _made(pruned, ours, part, int(expert), tokens) - _made(model, theirs, part, int(expert), tokens)
+        assert row.error == pytest.approx(float(change.norm()), rel=1e-8)
+
+
+def _made(model, hidden, part, expert, tokens):
+    made = hidden[tokens] @ model.experts.gate_up_proj[expert].T
+    if part == "gate_up_proj":
+        return made
+    gate, up = made.chunk(2, -1)
+    return (gate.relu() * up) @ model.experts.down_proj[expert].T
+
+
+def test_an_expert_with_few_samples_is_damped_and_it_is_said():
+    model, data = Mixed(width=20), [torch.randn(6, 4, 20)]
+    few = [layer for layer in capture(model, data, NAMES) if layer.samples < layer.weight.shape[1]]
+    assert few
+    assert all(layer.damping == 0.01 and layer.spectrum()[0] == layer.weight.shape[1] for layer in few)
+    assert all(layer.damping == 0 for layer in capture(model, data, NAMES) if layer.samples >= layer.weight.shape[1])
+    _, report = cp.prune(model, data, half, names=NAMES)
+    (said,) = [line for line in report.summary() if line.startswith("damped Gram matrices: ")]
+    assert {entry.split(": ")[0] for entry in said.removeprefix("damped Gram matrices: ").split("; ")} == {
+        layer.name for layer in few
+    }
+    assert cp.prune(model, data, lambda layer: cp.NetTrim(layer, 0.1), names=NAMES)[1].kept > 0  # over samples
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_mask_of_tokens_holds_for_experts(mode):
+    model, x = Mixed(), torch.randn(30, 7, 6)
+    real = torch.rand(30, 7) < 0.5
+    _, index = model.routed(x)
+    count = lambda expert: int(real.flatten()[torch.where(expert == index.T)[1]].sum())  # noqa: E731
+    data = Calibration([x], mask=lambda batch: real, names=NAMES)
+    layers = {
+        layer.name: layer for layer in capture(model, data, dense=None if mode == "parallel" else copy.deepcopy(model))
+    }
+    for expert in range(4):
+        assert layers[f"experts.gate_up_proj[{expert}]"].samples == count(expert)
+        assert layers[f"experts.down_proj[{expert}]"].samples == count(expert)
+    with pytest.raises(ValueError, match="the mask has shape"):
+        capture(model, Calibration([x], mask=lambda batch: real[:, :-1], names=NAMES))
+
+
+def test_experts_that_are_no_linears_are_left_and_said():
+    model, x = Mixed(), torch.randn(30, 7, 6)
+    model.experts.is_transposed = True
+    _, report = cp.prune(model, [x], half, cp.Magnitude())
+    assert len(report.rows) == 2
+    assert "no layer kind for the gate_up_proj of a Experts: experts.gate_up_proj" in str(report)
+
+
+def test_a_mixture_that_does_something_else_by_itself_is_refused():
+    model, x = Mixed(), torch.randn(30, 7, 6)
+    once = type(model.experts).forward
+
+    class Louder(Experts):
+        @functools.wraps(once.__wrapped__)
+        def forward(self, *args):
+            return 2 * once(self, *args)
+
+    model.experts.__class__ = Louder
+    with pytest.raises(ValueError, match="'experts', a Louder, does not compute what its projections do; leave"):
+        cp.prune(model, [x], half, cp.Magnitude())
+
+
+def test_experts_have_gradients_curves_and_training():
+    model, data = Mixed(), [torch.randn(30, 7, 6)]
+    found = cp.sensitivities(model, data, NAMES)
+    assert len(found) == 8
+    assert all(float(each.sum()) > 0 for each in found.values())
+    curves = cp.rate_distortion(model, data, levels=(0.5,), solver=cp.Magnitude())
+    assert all(float(curve.distortion) > 0 for curve in curves)
+    pruned, _ = cp.prune(model, data, half, cp.Magnitude(), names=NAMES)
+    better, distilled = cp.distill(model, pruned, data, names=NAMES, epochs=5, hints=0)
+    assert distilled.objective[1] <= distilled.objective[0]
+    assert torch.equal(better.experts.down_proj == 0, pruned.experts.down_proj == 0)

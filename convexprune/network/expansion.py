@@ -8,7 +8,7 @@ says. Each is compared once with what its module makes by itself.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any, Final
 
@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import _disable_current_modes
 
 from convexprune.network.forward import tensors_in
-from convexprune.network.projections import HEADS, Projection, projections
+from convexprune.network.projections import HEADS, LAST, Projection, projections
 
 OFF: Final = 1e-2  # of the norm: more than what half precision rounds
 _ARGUMENTS: Final = inspect.signature(F.multi_head_attention_forward)
@@ -59,6 +59,8 @@ class _Attention(TorchFunctionMode):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The module's own, with its projections called."""
         own = type(self.module).forward
+        if not _watched((*self.parts.values(), self.module.out_proj)):
+            return own(self.module, *args, **kwargs)
         with self:
             made = own(self.module, *args, **kwargs)
         _compare(self.path, self.module, self.parts, lambda: own(self.module, *args, **kwargs), made)
@@ -101,35 +103,37 @@ class _Mixture(TorchFunctionMode):
         self.plain: Any = type(module).forward.__wrapped__  # type: ignore[attr-defined]
         self._taken: list[tuple[Any, Projection]] = []  # a slice of a weight, and whose it is
         self._given: list[Any] = []
+        self._sent: dict[int, Tensor] = {}  # expert -> its tokens
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The plain one of its class, with the experts called; its own where it is another's routes that count."""
         x, *routing = inspect.signature(self.plain).bind(self.module, *args, **kwargs).args[1:]
-        if self.followed is not None:
-            made = type(self.module).forward(self.module, x, *routing)
-            self._watched(x, *self._next())
-            return made
+        own, watched = type(self.module).forward, _watched(self.parts.values())
         if self.noted is not None:
             self.noted.setdefault(self.path, []).append(routing)
-        made = self._watched(x, *routing)
-        own = type(self.module).forward
+        if self.followed is not None or not watched:
+            made = own(self.module, x, *routing)
+            route = self._next(watched)
+            if watched:
+                self._apart(x, *route)
+            return made
+        made = self._apart(x, *routing)
         _compare(self.path, self.module, self.parts, lambda: own(self.module, x, *routing), made)
         return made
 
-    def _watched(self, *given: Any) -> Any:
+    def _apart(self, *given: Any) -> Any:
         self._given = list(given)
         with self:
             made = self.plain(self.module, *given)
         self._taken.clear()
         return made
 
-    def _next(self) -> list[Any]:
+    def _next(self, needed: bool) -> list[Any]:
         """How the other network went in this call."""
-        assert self.followed is not None
-        calls = self.followed.get(self.path)
-        if not calls:
+        calls = (self.followed or {}).get(self.path)
+        if needed and not calls:
             raise ValueError(f"{self.path!r} is called more often in the model than in the dense network")
-        return calls.pop(0)
+        return calls.pop(0) if calls else []
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -139,7 +143,8 @@ class _Mixture(TorchFunctionMode):
         if func is F.linear and not kwargs and len(args) == 2:
             for weight, projection in self._taken:
                 if weight is args[1]:
-                    projection.tokens = self._tokens(args[0], projection)
+                    with _unseen():
+                        projection.tokens, projection.among = self._tokens(args[0], projection), len(self._given[0])
                     return projection(args[0])
         made = func(*args, **kwargs)
         if func is Tensor.__getitem__ and id(args[0]) in self.weights:
@@ -150,12 +155,22 @@ class _Mixture(TorchFunctionMode):
 
     def _tokens(self, x: Tensor, projection: Projection) -> Tensor | None:
         """The tokens whose rows an expert reads: those that go to it, the first of their choices before the second."""
-        with _unseen():
-            choices = next((each for each in self._given[1:] if not each.is_floating_point() and each.ndim == 2), None)
-            if choices is None:
-                return None
-            tokens = (projection.weight_part == choices.T).nonzero()[:, 1]
-            return tokens if len(tokens) == len(x) else None
+        expert: Any = projection.weight_part
+        if projection.weight_name == LAST:  # it reads what the expert made of the same
+            return self._sent.get(expert)
+        hidden, *routing = self._given
+        choices = next((each for each in routing if each.ndim == 2 and not each.is_floating_point()), None)
+        self._sent.pop(expert, None)
+        if choices is not None:
+            tokens = (expert == choices.T).nonzero()[:, 1]
+            if torch.equal(hidden[tokens], x):
+                self._sent[expert] = tokens
+        return self._sent.get(expert)
+
+
+def _watched(modules: Iterable[nn.Module]) -> bool:
+    """Whether anyone looks on."""
+    return any(module._forward_hooks for module in modules)
 
 
 @contextmanager

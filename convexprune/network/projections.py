@@ -22,13 +22,15 @@ from convexprune.network.matrices import LinearStack, Stack, stack_of
 
 Part = slice | int | None  # of a parameter along its first axis; None: all of it
 HEADS: Final = ("q_proj", "k_proj", "v_proj")
-EXPERTS: Final = ("gate_up_proj", "gate_proj", "up_proj", "down_proj")
+LAST: Final = "down_proj"
+EXPERTS: Final = ("gate_up_proj", "gate_proj", "up_proj", LAST)
 
 
 class Projection(nn.Module):
     """y = W x + b, with parts of two parameters of another module.
 
-    tokens  of an expert: which tokens of the mixture's input the rows of the last call are, where that is known
+    tokens  of an expert: which of the mixture's tokens the rows of the last call are, where that is known
+    among   how many tokens the mixture had
     """
 
     def __init__(self, owner: nn.Module, weight: tuple[str, Part], bias: tuple[str, Part] | None = None) -> None:
@@ -38,6 +40,7 @@ class Projection(nn.Module):
         self.bias_name: str | None = None if bias is None else bias[0]
         self.bias_part: Part = None if bias is None else bias[1]
         self.tokens: Tensor | None = None
+        self.among = 0
         self.agreed = False  # whether its owner was seen to do with it what it does without it
 
     @property
@@ -94,7 +97,8 @@ class ProjectionStack(LinearStack):
     def marked(self, mask: Tensor, y: Tensor) -> Tensor:
         """An expert's rows are some of the tokens."""
         tokens = self.module.tokens
-        return mask if tokens is None or len(tokens) != len(y) else mask.reshape(-1)[tokens.to(mask.device)]
+        known = tokens is not None and len(tokens) == len(y) and mask.numel() == self.module.among
+        return mask.reshape(-1)[tokens.to(mask.device)] if known else mask
 
     def made(self, weight: Tensor, bias: Tensor | None, *args: Any, **kwargs: Any) -> Tensor:
         """W x + b."""

@@ -144,9 +144,11 @@ class Report:
         poor = [
             row.moments.line(row.name) for row in self.rows if row.moments and row.moments.rank < row.moments.inputs
         ]
+        damped = [row.moments.line(row.name) for row in self.rows if row.moments and row.moments.damping]
         refused = tuple(f"left dense: {row.name}: {row.refusal}" for row in self.rows if row.refusal)
         singular = ("singular Gram matrices: " + "; ".join(poor),) if poor else ()
-        return (kept, *covered, *refused, *self.network.lines(), *shares, *singular)
+        ridges = ("damped Gram matrices: " + "; ".join(damped),) if damped else ()
+        return (kept, *covered, *refused, *self.network.lines(), *shares, *singular, *ridges)
 
     @property
     def distortion(self) -> float | None:
