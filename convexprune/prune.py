@@ -244,7 +244,7 @@ class _Plan:
         check_untied(walk.pruned, pruned)
         if walk.calibration.keep_inputs is not None:
             keep = set(walk.modules) if walk.calibration.keep_inputs else set()
-        covered = coverage(walk.model, walk.modules, walk.chosen.stacks)
+        covered = coverage(walk.model, walk.modules, walk.chosen.stacks, walk.survey.record.parameters)
         return cls(tuple(pruned), frozenset(keep), covered, tuple(left))
 
 

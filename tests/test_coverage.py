@@ -129,6 +129,27 @@ def test_a_network_whose_only_layer_is_tied_says_so():
     assert report.kept == 40
 
 
+class Direct(nn.Module):
+    """Uses a Linear's weight as Mamba does, and another Linear not at all."""
+
+    def __init__(self):
+        super().__init__()
+        self.inside, self.direct, self.idle = nn.Linear(6, 6), nn.Linear(6, 4), nn.Linear(6, 4)
+
+    def forward(self, x):
+        return (self.direct.weight @ self.inside(x).mT).mT + self.direct.bias
+
+
+def test_a_weight_that_is_read_without_its_module_is_said():
+    _, report = cp.prune(Direct(), [torch.randn(9, 6)], half, cp.Magnitude())
+    why = {held.name: held.why for held in report.coverage.tensors}
+    assert why == {
+        "inside.weight": "",
+        "direct.weight": "read by the model without calling its module",
+        "idle.weight": "never called on the calibration data",
+    }
+
+
 def test_everything_covered_is_one_line():
     model = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 4))
     _, report = cp.prune(model, [torch.randn(9, 6)], half)

@@ -57,13 +57,16 @@ class Coverage:
         return (head, *(f"left as it was, {why}: {_listed(each)}" for why, each in reasons.items()))
 
 
-def coverage(model: nn.Module, walked: Collection[str], chosen: Collection[str]) -> Coverage:
+def coverage(
+    model: nn.Module, walked: Collection[str], chosen: Collection[str], read: Collection[str] = ()
+) -> Coverage:
     """What becomes of each parameter of two or more dimensions.
 
     A parameter that several layers have a part of, such as the stacked weights of experts, is told part by part.
 
     walked  the modules that are called and chosen
     chosen  the modules that the names mean
+    read    the names of parameters that are read where no layer is called (`Record.parameters`)
     """
     parts: dict[tuple[int, str], list[tuple[str, Stack]]] = {}
     for name, stack in stacks(model).items():
@@ -82,7 +85,7 @@ def coverage(model: nn.Module, walked: Collection[str], chosen: Collection[str])
         kind, own = type(module).__name__, parts.get((id(module), key))
         if own is None:
             name, weights = ".".join(filter(None, (path, key))), parameters[number].numel()
-            found.append(Held(name, kind, weights, _why(places, walked, chosen)))
+            found.append(Held(name, kind, weights, _why(places, walked, chosen, read)))
         else:
             found += [Held(name, kind, stack.weight.numel(), _of_layers([name], walked, chosen)) for name, stack in own]
     return Coverage(tuple(found))
@@ -98,11 +101,15 @@ def check_counted(counts: Mapping[str, int], pruned: Iterable[str]) -> None:
         )
 
 
-def _why(places: list[tuple[str, str, nn.Module]], walked: Collection[str], chosen: Collection[str]) -> str:
+def _why(
+    places: list[tuple[str, str, nn.Module]], walked: Collection[str], chosen: Collection[str], read: Collection[str]
+) -> str:
     found = [(path, key, stack_of(module)) for path, key, module in places]
     layers = [path for path, key, stack in found if stack is not None and key == stack.weight_name]
     if any(path in chosen for path in layers):
-        return _of_layers(layers, walked, chosen)
+        why = _of_layers(layers, walked, chosen)
+        direct = any(f"{path}.{key}".lstrip(".") in read for path, key, _ in places)
+        return "read by the model without calling its module" if why and direct else why
     embedded = any(isinstance(module, EMBEDDINGS) for _, _, module in places)
     if layers:
         return f"tied to an embedding (name {layers[0]!r} to prune both)" if embedded else "not among the names"
