@@ -94,7 +94,9 @@ class Propagation:
         for name in own:
             stack = self.stacks[name]
             path, owner = owner_path(name, stack), stack.owner
-            for key, parameter in owner._parameters.items():
+            held = owner._parameters
+            keys = held if owner is stack.module else {stack.weight_name, stack.bias_name} - {None}
+            for key, parameter in ((key, held[key]) for key in keys):
                 if f"{path}.{key}" in self.record.parameters or self.holders[id(parameter)] > 1:
                     return f"the {key} of {path} ({type(owner).__name__}) is read elsewhere as well"
         return ""

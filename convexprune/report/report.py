@@ -34,7 +34,7 @@ class Link:
 class NetworkError:
     """|| Yhat - Y ||_F between the outputs of the pruned and the dense network, over the calibration samples.
 
-    measured    from running both networks; None if the model's output is not one tensor
+    measured    from running both networks; None if the model returns no tensor
     guaranteed  proven from the layers' errors (see `bounds`); None if there is no guarantee, with the `reason`
     scale       ||Y||_F of the dense network
     rules       the guaranteed error by each rule of propagation, by name
