@@ -25,6 +25,8 @@ from convexprune.network import Calibration, MaskKeeper, capture
 from convexprune.network.compare import behind, hooked, norms, rectified_modules
 from convexprune.network.forward import check_eager, check_model, copied, differentiable, run, undisturbed
 from convexprune.network.names import stacks
+from convexprune.network.outputs import Which, output_of
+from convexprune.network.projections import weight_name
 from convexprune.network.weights import check_stored
 from convexprune.options import between, number, whole
 from convexprune.options import seed as check_seed
@@ -122,9 +124,9 @@ def distill(
     rectified = rectified_modules(layers)
     student = copied(pruned)
     _check_shared(model, student, rectified)
-    pair = _Pair(model, student, batches, rectified, float(hints))
+    pair = _Pair(model, student, batches, rectified, float(hints), calibration.output)
     if not pair.sizes or (hints == 0 and WHOLE not in pair.sizes):
-        where = "all that is watched is zero" if hints else "hints is 0, and the output is not one tensor, or is zero"
+        where = "all that is watched is zero" if hints else "hints is 0, and the output is no tensor, or is zero"
         raise ValueError(f"{where}: nothing is left to compare")
     before = pair.errors(batches)
     given = copy.deepcopy(student.state_dict())
@@ -145,18 +147,19 @@ class _Pair:
     """The two networks, and the modules whose outputs are compared."""
 
     def __init__(
-        self, model: nn.Module, student: nn.Module, batches: list[Any], rectified: Mapping[str, bool], hints: float
-    ) -> None:
-        self.model, self.student, self.rectified, self.hints = model, student, rectified, hints
-        sizes, whole = norms(model, batches, rectified)
+        self, model: nn.Module, student: nn.Module, batches: list[Any], rectified: Mapping[str, bool], hints: float,
+        which: Which,
+    ) -> None:  # fmt: skip
+        self.model, self.student, self.rectified, self.hints, self.which = model, student, rectified, hints, which
+        sizes, whole = norms(model, batches, rectified, which)
         self.sizes = {name: size for name, size in {**sizes, WHOLE: whole or 0.0}.items() if size > 0}
 
     def compare(self, batch: Any, gradients: bool) -> dict[str, Tensor]:
         """module -> || Yhat_l - Y_l ||_F^2 on a batch; both networks are run."""
         with self._outputs_of(self.model) as dense:
-            theirs = run(self.model, batch)
+            theirs = output_of(run(self.model, batch), self.which)
         with self._outputs_of(self.student) as own:
-            ours = run(self.student, batch, gradients)
+            ours = output_of(run(self.student, batch, gradients), self.which)
         found: dict[str, Tensor] = {}
         for name in self.rectified:
             if len(own[name]) != len(dense[name]):
@@ -172,7 +175,7 @@ class _Pair:
                     )
                 change = behind(made, self.rectified[name]) - behind(aim, self.rectified[name])
                 found[name] = found.get(name, 0) + change.square().sum(dtype=torch.float64)
-        if WHOLE in self.sizes:
+        if WHOLE in self.sizes and ours is not None and theirs is not None:
             found[WHOLE] = (ours - theirs).square().sum(dtype=torch.float64)
         return {name: found[name] for name in self.sizes if name in found}
 
@@ -239,7 +242,7 @@ def _train(pair: _Pair, batches: list[Any], epochs: int, rate: float, seed: int)
 def _masks(pair: _Pair) -> dict[str, Tensor]:
     """The nonzeros of all layers by the names of their weights."""
     layers = stacks(pair.student)
-    return {f"{name}.{s.weight_name}".lstrip("."): s.weight.detach() != 0 for name, s in layers.items()}
+    return {weight_name(name, stack): stack.parameters[0].detach() != 0 for name, stack in layers.items()}
 
 
 def _groups(student: nn.Module, names: Iterable[str], rate: float) -> list[dict[str, Any]]:
@@ -248,7 +251,9 @@ def _groups(student: nn.Module, names: Iterable[str], rate: float) -> list[dict[
     for name in names:
         weight = layers[name].weight.detach()
         alive = weight[weight != 0]
-        parameters = [p for p in layers[name].module.parameters(recurse=False) if id(p) not in seen]
+        stack = layers[name]
+        own = stack.module.parameters(recurse=False) if stack.owner is stack.module else stack.parameters
+        parameters = [p for p in own if p is not None and id(p) not in seen]
         seen |= {id(parameter) for parameter in parameters}
         if len(alive) and parameters:
             groups.append({"params": parameters, "lr": rate * float(alive.double().square().mean().sqrt())})

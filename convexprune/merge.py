@@ -16,9 +16,10 @@ from torch import Tensor, fx, nn
 from convexprune.network import Calibration, capture, compact, write
 from convexprune.network.calibration import listed
 from convexprune.network.channels import ChannelGraph, Channels
-from convexprune.network.forward import check_model, copied, numbered, run, tensors_in, undisturbed
+from convexprune.network.forward import check_model, copied, numbered, run, undisturbed
 from convexprune.network.kinds import FX_MONOTONE_NAMES, LINEARS, MONOTONE_NONEXPANSIVE
 from convexprune.network.names import check_layers
+from convexprune.network.outputs import output_of
 from convexprune.options import flag, number, optional
 from convexprune.problem import Solver, check_solver
 from convexprune.problems import NeuronMerging, OptimalBrainSurgeon
@@ -238,10 +239,10 @@ def _measured(model: nn.Module, small: nn.Module, data: list[Any]) -> tuple[floa
     with undisturbed(model, small):
         for index, batch in enumerate(data):
             with numbered(index):
-                found = [list(tensors_in(run(each, batch)))[:1] for each in (model, small)]
-            if not all(found):
+                found = [output_of(run(each, batch)) for each in (model, small)]
+            if any(output is None for output in found):
                 raise ValueError("the model returns no tensor; leave `batches` out, or let it return its outputs")
-            dense, merged = (tensor.double() for (tensor,) in found)
+            dense, merged = (output.double() for output in found if output is not None)
             change += float((dense - merged).square().sum())
             size += float(dense.square().sum())
             count += dense.numel()

@@ -24,6 +24,7 @@ from convexprune.layer import Layer
 from convexprune.network import Calibration, read, write
 from convexprune.network.coverage import Coverage, check_counted, coverage
 from convexprune.network.forward import check_model
+from convexprune.network.names import check_untied
 from convexprune.network.traversal import Traversal
 from convexprune.options import function, optional
 from convexprune.patterns import Unstructured
@@ -224,7 +225,7 @@ class _Run:
             asked = [_Asked(module, groups, problem) for groups, problem in _asked(self.state, layers)]
             if module not in self.written and any(each.problem is not None for each in asked):
                 self.written.append(module)
-                _check_untied(self.walk.pruned, self.written)
+                check_untied(self.walk.pruned, self.written)
             waiting.extend(asked)
             for each in asked:
                 if each.problem is not None:
@@ -369,13 +370,12 @@ class _Plan:
                 _check_solvable(module, stated, solver)
             if any(getattr(problem, "needs_samples", True) for problem in stated):
                 keep.add(module)
-        _check_untied(walk.pruned, pruned)
+        check_untied(walk.pruned, pruned)
         if walk.calibration.keep_inputs is not None:
             keep = set(walk.modules) if walk.calibration.keep_inputs else set()
-        covered = coverage(walk.model, walk.modules, walk.chosen.stacks)
-        return cls(
-            tuple(pruned), frozenset(keep), covered, tuple(left), text_hash("\n".join(texts)), "; ".join(solvers)
-        )
+        covered = coverage(walk.model, walk.modules, walk.chosen.stacks, walk.survey.record.parameters)
+        recipe = text_hash("\n".join(texts))
+        return cls(tuple(pruned), frozenset(keep), covered, tuple(left), recipe, "; ".join(solvers))
 
 
 def _checked(problem: Any, name: str) -> LayerProblem:
@@ -395,19 +395,6 @@ def _check_solvable(module: str, problems: Sequence[LayerProblem], solver: Solve
     except (TypeError, ValueError, MemoryError) as error:
         kind = next(each for each in (TypeError, ValueError, MemoryError) if isinstance(error, each))
         raise kind(f"layer {module!r}: {error}") from error
-
-
-def _check_untied(model: nn.Module, modules: Iterable[str]) -> None:
-    """Of two layers with one parameter, writing the second would overwrite what the first was judged by."""
-    owners: dict[int, str] = {}
-    for module in modules:
-        for parameter in model.get_submodule(module).parameters():
-            owner = owners.setdefault(id(parameter), module)
-            if owner != module:
-                raise ValueError(
-                    f"layers {owner!r} and {module!r} are tied: they share a parameter, which only one of them can be "
-                    "pruned by; leave the other out of `names`"
-                )
 
 
 def _asked(state: State, layers: Sequence[Layer]) -> list[tuple[list[Layer], LayerProblem | None]]:

@@ -96,9 +96,9 @@ def prune_within(
     calibration = Calibration.of(batches, names)
     tell = Teller(progress, calibration)
     walk = Traversal(model, calibration, "parallel", tell.captured)
-    sizes, whole = norms(model, calibration, walk.rectified)
+    sizes, whole = norms(model, calibration, walk.rectified, calibration.output)
     if whole is None or whole == 0:
-        raise ValueError("the network's output is not one tensor, or is zero: a relative error of it means nothing")
+        raise ValueError("the network's output is no tensor, or is zero: a relative error of it means nothing")
     budget = _budget(walk, sizes, goal.error * whole)
     best: tuple[nn.Module, Report] | None = None
     allowed, bound = budget.goal, float("inf")

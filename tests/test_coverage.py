@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
+from torch.nn.utils.parametrize import remove_parametrizations
 
 import convexprune as cp
 
@@ -86,15 +87,15 @@ def test_attention_projections_are_named():
     _, report = cp.prune(Attending(), [torch.randn(6, 5, 8)], half)
     why = {held.name: held.why for held in report.coverage.tensors}
     assert why["out.weight"] == ""
-    assert "in_proj_weight of a MultiheadAttention" in why["attention.in_proj_weight"]
-    assert why["attention.out_proj.weight"]
+    parts = {f"attention.{part}": "" for part in ("q_proj", "k_proj", "v_proj", "out_proj.weight")}
+    assert why == {**parts, "out.weight": ""}
 
 
 def test_each_reason():
     _, report = cp.prune(Motley(), [torch.randint(10, (6, 5))], half, names=["[fs][ip]*"])
     why = {held.name: held.why for held in report.coverage.tensors}
     assert why == {
-        "embedding.weight": "not among the names",  # tied with the head, which could have been named
+        "embedding.weight": "tied to an embedding (name 'head' to prune both)",
         "first.weight": "",
         "second.weight": "not among the names",
         "spare.weight": "never called on the calibration data",
@@ -104,6 +105,49 @@ def test_each_reason():
         "own": "no layer kind for the own of a Motley",
     }
     assert report.coverage.covered == 64
+
+
+@pytest.mark.parametrize(
+    ("names", "pruned"),
+    [(None, False), ("*", False), (["first", "*"], False), ("hea?", True), ("head", True), (["*", "head"], True)],
+)
+def test_a_tied_head_is_pruned_only_where_it_is_meant(names, pruned):
+    model, batches = Motley(), [torch.randint(10, (6, 5))]
+    remove_parametrizations(model.normed, "weight")
+    copy, report = cp.prune(model, batches, half, cp.Magnitude(), names=names)
+    assert ("head" in [row.name for row in report.rows]) == pruned
+    assert bool((copy.embedding.weight == 0).any()) == pruned
+    assert ("tied to an embedding (name 'head' to prune both): embedding.weight (80)" in str(report)) != pruned
+
+
+def test_a_network_whose_only_layer_is_tied_says_so():
+    model = nn.Sequential(nn.Embedding(10, 8), nn.Linear(8, 10, bias=False))
+    model[1].weight = model[0].weight
+    with pytest.raises(ValueError, match="'1', the only layer, is tied to an embedding; prune both by naming it"):
+        cp.prune(model, [torch.randint(10, (6, 5))], half)
+    _, report = cp.prune(model, [torch.randint(10, (6, 5))], half, names="1")
+    assert report.kept == 40
+
+
+class Direct(nn.Module):
+    """Uses a Linear's weight as Mamba does, and another Linear not at all."""
+
+    def __init__(self):
+        super().__init__()
+        self.inside, self.direct, self.idle = nn.Linear(6, 6), nn.Linear(6, 4), nn.Linear(6, 4)
+
+    def forward(self, x):
+        return (self.direct.weight @ self.inside(x).mT).mT + self.direct.bias
+
+
+def test_a_weight_that_is_read_without_its_module_is_said():
+    _, report = cp.prune(Direct(), [torch.randn(9, 6)], half, cp.Magnitude())
+    why = {held.name: held.why for held in report.coverage.tensors}
+    assert why == {
+        "inside.weight": "",
+        "direct.weight": "read by the model without calling its module",
+        "idle.weight": "never called on the calibration data",
+    }
 
 
 def test_everything_covered_is_one_line():

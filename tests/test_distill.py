@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import convexprune as cp
+from convexprune.network import Calibration
 
 
 def networks(seed=0, keep=0.3):
@@ -123,6 +124,13 @@ class Twice(nn.Module):
         return y, self.layer(y)
 
 
+class Silent(nn.Sequential):
+    """Returns nothing."""
+
+    def forward(self, x):
+        super().forward(x)
+
+
 def test_a_layer_called_twice_in_a_network_of_two_outputs():
     torch.manual_seed(2)
     model, batches = Twice(), [torch.randn(40, 5)]
@@ -130,10 +138,19 @@ def test_a_layer_called_twice_in_a_network_of_two_outputs():
     with torch.no_grad():
         pruned.layer.weight[torch.rand(5, 5) < 0.5] = 0
     _, found = cp.distill(model, pruned, batches)
-    assert found.outputs is None
+    assert found.outputs[1] < found.outputs[0]  # the first of the two
     assert found.layers["layer"][1] < found.layers["layer"][0]
+    _, second = cp.distill(model, pruned, Calibration(batches, output=1))
+    assert second.outputs[0] != found.outputs[0]
+
+
+def test_a_network_without_an_output_has_its_layers_compared():
+    model, batches = Silent(nn.Linear(5, 5)), [torch.randn(40, 5)]
+    pruned, _ = cp.prune(model, batches, lambda layer: cp.Reconstruction(layer, cp.Unstructured(0.5)), cp.Magnitude())
+    _, found = cp.distill(model, pruned, batches)
+    assert found.outputs is None
     assert "outputs" not in str(found)
-    with pytest.raises(ValueError, match="hints is 0, and the output is not one tensor, or is zero: nothing"):
+    with pytest.raises(ValueError, match="hints is 0, and the output is no tensor, or is zero: nothing"):
         cp.distill(model, pruned, batches, hints=0)
 
 

@@ -30,7 +30,7 @@ def l1(layer):
 
 def output(model, batch):
     with torch.no_grad():
-        (made,) = tensors_in(model(batch.clone()))
+        made = next(tensors_in(model(batch.clone())))
     return made.double()
 
 

@@ -19,7 +19,8 @@ from convexprune.bounds.additivity import Additivity
 from convexprune.curve import Curve
 from convexprune.layer import Layer
 from convexprune.network import Calibration, capture, directions, read, write
-from convexprune.network.forward import check_model, copied, numbered, run, tensors_in, undisturbed
+from convexprune.network.forward import check_model, copied, numbered, run, undisturbed
+from convexprune.network.outputs import sure_output
 from convexprune.options import check_options, flag, function, having, number, optional, whole
 from convexprune.options import path as check_path
 from convexprune.options import seed as check_seed
@@ -40,7 +41,7 @@ LEVELS: Final = (
 class Measure(Protocol):
     """What a pruned layer is said to lose; a small frozen object."""
 
-    def prepared(self, model: nn.Module, batches: Sequence[Any], layers: Sequence[Layer]) -> Measured:
+    def prepared(self, model: nn.Module, batches: Calibration, layers: Sequence[Layer]) -> Measured:
         """The measure on a model and its calibration batches."""
 
 
@@ -52,7 +53,7 @@ Measured = Callable[[Group, LayerProblem, Tensor], float]  # layers, their probl
 class LayerError:
     """The layer's own relative error, E|W' x - y|^2 / E|y|^2."""
 
-    def prepared(self, model: nn.Module, batches: Sequence[Any], layers: Sequence[Layer]) -> Measured:
+    def prepared(self, model: nn.Module, batches: Calibration, layers: Sequence[Layer]) -> Measured:
         """Nothing to prepare: the problem's value."""
         return lambda layers, problem, x: problem.value(x) / max(sum(layer.energy for layer in layers), 1e-300)
 
@@ -71,7 +72,7 @@ class SecondOrder:
     def __post_init__(self) -> None:
         check_options(self, directions=whole(1))
 
-    def prepared(self, model: nn.Module, batches: Sequence[Any], layers: Sequence[Layer]) -> Measured:
+    def prepared(self, model: nn.Module, batches: Calibration, layers: Sequence[Layer]) -> Measured:
         """One sweep over the batches for all layers."""
         known = directions(model, batches, [layer.name for layer in layers], self.directions, self.seed)
 
@@ -95,7 +96,7 @@ class OutputChange:
     def __post_init__(self) -> None:
         check_options(self, worst=flag)
 
-    def prepared(self, model: nn.Module, batches: Sequence[Any], layers: Sequence[Layer]) -> Measured:
+    def prepared(self, model: nn.Module, batches: Calibration, layers: Sequence[Layer]) -> Measured:
         """Keeps the dense outputs, and one copy of the model to try weights in."""
         trial = copied(model)
         dense = _outputs(model, batches)
@@ -129,7 +130,7 @@ def additivity(model: nn.Module, pruned: nn.Module, batches: Iterable[Any]) -> A
     """
     check_model(model)
     check_model(pruned, "the pruned model")
-    batches = list(Calibration.of(batches))
+    batches = Calibration.of(batches)
     mine, its = ({key: tuple(value.shape) for key, value in each.named_parameters()} for each in (model, pruned))
     if mine != its:
         odd = min(key for key in mine | its if mine.get(key) != its.get(key))
@@ -208,11 +209,10 @@ def rate_distortion(
     if solver is not None:
         check_solver(solver)
     calibration = Calibration.of(batches, names)
-    batches = list(calibration)
-    calibration = replace(calibration, batches=batches)
+    calibration = replace(calibration, batches=list(calibration))
     measure = SecondOrder() if measure is None else measure
     layers = capture(model, calibration)
-    drawn = f"{calibration.positions!r}; {calibration.seed!r}; {calibration.fingerprint.text}"
+    drawn = f"{calibration.positions!r}; {calibration.seed!r}; {calibration.fingerprint.text}; {calibration.output!r}"
     said = f"{measure!r}; {solver!r}; {damping!r}; {tuple(levels)!r}; {drawn}"
     store = None if cache is None else _Store(Path(cache), hashlib.sha256(said.encode()).hexdigest())
     measured: Measured | None = None
@@ -225,7 +225,7 @@ def rate_distortion(
         if found is None:
             if measured is None:
                 with undisturbed(model):
-                    measured = measure.prepared(model, batches, layers)
+                    measured = measure.prepared(model, calibration, layers)
             found = _curve(group, levels, measured, solver, damping)
             if store is not None:
                 store.write(name, group, found)
@@ -317,19 +317,16 @@ class _Store:
         return content.hexdigest()
 
 
-def _outputs(model: nn.Module, batches: Iterable[Any]) -> list[Tensor]:
-    """The outputs on each batch; raises ValueError where they are not one tensor of finite numbers, a row a sample."""
-    found = []
+def _outputs(model: nn.Module, batches: Calibration | Iterable[Any]) -> list[Tensor]:
+    """The output on each batch; raises ValueError where it is no tensor of finite numbers, a row a sample."""
+    found, which = [], batches.output if isinstance(batches, Calibration) else None
     with undisturbed(model):
         for index, batch in enumerate(batches):
             with numbered(index):
-                tensors = list(tensors_in(run(model, batch)))
-            if len(tensors) != 1 or not tensors[0].ndim:
-                what = f"{len(tensors)} tensors" if len(tensors) != 1 else "a single number"
-                raise ValueError(
-                    f"the model returned {what}; its outputs must be one tensor with a row for each sample"
-                )
-            if not bool(tensors[0].isfinite().all()):
+                output = sure_output(run(model, batch), which)
+            if not output.ndim:
+                raise ValueError("the model's output is a single number; it must have a row for each sample")
+            if not bool(output.isfinite().all()):
                 raise ValueError(f"batch {index}: the model makes NaN or inf of it; check the calibration data")
-            found.append(tensors[0].detach())
+            found.append(output.detach())
     return found

@@ -33,6 +33,7 @@ from convexprune.certify.side_by_side import Seen
 from convexprune.network.kinds import NONEXPANSIVE, SUMS
 from convexprune.network.matrices import Stack
 from convexprune.network.names import stacks
+from convexprune.network.projections import owner_path
 from convexprune.network.recording import Record, Step
 from convexprune.network.residual import FAINT
 
@@ -74,7 +75,7 @@ class Propagation:
         try:
             for step in self.record.steps:
                 walk.take(step)
-            total = walk.total(self.record.results)
+            total = walk.total(self.record.chosen)
         except Uncovered as error:
             return GraphBound(None, walk.found, str(error))
         why = self._unfit(own)
@@ -91,9 +92,13 @@ class Propagation:
             if count > 1:
                 return f"{place} is called more than once"
         for name in own:
-            for key, parameter in self.modules[name]._parameters.items():
-                if f"{name}.{key}" in self.record.parameters or self.holders[id(parameter)] > 1:
-                    return f"the {key} of {name} ({type(self.modules[name]).__name__}) is read elsewhere as well"
+            stack = self.stacks[name]
+            path, owner = owner_path(name, stack), stack.owner
+            held = owner._parameters
+            keys = held if owner is stack.module else {stack.weight_name, stack.bias_name} - {None}
+            for key, parameter in ((key, held[key]) for key in keys):
+                if f"{path}.{key}" in self.record.parameters or self.holders[id(parameter)] > 1:
+                    return f"the {key} of {path} ({type(owner).__name__}) is read elsewhere as well"
         return ""
 
 
@@ -130,13 +135,13 @@ class _Walk:
         if step.layer is not None and made.repair is None:
             self.found[step.layer] = made.total
 
-    def total(self, results: Sequence[int]) -> float:
-        """The bound of what the model returns. Raises Uncovered where there is none."""
-        if len(results) != 1:
-            raise Uncovered("the model does not return one tensor")
-        if results[0] in self.unknown:
-            raise Uncovered(self.unknown[results[0]])
-        return self.spreads.get(results[0], Spread(0.0)).total
+    def total(self, output: int | None) -> float:
+        """The bound of the model's output. Raises Uncovered where there is none."""
+        if output is None:
+            raise Uncovered("the model's output is no tensor that it was seen to make")
+        if output in self.unknown:
+            raise Uncovered(self.unknown[output])
+        return self.spreads.get(output, Spread(0.0)).total
 
     def _made(self, step: Step) -> Spread:
         unknown = [self.unknown[number] for number in step.reads if number in self.unknown]

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from convexprune.bounds.confidence import clopper_pearson, empirical_bernstein
 from convexprune.network.calibration import Calibration, digests
 from convexprune.network.forward import check_batch, check_batches, check_model, numbered, run, undisturbed
+from convexprune.network.outputs import sure_output
 from convexprune.network.predict import Rule, changed, check_rule, rule_name
 from convexprune.options import between, positive
 
@@ -61,7 +62,8 @@ def certify_unseen(
     Args:
         model: The dense network.
         pruned: Its pruned copy.
-        held_out: Samples that were not used, as a `Calibration` or batches; each sample once.
+        held_out: Samples that were not used, as a `Calibration` or batches; each sample once. Its `output` says which
+            of the tensors that the networks return is judged.
         used: The calibration data of the pruning; a sample of it among `held_out` is refused.
         clip: The squared error |zhat - z|^2 counts up to this number. Choose it before looking at the samples.
         confidence: Each of the two bounds holds with this probability over the draw of the held-out samples.
@@ -74,7 +76,7 @@ def certify_unseen(
 
     Raises:
         ValueError: For a sample that was used or is held out twice, for no samples, for none that were used (an
-            iterator that has run out), and if the outputs are not one tensor with a row for each sample.
+            iterator that has run out), and if the outputs are no tensor with a row for each sample.
 
     Source: Clopper, Pearson 1934; Maurer, Pontil 2009 (empirical Bernstein).
 
@@ -93,6 +95,7 @@ def certify_unseen(
     check_rule(predict)
     check_batches(held_out)
     check_batches(used)
+    which = held_out.output if isinstance(held_out, Calibration) else None
     seen: set[bytes] = set()
     known: set[bytes] = set()
     for index, batch in enumerate(used):
@@ -114,9 +117,9 @@ def certify_unseen(
                     raise ValueError(f"sample {row} of held-out batch {index} is held out twice; draw each sample once")
                 seen.add(digest)
             with numbered(index):
-                dense, sparse = run(model, batch), run(pruned, batch)
-            if not isinstance(dense, Tensor) or dense.ndim < 1 or len(dense) != len(samples):
-                raise ValueError("the outputs must be one tensor of a row for each sample")
+                dense, sparse = (sure_output(run(each, batch), which) for each in (model, pruned))
+            if dense.ndim < 1 or len(dense) != len(samples):
+                raise ValueError("the outputs must be a tensor of a row for each sample")
             if sparse.shape != dense.shape:
                 shapes = tuple(sparse.shape), tuple(dense.shape)
                 raise ValueError(f"the pruned network's outputs have shape {shapes[0]}, the dense one's {shapes[1]}")

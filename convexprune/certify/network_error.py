@@ -17,7 +17,8 @@ from convexprune.bounds.propagation import ByChannel, Frobenius, Repair, Rule, S
 from convexprune.certify.graph import Propagation
 from convexprune.certify.side_by_side import SideBySide
 from convexprune.network.calibration import Calibration
-from convexprune.network.forward import numbered, run, tensors_in, undisturbed
+from convexprune.network.forward import numbered, run, undisturbed
+from convexprune.network.outputs import Which, output_of
 from convexprune.network.replay import distance
 from convexprune.network.traversal import Traversal
 from convexprune.report import Link, NetworkError
@@ -47,7 +48,7 @@ def network_error(
     found = _measured(walk, beside, tell)
     reason = found.reason or walk.calibration.unsteady
     if reason or found.measured is None:
-        return replace(found, reason=reason or "the model does not return one tensor")
+        return replace(found, reason=reason or "the model returns no tensor")
     return _guaranteed(found, found.measured, network, beside)
 
 
@@ -84,7 +85,8 @@ def _measured(walk: Traversal, beside: SideBySide | None, tell: Callable[[int], 
     with undisturbed(walk.model, walk.pruned):
         for index, batch in enumerate(walk.calibration):
             with numbered(index):
-                theirs, ours = _output(walk.model, batch), _output(walk.pruned, batch)
+                which = walk.calibration.output
+                theirs, ours = _output(walk.model, batch, which), _output(walk.pruned, batch, which)
                 if theirs is None or ours is None or change is None:
                     change = None
                 else:
@@ -95,10 +97,10 @@ def _measured(walk: Traversal, beside: SideBySide | None, tell: Callable[[int], 
     return NetworkError(change, None, size, reason)
 
 
-def _output(model: nn.Module, batch: Any) -> Tensor | None:
-    """A copy, as the next pass may write to the same memory; None where there is not one tensor."""
-    tensors = [tensor.clone() for tensor in tensors_in(run(model, batch))]
-    return tensors[0] if len(tensors) == 1 else None
+def _output(model: nn.Module, batch: Any, which: Which) -> Tensor | None:
+    """A copy, as the next pass may write to the same memory; None where there is no tensor."""
+    output = output_of(run(model, batch), which)
+    return None if output is None else output.clone()
 
 
 def _refusal(calibration: Calibration) -> str:

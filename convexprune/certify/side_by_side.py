@@ -73,7 +73,8 @@ class SideBySide:
 
     def add(self, batch: Any, theirs: Tensor, ours: Tensor) -> str:
         """A batch and what the dense and the pruned network made of it; why no bound can say it, or nothing."""
-        dense, pruned = record(self.model, batch), record(self.pruned, batch)
+        which = self.first.which
+        dense, pruned = record(self.model, batch, which), record(self.pruned, batch, which)
         if not self.first.like(dense):
             return "the model has not taken the same way as in the pass before"
         # batches may come in another order
@@ -96,7 +97,8 @@ class SideBySide:
                         self._judge(step, one[number], one, two)
         networks = (("dense", self.model, theirs, one), ("pruned", self.pruned, ours, two))
         for index, (which, model, real, replay) in enumerate(networks):
-            made = replay[dense.results[0]]
+            assert self.first.chosen is not None  # there is a bound
+            made = replay[self.first.chosen]  # a pass like the first has its numbers
             if not near(real, made):
                 place = departure(dense, model, batch)
                 seen = f", seen in {place}" if place else ""

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from convexprune.network.forward import check_batch, check_batches, tensors_in
+from convexprune.network.outputs import Which, check_which
 from convexprune.options import flag, optional, seed, text, whole
 
 Mask = Callable[[Any], Tensor]
@@ -68,6 +69,8 @@ class Calibration:
         seed: draws those positions.
         activations: layer name -> "relu" or None, where what tracing finds is not what you want.
         keep_inputs: whether layers keep the rows that they read; None: those whose problem needs them.
+        output: which of the tensors that the model returns is judged: its key, its index, or a function of what is
+            returned. None: a lone tensor, else "logits", else the first of floating point.
 
     Raises:
         TypeError: for batches that are a lone tensor, a mapping or a string, for a mask that is no function, and for
@@ -88,6 +91,7 @@ class Calibration:
     seed: int = 0
     activations: Mapping[str, str | None] = field(default_factory=dict)
     keep_inputs: bool | None = None
+    output: Which = None
     _passes: _Passes = field(default_factory=_Passes, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -102,6 +106,7 @@ class Calibration:
         for name in self.activations:
             text("a name of `activations`", name)
         optional(flag)("keep_inputs", self.keep_inputs)
+        check_which("output", self.output)
         if isinstance(self.batches, Iterator):
             object.__setattr__(self, "batches", list(self.batches))
 

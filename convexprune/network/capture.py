@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from convexprune.layer import ACTIVATIONS, Layer
 from convexprune.network.blocks import Stream
 from convexprune.network.calibration import Calibration, Mask
+from convexprune.network.expansion import Routes, expanded
 from convexprune.network.forward import Enough, check_model, check_untransformed, numbered, run, tensors_in, undisturbed
-from convexprune.network.matrices import Stack, stack_of
+from convexprune.network.matrices import Stack
 from convexprune.network.memory import check_grams
 from convexprune.network.moment_accumulator import Account
 from convexprune.network.names import choose, stacks, suggestion
@@ -24,6 +25,7 @@ from convexprune.network.residual import repaired
 from convexprune.network.survey import Survey
 from convexprune.options import flag
 
+DAMPING: Final = 0.01  # of an expert with fewer samples than inputs, as a fraction of the mean diagonal
 Hook = Callable[[str, Stack, Tensor, Tensor], None]  # module name, its matrices, its input, its output
 
 
@@ -115,15 +117,28 @@ class Gathering:
         """Make the pass. `survey` is told what each batch did, `tell` the number of each batch."""
         keep = self.stacks if self.keep is True else self.keep or ()
         account = Account(keep, self.calibration.positions, self.calibration.seed)
-        with undisturbed(self.model, *(() if self.dense is None else (self.dense,))):
+        with self._opened() as routes:
             for index, batch in enumerate(self.calibration):
                 with numbered(index), ExitStack() as finished:
                     for stream in self.streams:
                         finished.enter_context(stream.at(index))
                     self._take(account, batch, survey)
+                routes.clear()
                 if tell is not None:
                     tell(index)
         return account
+
+    @contextmanager
+    def _opened(self) -> Iterator[Routes]:
+        """Ready to be watched. With a dense network the tokens go to the experts that they go to there."""
+        routes: Routes = {}
+        if self.dense is None:
+            with undisturbed(self.model), expanded(self.model):
+                yield routes
+        else:
+            both = undisturbed(self.model, self.dense)
+            with both, expanded(self.dense, noted=routes), expanded(self.model, followed=routes):
+                yield routes
 
     def _take(self, account: Account, batch: Any, survey: Survey | None) -> None:
         account.begin()
@@ -136,7 +151,7 @@ class Gathering:
             # hooked first, so that what the hooks do falls inside the layer's own step and is not recorded
             with _hooked(self.stacks, into), Recorder(self.model) as recorder:
                 output = run(self.model, batch)
-            survey.add(recorder.record(output), batch)
+            survey.add(recorder.record(output, self.calibration.output), batch)
         account.end()
         _check_calls(account, targets or {})
 
@@ -149,7 +164,8 @@ class Gathering:
         def collect(name: str, _stack: Stack, _x: Tensor, y: Tensor) -> None:
             outputs.setdefault(name, []).append(y.detach().clone())  # a ReLU may overwrite the output in place
 
-        twins = {name: _stack(self.dense, name) for name in self.stacks}
+        known = stacks(self.dense)
+        twins = {name: known[name] for name in self.stacks}
         _run_until(self.dense, batch, twins, collect, self.calls)
         return repaired(self.dense, self.model, batch, outputs) if self.residual else outputs
 
@@ -180,6 +196,8 @@ def layers_of(
                 inputs=None if totals.inputs is None else totals.inputs[group],
                 targets=None if totals.targets is None else totals.targets[group],
             )
+            if stack.routed and layer.inputs is None and layer.samples < stack.width:
+                layer = layer.damped(DAMPING)
             layers.append(
                 replace(layer, kernel=stack.kernel, repairs=residual, module=module, group=group, groups=stack.groups)
             )
@@ -244,12 +262,6 @@ def _run_until(
         run(model, batch)
 
 
-def _stack(model: nn.Module, name: str) -> Stack:
-    stack = stack_of(model.get_submodule(name))
-    assert stack is not None  # by choose and _check_dense
-    return stack
-
-
 def _mask(mask: Mask, batch: Any) -> Tensor:
     kept = mask(batch)
     if not isinstance(kept, Tensor) or kept.dtype != torch.bool:
@@ -259,11 +271,11 @@ def _mask(mask: Mask, batch: Any) -> Tensor:
 
 
 def _check_dense(dense: nn.Module, modules: Mapping[str, Stack]) -> None:
-    theirs = dict(dense.named_modules(remove_duplicate=False))
+    theirs = stacks(dense)
     for name, stack in modules.items():
-        other = stack_of(theirs[name]) if name in theirs else None
+        other = theirs.get(name)
         if other is None:
-            raise ValueError(f"layer {name!r} is not in the dense network; {suggestion(name, stacks(dense))}")
+            raise ValueError(f"layer {name!r} is not in the dense network; {suggestion(name, theirs)}")
         mine, its = tuple(stack.weight.shape), tuple(other.weight.shape)
         if mine != its:
             raise ValueError(f"layer {name!r} has weights of shape {mine} in the model, {its} in the dense network")

@@ -10,7 +10,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from convexprune.layer import Layer
+from convexprune.network.expansion import expanded
 from convexprune.network.forward import check_untransformed, run, undisturbed
+from convexprune.network.outputs import Which, output_of
+from convexprune.network.projections import named_layers
 
 Rectified = Mapping[str, bool]  # module -> True if only a ReLU reads it: it is then judged behind the ReLU
 
@@ -20,8 +23,10 @@ def rectified_modules(layers: Iterable[Layer]) -> dict[str, bool]:
     return {layer.module: layer.activation == "relu" for layer in layers}
 
 
-def norms(model: nn.Module, batches: Iterable[Any], layers: Rectified) -> tuple[dict[str, float], float | None]:
-    """||Y_l||_F of each layer, and ||Y||_F of the outputs, or None if they are not one tensor; in float64."""
+def norms(
+    model: nn.Module, batches: Iterable[Any], layers: Rectified, which: Which = None
+) -> tuple[dict[str, float], float | None]:
+    """||Y_l||_F of each layer, and ||Y||_F of the outputs, or None if there are none; in float64."""
     squares = dict.fromkeys(layers, 0.0)
     whole: float | None = 0.0
 
@@ -30,21 +35,22 @@ def norms(model: nn.Module, batches: Iterable[Any], layers: Rectified) -> tuple[
 
     with undisturbed(model), hooked(model, layers, add):
         for batch in batches:
-            output = run(model, batch)
-            whole = whole + _square(output.double()) if whole is not None and isinstance(output, Tensor) else None
+            output = output_of(run(model, batch), which)
+            whole = whole + _square(output.double()) if whole is not None and output is not None else None
     return {name: each**0.5 for name, each in squares.items()}, None if whole is None else whole**0.5
 
 
 @contextmanager
 def hooked(model: nn.Module, names: Iterable[str], function: Callable[..., None]) -> Iterator[None]:
     """Call `function(name, module, args, kwargs, output)` after the forward pass of each of these modules."""
-    modules = dict(model.named_modules())
+    modules = dict(named_layers(model))
 
     def checked(name: str, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         check_untransformed(name, args, kwargs, output)
         function(name, module, args, kwargs, output)
 
     with ExitStack() as hooks:
+        hooks.enter_context(expanded(model))
         for name in names:
             hook = modules[name].register_forward_hook(partial(checked, name), with_kwargs=True)
             hooks.callback(hook.remove)

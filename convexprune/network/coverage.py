@@ -9,7 +9,9 @@ from typing import Final
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from convexprune.network.matrices import kind_names, stack_of
+from convexprune.network.kinds import EMBEDDINGS
+from convexprune.network.matrices import Stack, kind_names, stack_of
+from convexprune.network.names import stacks
 
 COVERED: Final = ""
 SHOWN: Final = 4  # tensors that a sentence names of each reason
@@ -55,12 +57,21 @@ class Coverage:
         return (head, *(f"left as it was, {why}: {_listed(each)}" for why, each in reasons.items()))
 
 
-def coverage(model: nn.Module, walked: Collection[str], chosen: Collection[str]) -> Coverage:
+def coverage(
+    model: nn.Module, walked: Collection[str], chosen: Collection[str], read: Collection[str] = ()
+) -> Coverage:
     """What becomes of each parameter of two or more dimensions.
+
+    A parameter that several layers have a part of, such as the stacked weights of experts, is told part by part.
 
     walked  the modules that are called and chosen
     chosen  the modules that the names mean
+    read    the names of parameters that are read where no layer is called (`Record.parameters`)
     """
+    parts: dict[tuple[int, str], list[tuple[str, Stack]]] = {}
+    for name, stack in stacks(model).items():
+        if stack.owner is not stack.module:
+            parts.setdefault((id(stack.owner), stack.weight_name), []).append((name, stack))
     held: dict[int, list[tuple[str, str, nn.Module]]] = {}
     parameters = {}
     for path, module in model.named_modules(remove_duplicate=False):
@@ -68,15 +79,16 @@ def coverage(model: nn.Module, walked: Collection[str], chosen: Collection[str])
             if parameter is not None and parameter.ndim >= 2:
                 held.setdefault(id(parameter), []).append((path, key, module))
                 parameters[id(parameter)] = parameter
-    return Coverage(
-        tuple(
-            Held(
-                ".".join(filter(None, places[0][:2])), type(places[0][2]).__name__, parameters[key].numel(),
-                _why(places, walked, chosen),
-            )
-            for key, places in held.items()
-        )
-    )  # fmt: skip
+    found: list[Held] = []
+    for number, places in held.items():
+        path, key, module = places[0]
+        kind, own = type(module).__name__, parts.get((id(module), key))
+        if own is None:
+            name, weights = ".".join(filter(None, (path, key))), parameters[number].numel()
+            found.append(Held(name, kind, weights, _why(places, walked, chosen, read)))
+        else:
+            found += [Held(name, kind, stack.weight.numel(), _of_layers([name], walked, chosen)) for name, stack in own]
+    return Coverage(tuple(found))
 
 
 def check_counted(counts: Mapping[str, int], pruned: Iterable[str]) -> None:
@@ -89,23 +101,33 @@ def check_counted(counts: Mapping[str, int], pruned: Iterable[str]) -> None:
         )
 
 
-def _why(places: list[tuple[str, str, nn.Module]], walked: Collection[str], chosen: Collection[str]) -> str:
+def _why(
+    places: list[tuple[str, str, nn.Module]], walked: Collection[str], chosen: Collection[str], read: Collection[str]
+) -> str:
     found = [(path, key, stack_of(module)) for path, key, module in places]
     layers = [path for path, key, stack in found if stack is not None and key == stack.weight_name]
-    if any(path in walked for path in layers):
-        return COVERED
     if any(path in chosen for path in layers):
-        return "never called on the calibration data"
+        why = _of_layers(layers, walked, chosen)
+        direct = any(f"{path}.{key}".lstrip(".") in read for path, key, _ in places)
+        return "read by the model without calling its module" if why and direct else why
+    embedded = any(isinstance(module, EMBEDDINGS) for _, _, module in places)
     if layers:
-        return "not among the names"
+        return f"tied to an embedding (name {layers[0]!r} to prune both)" if embedded else "not among the names"
     path, key, module = places[0]
-    if isinstance(module, nn.Embedding):
+    if embedded:
         return "an embedding table"
     if is_parametrized(module) or path.rpartition(".")[0].endswith("parametrizations") or key.endswith("_orig"):
         return "computed by a parametrization"
     if any(kind.__name__ in kind_names().split(", ") for kind in type(module).__mro__):
         return "in a layer with a forward of its own"
     return f"no layer kind for the {key} of a {type(module).__name__}"
+
+
+def _of_layers(layers: list[str], walked: Collection[str], chosen: Collection[str]) -> str:
+    """What becomes of a weight that these layers have."""
+    if any(path in walked for path in layers):
+        return COVERED
+    return "never called on the calibration data" if any(path in chosen for path in layers) else "not among the names"
 
 
 def _listed(tensors: list[Held]) -> str:

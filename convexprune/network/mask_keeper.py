@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from convexprune.network.forward import check_model
 from convexprune.network.names import stacks
+from convexprune.network.projections import weight_name
 
 
 class MaskKeeper:
@@ -110,7 +111,7 @@ class MaskKeeper:
 
 def _masked(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> list[str]:
     """The names of the weights of all prunable layers."""
-    names = [f"{name}.{stack.weight_name}".lstrip(".") for name, stack in stacks(model).items()]
+    names = dict.fromkeys(weight_name(name, stack) for name, stack in stacks(model).items())
     found = [name for name in names if name in parameters]
     for name in found:
         if parameters[name].layout != torch.strided:

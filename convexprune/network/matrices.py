@@ -9,7 +9,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Hashable, Sequence
 from inspect import isabstract
-from typing import Any, ClassVar, Final
+from typing import Any, Final
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -27,8 +27,8 @@ class Stack(ABC):
     bias_name    of the parameter (groups * out,) that holds b; None for a kind that never has one
     """
 
-    weight_name: ClassVar[str] = "weight"
-    bias_name: ClassVar[str | None] = "bias"
+    weight_name: str = "weight"
+    bias_name: str | None = "bias"
 
     def __init__(self, module: Any, groups: int = 1) -> None:
         self.module, self.groups = module, groups
@@ -89,14 +89,48 @@ class Stack(ABC):
         return 1
 
     @property
+    def owner(self) -> Any:
+        """The module that has the parameters: the one that is called, but for a projection."""
+        return self.module
+
+    @property
+    def routed(self) -> bool:
+        """Whether only some of the samples come here, as to an expert."""
+        return False
+
+    @property
     def weight(self) -> Any:
-        """The parameter that holds the matrices."""
-        return getattr(self.module, self.weight_name)
+        """The parameter that holds the matrices, or the part of it that does."""
+        return self.weight_part(self.parameters[0])
 
     @property
     def bias(self) -> Any:
-        """The parameter that holds the biases, or None."""
-        return None if self.bias_name is None else getattr(self.module, self.bias_name)
+        """The parameter that holds the biases, or the part of it that does; None without biases."""
+        bias = self.parameters[1]
+        return None if bias is None else self.bias_part(bias)
+
+    @property
+    def parameters(self) -> tuple[Any, Any]:
+        """The whole parameters: of the weights, and of the biases or None."""
+        weight = getattr(self.owner, self.weight_name)
+        return weight, None if self.bias_name is None else getattr(self.owner, self.bias_name)
+
+    @property
+    def places(self) -> set[tuple[int, str]]:
+        """Where its numbers are: two layers with a place in common are tied."""
+        return {(id(parameter), "") for parameter in self.module.parameters()}
+
+    def weight_part(self, whole: Any) -> Any:
+        """What of the parameter, or of a tensor of its shape, is this layer's."""
+        return whole
+
+    def bias_part(self, whole: Any) -> Any:
+        """The same of the biases."""
+        return whole
+
+    def marked(self, mask: Tensor, y: Tensor) -> Tensor:
+        """A mask of the network's tokens as one of the samples that made the output y."""
+        return mask
 
     @property
     def outputs(self) -> int:

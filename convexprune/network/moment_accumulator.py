@@ -80,6 +80,8 @@ class Account:
 
     def add(self, name: str, stack: Stack, x: Tensor, y: Tensor, dense: Tensor | None, mask: Tensor | None) -> None:
         """A call of layer `name`: it read x and made y, while the dense network's output there was `dense`."""
+        if mask is not None:
+            mask = stack.marked(mask, y)
         if mask is not None and tuple(mask.shape) != stack.sample_shape(y):
             raise ValueError(
                 f"layer {name!r}: the mask has shape {tuple(mask.shape)}, but the layer's samples have shape "

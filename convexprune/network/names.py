@@ -13,13 +13,15 @@ import torch
 from torch import nn
 
 from convexprune.network.forward import check_eager
-from convexprune.network.matrices import Stack, kind_names, stack_of
+from convexprune.network.kinds import EMBEDDINGS
+from convexprune.network.matrices import Stack, kind_names
+from convexprune.network.projections import layer_stack, named_layers, projections
 from convexprune.network.weights import Place, check_stored
 
 
 def stacks(model: nn.Module) -> dict[str, Stack]:
-    """Every supported module of the model by its (first) name."""
-    found = {name: stack_of(module) for name, module in model.named_modules()}
+    """Every supported module and projection of the model by its (first) name."""
+    found = {name: layer_stack(module) for name, module in named_layers(model)}
     return {name: stack for name, stack in found.items() if stack is not None}
 
 
@@ -57,12 +59,15 @@ class Chosen:
             if not any(module in modules for module, _ in pairs):
                 raise ValueError(
                     f"{request!r}: no such layer was called in the forward pass (a module whose weights are used "
-                    "directly, as in nn.MultiheadAttention, cannot be captured)"
+                    "directly cannot be captured)"
                 )
 
 
 def choose(model: nn.Module, names: Iterable[str] | str | None) -> Chosen:
     """The layers that the names and fnmatch patterns mean; without names there is one request, "*".
+
+    A layer whose weight is an embedding table as well, such as a tied head, is meant by its name, or by a pattern that
+    means no other layer.
 
     Raises ValueError for a name or pattern that means no layer, for a name that means two, for weights that hold NaN
     or inf and for a compiled model, TypeError for a layer whose weights are no dense real numbers.
@@ -73,7 +78,11 @@ def choose(model: nn.Module, names: Iterable[str] | str | None) -> Chosen:
         raise ValueError("names is empty; leave it out to capture every layer")
     known = stacks(model)
     layers = [(module, layer) for module, stack in known.items() for layer in stack.names(module)]
-    meant = {request: _meant(model, request, layers) for request in requests}
+    tables = _embeddings(model)
+    tied = {name for name, stack in known.items() if id(stack.owner._parameters.get(stack.weight_name)) in tables}
+    meant = {request: _untied(request, _meant(model, request, layers), tied) for request in requests}
+    if names is None and tied.issuperset(module for module, _ in meant["*"]):
+        raise ValueError(f"{min(tied)!r}, the only layer, is tied to an embedding; prune both by naming it in `names`")
     modules = dict.fromkeys(module for pairs in meant.values() for module, _ in pairs)
     count = Counter(layer for _, layer in layers)
     for layer in {layer for pairs in meant.values() for _, layer in pairs}:
@@ -81,8 +90,21 @@ def choose(model: nn.Module, names: Iterable[str] | str | None) -> Chosen:
             raise ValueError(_twice(layer, [path for path, name in layers if name == layer]))
     for module in modules:
         check_stored(module, known[module])
-        _check_finite(module, known[module].module)
+        _check_finite(module, known[module].owner)
     return Chosen(meant, {module: known[module] for module in known if module in modules})
+
+
+def _embeddings(model: nn.Module) -> set[int]:
+    """The ids of the parameters that are embedding tables."""
+    held = [module._parameters.get("weight") for module in model.modules() if isinstance(module, EMBEDDINGS)]
+    return {id(parameter) for parameter in held if parameter is not None}
+
+
+def _untied(request: str, meant: list[tuple[str, str]], tied: Collection[str]) -> list[tuple[str, str]]:
+    """What a request means, without what is tied to an embedding where there is more."""
+    if any(request in pair for pair in meant):
+        return meant
+    return [pair for pair in meant if pair[0] not in tied] or meant
 
 
 def _check_finite(name: str, module: nn.Module) -> None:
@@ -99,7 +121,10 @@ def find(model: nn.Module, name: str) -> Place:
     Raises ValueError for a name that is none, or that of two, TypeError for integer weights.
     """
     modules = dict(model.named_modules(remove_duplicate=False))
-    owners = {path: stack_of(modules[path]) for path in modules if name == path or name.startswith(f"{path}[")}
+    owner, _, part = name.rpartition(".")
+    own = projections(modules[owner]) if owner in modules else {}
+    modules |= {name: own[part]} if part in own else {}
+    owners = {path: layer_stack(modules[path]) for path in modules if name == path or name.startswith(f"{path}[")}
     meant = {path: stack for path, stack in owners.items() if stack is not None and name in stack.names(path)}
     if len(meant) > 1:
         raise ValueError(_twice(name, meant))
@@ -114,6 +139,20 @@ def find(model: nn.Module, name: str) -> Place:
     ((path, stack),) = meant.items()
     check_stored(name, stack)
     return Place(name, stack, stack.names(path).index(name))
+
+
+def check_untied(model: nn.Module, modules: Iterable[str]) -> None:
+    """Raise ValueError for two layers with one parameter: writing the second would undo what the first is judged by."""
+    known = stacks(model)
+    owners: dict[tuple[int, str], str] = {}
+    for name in modules:
+        for place in known[name].places:
+            owner = owners.setdefault(place, name)
+            if owner != name:
+                raise ValueError(
+                    f"layers {owner!r} and {name!r} are tied: they share a parameter, which only one of them can be "
+                    "pruned by; leave the other out of `names`"
+                )
 
 
 def suggestion(name: str, known: Iterable[str]) -> str:

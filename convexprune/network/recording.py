@@ -16,9 +16,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakIdKeyDictionary
 
 from convexprune.network.call import Call
+from convexprune.network.expansion import expanded
 from convexprune.network.forward import BatchError, edits, run, tensors_in
 from convexprune.network.kinds import DROPOUT, LOOKS
-from convexprune.network.matrices import stack_of
+from convexprune.network.outputs import Which, output_of
+from convexprune.network.projections import layer_stack, named_layers
 
 CHANGED = "a change in place"
 
@@ -80,10 +82,11 @@ class Recorder(TorchFunctionMode):
     def __enter__(self) -> Recorder:
         self._names = {id(parameter): name for name, parameter in self.model.named_parameters()}
         with ExitStack() as hooks:
-            for name, module in self.model.named_modules():
+            hooks.enter_context(expanded(self.model))
+            for name, module in named_layers(self.model):
                 if isinstance(module, torch.jit.ScriptModule):  # takes no hooks; what it reads goes unseen
                     continue
-                layer = stack_of(module) is not None
+                layer = layer_stack(module) is not None
                 hooks.callback(module.register_forward_pre_hook(partial(self._enter, name, layer)).remove)
                 after = module.register_forward_hook(partial(self._leave, name, layer), with_kwargs=True)
                 hooks.callback(after.remove)
@@ -143,12 +146,18 @@ class Recorder(TorchFunctionMode):
         """The numbers of the tensors in a value."""
         return tuple(self._number(tensor) for tensor in tensors_in(value))
 
-    def record(self, output: Any) -> Record:
-        """What the passes did that returned this."""
-        results = self.numbers(output)
+    def record(self, returned: Any, which: Which = None) -> Record:
+        """What the passes did that returned this; `which` names the output among it."""
+        results, output = self.numbers(returned), output_of(returned, which)
         parameters = self.model.named_parameters(remove_duplicate=False)
         read = {name: self._numbers[each][0] for name, each in parameters if each in self._numbers}
-        return Record(tuple(self.steps), results, read, self._leaves, transformed=self._transformed)
+        with torch._C.DisableTorchFunction():  # one that was computed after the pass has no number, and no bound
+            chosen = None if output is None or output not in self._numbers else int(self._numbers[output][0])
+        if chosen is not None and chosen not in results:
+            results = (*results, chosen)
+        return Record(
+            tuple(self.steps), results, read, self._leaves, transformed=self._transformed, chosen=chosen, which=which
+        )
 
     def _number(self, tensor: Tensor) -> int:
         with torch._C.DisableTorchFunction():
@@ -248,6 +257,8 @@ class Record:
     inputs      of those the batch's own
     random      whether the pass has drawn random numbers
     transformed  whether torch.func was at work, whose tensors stand for others that nobody sees
+    chosen      the number of the output among what was returned (`network.outputs`), named by `which`; None where
+                there is none, and where it was computed after the pass
     """
 
     steps: tuple[Step, ...]
@@ -257,6 +268,8 @@ class Record:
     inputs: tuple[int, ...] = ()
     random: bool = False
     transformed: bool = False
+    chosen: int | None = None
+    which: Which = field(default=None, compare=False, repr=False)
 
     def like(self, other: Record) -> bool:
         """Whether two batches were computed alike, but for how many samples they hold."""
@@ -273,13 +286,13 @@ class Record:
         return [self.leaves.get(number) for number in self.inputs]
 
 
-def record(model: nn.Module, batch: Any) -> Record:
-    """Run the model on a batch and say what it did."""
+def record(model: nn.Module, batch: Any, which: Which = None) -> Record:
+    """Run the model on a batch and say what it did; `which` names its output among what it returns."""
     before = _random_state(model)
     with Recorder(model) as recorder:
         output = run(model, batch)
     drawn = any(not torch.equal(*each) for each in zip(before, _random_state(model), strict=True))
-    return replace(recorder.record(output), random=drawn, inputs=recorder.numbers(batch))
+    return replace(recorder.record(output, which), random=drawn, inputs=recorder.numbers(batch))
 
 
 def _random_state(model: nn.Module) -> list[Tensor]:
@@ -290,7 +303,7 @@ def _random_state(model: nn.Module) -> list[Tensor]:
 def _whatever_the_batch(record: Record) -> tuple[Any, ...]:
     """A record without the first axes of its shapes."""
     steps = [(replace(step, sizes=()), [size[1:] for size in step.sizes]) for step in record.steps]
-    return steps, record.results, record.random
+    return steps, record.results, record.chosen, record.random
 
 
 def _storage(tensor: Tensor) -> int:

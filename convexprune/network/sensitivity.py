@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from convexprune.network.calibration import Calibration
+from convexprune.network.expansion import expanded
 from convexprune.network.forward import (
     check_model,
     check_untransformed,
@@ -31,6 +32,7 @@ from convexprune.network.forward import (
 )
 from convexprune.network.matrices import Stack
 from convexprune.network.names import choose
+from convexprune.network.outputs import Which, sure_output
 from convexprune.options import seed as check_seed
 from convexprune.options import whole
 
@@ -51,7 +53,8 @@ def sensitivities(
     the `importance` of a `Reconstruction`: the problem then weighs each output by its effect on the network's output.
 
     Args:
-        model: The network; its output must be one floating-point tensor with the samples along the first axis.
+        model: The network; its output (`Calibration.output`) must be of floating-point numbers, with the samples along
+            the first axis.
         batches: Calibration data.
         names: Layers, as in `capture`; None takes all.
         probes: Number of random directions of the output for each batch, one backward pass each.
@@ -61,7 +64,7 @@ def sensitivities(
         A tensor (out,), float64 and >= 0, for each layer name.
 
     Raises:
-        ValueError: If there is no batch, `probes` is below 1, or the output is not one floating-point tensor of finite
+        ValueError: If there is no batch, `probes` is below 1, or the output is no floating-point tensor of finite
             numbers.
 
     Example:
@@ -85,7 +88,7 @@ def sensitivities(
     with undisturbed(model), torch.enable_grad():
         for index, batch in enumerate(calibration):
             with numbered(index):
-                outputs, calls = _graph(model, batch, stacks)
+                outputs, calls = _graph(model, batch, stacks, calibration.output)
             if not bool(outputs.isfinite().all()):
                 raise ValueError(f"batch {index}: the model makes NaN or inf of it; check the calibration data")
             samples += len(outputs)
@@ -109,7 +112,11 @@ def sensitivities(
 
 
 def directions(
-    model: nn.Module, batches: Sequence[Any], names: Iterable[str] | str | None = None, count: int = 64, seed: int = 0
+    model: nn.Module,
+    batches: Calibration | Sequence[Any],
+    names: Iterable[str] | str | None = None,
+    count: int = 64,
+    seed: int = 0,
 ) -> dict[str, Tensor]:
     """For each layer g (about `count`, out, P), float32: E|f(W + D) - f(W)|^2 ~ sum_r <D, g_r>^2, to first order in f.
 
@@ -119,19 +126,21 @@ def directions(
     model = differentiable(model)
     chosen = choose(model, names)
     pairs, stacks = chosen.pairs, chosen.stacks
+    which = batches.output if isinstance(batches, Calibration) else None
     total = sum(len(next(tensors_in(batch))) for batch in batches)
     if not total:
         raise ValueError("no batches; give at least one")
     found: dict[str, list[Tensor]] = {layer: [] for _, layer in pairs}
     generator = torch.Generator().manual_seed(seed)
-    parameters = [p for stack in stacks.values() for p in (stack.weight, stack.bias) if p is not None]
+    parameters = [p for stack in stacks.values() for p in stack.parameters if p is not None]
+    parameters = list({id(parameter): parameter for parameter in parameters}.values())
     asked = [parameter.requires_grad for parameter in parameters]
     with undisturbed(model), torch.enable_grad():
         try:
             for parameter in parameters:
                 parameter.requires_grad_(True)
             for part in _parts(batches, max(1, -(-total // count))):
-                outputs, _ = _graph(model, part, ())
+                outputs, _ = _graph(model, part, {}, which)
                 probe = torch.randn(outputs.shape, generator=generator).to(outputs)
                 grads = torch.autograd.grad((outputs * probe).sum(), parameters, allow_unused=True)
                 known = dict(zip(map(id, parameters), grads, strict=True))
@@ -146,13 +155,14 @@ def directions(
 
 def _gradient(stack: Stack, known: Mapping[int, Tensor | None], group: int) -> Tensor:
     """(out, P), float32 on the CPU; 0 where the outputs do not depend on the layer."""
-    weight, bias = known[id(stack.weight)], stack.bias
-    weight = torch.zeros_like(stack.weight) if weight is None else weight
-    matrix = stack.pack(weight.detach())[group].float().cpu()
-    if bias is None:
+    whole, biases = stack.parameters
+    weight = known[id(whole)]
+    weight = torch.zeros_like(whole) if weight is None else weight
+    matrix = stack.pack(stack.weight_part(weight.detach()))[group].float().cpu()
+    if biases is None:
         return matrix
-    shift = known[id(bias)]
-    shift = torch.zeros_like(bias) if shift is None else shift
+    shift = known[id(biases)]
+    shift = stack.bias_part(torch.zeros_like(biases) if shift is None else shift)
     return torch.cat([matrix, shift.detach().reshape(stack.groups, -1)[group].float().cpu()[:, None]], 1)
 
 
@@ -174,7 +184,9 @@ def _parts(batches: Iterable[Any], size: int) -> Iterator[Any]:
             }
 
 
-def _graph(model: nn.Module, batch: Any, layers: Iterable[str]) -> tuple[Tensor, list[tuple[str, Tensor]]]:
+def _graph(
+    model: nn.Module, batch: Any, layers: Mapping[str, Stack], which: Which
+) -> tuple[Tensor, list[tuple[str, Tensor]]]:
     """The outputs with their graph, and the outputs of the layers in it, call by call."""
     calls: list[tuple[str, Tensor]] = []
 
@@ -186,14 +198,10 @@ def _graph(model: nn.Module, batch: Any, layers: Iterable[str]) -> tuple[Tensor,
         return output.clone()  # later modules may overwrite it in place
 
     with ExitStack() as hooks:
-        for name in layers:
-            hooks.callback(model.get_submodule(name).register_forward_hook(partial(keep, name)).remove)
-        outputs = run(model, batch, gradients=True)
-    if not isinstance(outputs, Tensor):
-        tensors = list(tensors_in(outputs))
-        if len(tensors) != 1:
-            raise ValueError(f"the model returned a {type(outputs).__name__}; sensitivities need one output tensor")
-        (outputs,) = tensors
+        hooks.enter_context(expanded(model))
+        for name, stack in layers.items():
+            hooks.callback(stack.module.register_forward_hook(partial(keep, name)).remove)
+        outputs = sure_output(run(model, batch, gradients=True), which)
     if not outputs.is_floating_point() or outputs.ndim < 1:
         raise ValueError(f"the model's output is {outputs.dtype} {tuple(outputs.shape)}; it must be a batch of floats")
     return outputs, calls

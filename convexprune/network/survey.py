@@ -118,6 +118,6 @@ def survey(
     with undisturbed(model):
         for index, batch in enumerate(calibration):
             with numbered(index), blocks.watched():
-                found.add(record(model, batch), batch)
+                found.add(record(model, batch, calibration.output), batch)
             tell(index)
     return found

@@ -13,7 +13,7 @@ from convexprune.network.matrices import Stack
 
 def check_stored(name: str, stack: Stack) -> None:
     """Raise where the weights cannot be read and written as real numbers: integers, sparse, parametrized, not made."""
-    module = stack.module
+    module = stack.owner
     for key in (stack.weight_name, stack.bias_name):
         if key is None:
             continue

@@ -34,7 +34,7 @@ class Link:
 class NetworkError:
     """|| Yhat - Y ||_F between the outputs of the pruned and the dense network, over the calibration samples.
 
-    measured    from running both networks; None if the model's output is not one tensor
+    measured    from running both networks; None if the model returns no tensor
     guaranteed  proven from the layers' errors (see `bounds`); None if there is no guarantee, with the `reason`
     scale       ||Y||_F of the dense network
     rules       the guaranteed error by each rule of propagation, by name
@@ -144,9 +144,11 @@ class Report:
         poor = [
             row.moments.line(row.name) for row in self.rows if row.moments and row.moments.rank < row.moments.inputs
         ]
+        damped = [row.moments.line(row.name) for row in self.rows if row.moments and row.moments.damping]
         refused = tuple(f"left dense: {row.name}: {row.refusal}" for row in self.rows if row.refusal)
         singular = ("singular Gram matrices: " + "; ".join(poor),) if poor else ()
-        return (kept, *covered, *refused, *self.network.lines(), *shares, *singular)
+        ridges = ("damped Gram matrices: " + "; ".join(damped),) if damped else ()
+        return (kept, *covered, *refused, *self.network.lines(), *shares, *singular, *ridges)
 
     @property
     def distortion(self) -> float | None:
