@@ -24,6 +24,7 @@ from convexprune.network.forward import run
 from convexprune.network.kinds import DROPOUT, MOVED_AXES, RESHAPING
 from convexprune.network.recording import Recorder, Step
 from convexprune.network.replay import Replay, Unreplayable
+from convexprune.rounding import affine_doubt
 
 # operations that leave a sample's entries in their order
 PASSING: Final = DROPOUT | RESHAPING - MOVED_AXES
@@ -139,10 +140,8 @@ class _Walk:
         layer = self._layer(step)
         if layer is None or len(step.sizes[-1]) != 2:
             raise _Uncovered(f"{place} is not covered")
-        size, width = layer.weight.abs(), layer.weight.shape[1]
-        lost = (width + 2) * self.dtype.eps  # twice the unit: float64 rounds beside it
-        met = (self.y.abs() + self.off) @ size.T + layer.bias.abs()
-        self.off = self.off @ size.T + lost / (1 - lost) * met + width * self.dtype.tiny
+        # twice the unit: float64 rounds beside it
+        self.off = affine_doubt(self.y, self.off, *layer, self.dtype.eps) + layer.weight.shape[1] * self.dtype.tiny
         self.y = self.y @ layer.weight.T + layer.bias
         follows = bool(self.layers) and not self.bent
         self.layers = [*self.layers[:-1], layer.after(self.layers[-1])] if follows else [*self.layers, layer]
