@@ -2,7 +2,9 @@
 
 import copy
 import math
+from fractions import Fraction
 
+import exact
 import pytest
 import torch
 from constructs import SHARED, Body, Construct, constructs
@@ -269,6 +271,40 @@ def test_linears_in_a_row_and_relus_at_the_ends():
     assert torch.equal(x, before)
     assert result.largest.min() > 0
     torch.testing.assert_close(result.upper.float(), (pruned(x) - model(x)).detach(), atol=1e-6, rtol=1e-5)
+
+
+def exactly(model, x):
+    """A chain's outputs in rational arithmetic."""
+    y = exact.rational(x)
+    for layer in model:
+        if isinstance(layer, nn.ReLU):
+            y = [max(value, 0) for value in y]
+        else:
+            rows, shifts = (exact.rational(part.detach()) for part in (layer.weight, layer.bias))
+            y = [exact.dot(row, y) + shift for row, shift in zip(rows, shifts, strict=True)]
+    return y
+
+
+@pytest.mark.parametrize("method", [*METHODS, Exact()])
+@pytest.mark.parametrize("seed", range(4))
+def test_linears_in_a_row_that_cancel(seed, method):
+    """Multiplied out, two layers of 1 are one of 2^-48, and rounding is a part of it that shows."""
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 4), nn.ReLU(), nn.Linear(4, 2)).double()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn_like(parameter))
+        model[0].weight[1] = model[0].weight[0] * (1 + 2.0 ** -(20 + 14 * (seed % 3)))
+        model[1].weight[:, 1] = -model[1].weight[:, 0]
+        nn.init.zeros_(model[0].bias)
+        nn.init.zeros_(model[1].bias)
+        pruned = copy.deepcopy(model)
+        pruned[0].weight[:, 0] = 0
+    x = torch.randn(2, 3, dtype=torch.float64)
+    found = worst_case(model, pruned, x, 0.0, method=method)
+    for row, lower, upper in zip(x, found.lower.tolist(), found.upper.tolist(), strict=True):
+        both = zip(exactly(model, row), exactly(pruned, row), lower, upper, strict=True)
+        assert all(Fraction(low) <= after - before <= Fraction(high) for before, after, low, high in both)
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ from convexprune.network.forward import run
 from convexprune.network.kinds import DROPOUT, MOVED_AXES, RESHAPING
 from convexprune.network.recording import Recorder, Step
 from convexprune.network.replay import Replay, Unreplayable
-from convexprune.rounding import affine_doubt
+from convexprune.rounding import affine_doubt, raised
 
 # operations that leave a sample's entries in their order
 PASSING: Final = DROPOUT | RESHAPING - MOVED_AXES
@@ -36,19 +36,33 @@ ELSE: Final = "does something that its recorded operations do not do, or somethi
 
 
 class Affine(NamedTuple):
-    """y -> W y + b, W (out, in) and b (out,) in float64."""
+    """y -> W y + b, W (out, in) and b (out,) in float64, and by how much the entries of each may be off."""
 
     weight: Tensor
     bias: Tensor
+    doubts: tuple[Tensor, Tensor]
+
+    @classmethod
+    def exactly(cls, weight: Tensor, bias: Tensor) -> Affine:
+        """Of numbers as they are stored."""
+        return cls(weight, bias, (torch.zeros_like(weight), torch.zeros_like(bias)))
 
     @classmethod
     def identity(cls, width: int) -> Affine:
         """y -> y."""
-        return cls(torch.eye(width, dtype=torch.float64), torch.zeros(width, dtype=torch.float64))
+        return cls.exactly(torch.eye(width, dtype=torch.float64), torch.zeros(width, dtype=torch.float64))
 
     def after(self, first: Affine) -> Affine:
         """Both in a row, multiplied out."""
-        return Affine(self.weight @ first.weight, self.weight @ first.bias + self.bias)
+        (weight, bias, _), (off, shift) = first, first.doubts
+        doubts = affine_doubt(weight.T, off.T, self.weight).T, affine_doubt(bias[None], shift[None], *self[:2])[0]
+        more, further = self.doubts
+        size, height = weight.abs() + off, bias.abs() + shift
+        doubts = (
+            raised(doubts[0] + more @ size, len(size) + 4),
+            raised(doubts[1] + more @ height + further, len(size) + 4),
+        )
+        return Affine(self.weight @ weight, self.weight @ bias + self.bias, doubts)
 
 
 def chain_of(model: nn.Module, inputs: Sequence[Tensor], whose: str) -> list[Affine]:
@@ -141,7 +155,7 @@ class _Walk:
         if layer is None or len(step.sizes[-1]) != 2:
             raise _Uncovered(f"{place} is not covered")
         # twice the unit: float64 rounds beside it
-        self.off = affine_doubt(self.y, self.off, *layer, self.dtype.eps) + layer.weight.shape[1] * self.dtype.tiny
+        self.off = affine_doubt(self.y, self.off, *layer[:2], self.dtype.eps) + layer.weight.shape[1] * self.dtype.tiny
         self.y = self.y @ layer.weight.T + layer.bias
         follows = bool(self.layers) and not self.bent
         self.layers = [*self.layers[:-1], layer.after(self.layers[-1])] if follows else [*self.layers, layer]
@@ -162,7 +176,7 @@ class _Walk:
         weight, *biases = (self.replay[each].cpu().double() for each in (factor, *added))
         weight = weight.T if step.operation == "addmm" else weight
         bias = biases[0] if biases else weight.new_zeros(len(weight))
-        return Affine(weight, bias) if weight.ndim == 2 and bias.shape == weight.shape[:1] else None
+        return Affine.exactly(weight, bias) if weight.ndim == 2 and bias.shape == weight.shape[:1] else None
 
     def _relu(self) -> None:
         self.layers = self.layers or [Affine.identity(self.y.shape[1])]

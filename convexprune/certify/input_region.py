@@ -122,7 +122,10 @@ def worst_case(
     with undisturbed(model, pruned):
         inputs = [around, *_elsewhere(region, around)]
         dense, thin = chain_of(model, inputs, "the model"), chain_of(pruned, inputs, "the pruned model")
-    pair = ChainPair(*zip(*dense, strict=True), *zip(*thin, strict=True))
+    (weights, biases, doubts), (pruned_weights, pruned_biases, others) = (
+        zip(*each, strict=True) for each in (dense, thin)
+    )
+    pair = ChainPair(weights, biases, pruned_weights, pruned_biases, (tuple(doubts), tuple(others)))
     rule = rule_name(predict, (len(around), pair.outputs))
     if rule not in STEADY:
         raise ValueError(f"predict={rule!r} is not covered here; it must be one of {', '.join(map(repr, STEADY))}")
