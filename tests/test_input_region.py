@@ -184,6 +184,26 @@ def test_exact_is_between_what_is_found_and_the_bounds(seed, widths, kind):
         difference_bounds(pair, Ball(center, 0.1), Exact())
 
 
+@pytest.mark.parametrize(
+    ("weight", "radius"), [(1e4, 1e3), (1e-5, 1.0), (1e-5, 1e-2), (1e4, 1e-3), (1e-5, 1e3), (1e9, 1e-6)]
+)
+@pytest.mark.parametrize("seed", range(2))
+def test_exact_is_sound_at_any_scale(seed, weight, radius):
+    """The program's value and its tolerances are in units of the network: 17 of 100 such bounds were once below."""
+    pytest.importorskip("cvxpy")
+    pair, center = random_pair(seed, (2, 4, 2), ["entries", "moved"][seed])
+    parts = [[weight * part for part in each] for each in (pair.weights, pair.biases, pair.pruned_weights)]
+    pair = ChainPair(*parts, [weight * part for part in pair.pruned_biases])
+    around = Box(radius * center[:1], radius)
+    bounds, x = difference_bounds(pair, around, Exact()), around.points(4000, torch.Generator().manual_seed(seed))[0]
+    z, zhat = pair.run(x)
+    for at in torch.cat([(zhat - z).argmax(0), (zhat - z).argmin(0)]).tolist():
+        for low, change, high in zip(
+            bounds.lower[0].tolist(), exact.chain_difference(pair, x[at]), bounds.upper[0].tolist(), strict=True
+        ):
+            assert Fraction(low) <= change <= Fraction(high)
+
+
 def test_exact_at_dead_and_stable_neurons_and_without_a_solver():
     pytest.importorskip("cvxpy")
     zero, one = torch.zeros(1, dtype=torch.float64), torch.ones(1, 1, dtype=torch.float64)
