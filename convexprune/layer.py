@@ -274,6 +274,7 @@ class Layer:
         """(P, P): at least the exact one, as semidefinite matrices go: e e^T of the doubts is at most P diag(e)^2."""
         doubt, means = self.read.raw.doubt, self.read.mean_doubt
         if self.bias is not None:
+            # a raw doubt counts the mean's: where it is 0, so is that
             last = (means / torch.where(doubt > 0, doubt, 1.0)).max()
             doubt = torch.cat([doubt, last[None]])
         above = self.affine_gram.clone()

@@ -107,6 +107,17 @@ def exact_dot(left: Tensor, right: Tensor) -> float:
     return math.fsum([*product.tolist(), *(-product_minus(left, right, product)).tolist()])
 
 
+def affine_doubt(y: Tensor, off: Tensor, weight: Tensor, bias: Tensor | float = 0.0, unit: float = UNIT) -> Tensor:
+    """By how much y W^T + b (n, out) may be off, computed to `unit`, where y (n, in) is off by at most `off`:
+
+    off |W|^T + gamma_{in + 2} ((|y| + off) |W|^T + |b|)
+    """
+    size, terms = weight.abs(), weight.shape[1] + 2
+    lost = terms * unit / (1 - 2 * terms * unit)
+    shift = bias.abs() if isinstance(bias, Tensor) else abs(bias)
+    return raised(off @ size.T + lost * ((y.abs() + off) @ size.T + shift), terms + 8)
+
+
 def least_eigenvalue(matrix: Tensor) -> float:
     """A number that the smallest eigenvalue of a symmetric matrix (n, n) is certainly not below.
 

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from fractions import Fraction
 
 import pytest
 import torch
@@ -167,7 +168,64 @@ def test_lemma_1_for_one_merge_and_for_many(seed, activation):
         statement = lemma_1(x, w, a, torch.tensor(joined), activation)
         assert statement.applies
         assert statement.true
-    assert not lemma_1(x, w, a, torch.arange(7), torch.exp).applies
+    assert not lemma_1(x, w, a, torch.zeros(7), torch.exp).applies
+    assert not lemma_1(x, w, a, torch.zeros(7), lambda p: (p * (1 + 1e-12)).relu()).applies
+    steep = lemma_1(x, w, a, torch.zeros(7), lambda p: torch.floor(1e3 * p) / 1e3)  # no grid has to see its steps
+    assert not steep.applies
+
+
+def test_what_holds_only_within_a_tolerance_does_not_hold():
+    x, (weight, *_), _ = chain(7, bias=False)
+    y = (x @ weight.T).relu()
+    u = weight * (1 + 1e-3)
+    far = float((x @ u.T - y)[y > 0].norm())
+    verdicts = [proposition_1(x, y, u, far * (1 + step)).hypotheses[0].holds for step in (-1e-10, 0.0, 1e-10)]
+    assert verdicts == [False, None, True]
+    assert "hidden by rounding: ||(X U^T - Y)_active||_F" in str(proposition_1(x, y, u, far))
+    inputs, ones = torch.tensor([[1.0, 1.0, 1e-17]], dtype=torch.float64), torch.ones(1, 1)
+    for last, holds in ((1.0, False), (-1.0, True)):  # 1 - 1 + 1e-17 is not 0
+        point = torch.tensor([[1.0, -1.0, last]], dtype=torch.float64)
+        assert proposition_1(inputs, 0 * ones, point, 1.0).hypotheses[1].holds is holds
+
+
+@pytest.mark.parametrize(("step", "holds"), [(1e-10, False), (0.0, None), (-1e-10, True)])
+def test_a_norm_of_one_is_checked_to_rounding(step, holds):
+    x, weights, biases = chain(8)
+    dense = LinkNormalised.of(weights, biases)
+    assert all(hypothesis.holds for hypothesis in theorem_1(dense, dense, None, x, [1e-9] * 3).hypotheses)
+    large = [weight / weight.abs().sum() * (1 + step) for weight in dense.weights]
+    assert theorem_1(dense, large, dense.biases, x, [1.0] * 3).hypotheses[1].holds is holds
+
+
+@pytest.mark.parametrize("linear_last", [False, True])
+def test_errors_at_their_limits_are_not_known_to_be_within(linear_last):
+    x, weights, biases = chain(9)
+    dense = LinkNormalised.of(weights, biases)
+    thin = [weight * 0.99 for weight in dense.weights]
+    ours, read = dense.outputs(x, linear_last), [x, *dense.outputs(x)[:-1]]
+    errors = []
+    for index, (inputs, weight, bias) in enumerate(zip(read, thin, dense.biases, strict=True)):
+        z = inputs @ weight.T + bias
+        errors.append(float(((z if linear_last and index == 2 else z.relu()) - ours[index]).norm()))
+    for step, holds in ((-1e-10, False), (0.0, None), (1e-10, True)):
+        found = theorem_1(dense, thin, dense.biases, x, [error * (1 + step) for error in errors], linear_last)
+        assert [hypothesis.holds for hypothesis in found.hypotheses[2:]] == [holds] * 3
+        first = theorem_2(dense, thin, dense.biases, x, errors[0] * (1 + step), [1.0, 1.0], linear_last)
+        assert first.hypotheses[2].holds is holds
+
+
+@pytest.mark.parametrize("step", [1e-6, 1e-8, 1e-10, 1e-14, 0.0])
+def test_a_neuron_with_a_shorter_twin_is_not_unique(step):
+    """The second input is the first, times a little more than 1: the weight is smaller there."""
+    x = torch.randn(30, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    x[:, 1] = x[:, 0] * (1 + step)
+    w = torch.tensor([1.0, 0.0, 0.5], dtype=torch.float64)
+    assert not proposition_2(x, (x @ w).relu(), w).unique
+    outside = x.clone()
+    outside[0] = torch.tensor([1e-9, 0.0, 0.0])  # X w > 0 where the target is 0
+    target = (outside @ w).relu()
+    target[0] = 0
+    assert not proposition_2(outside, target, w).unique
 
 
 def test_the_sample_count():
@@ -198,6 +256,15 @@ def test_inputs_tiny_beside_the_bias_are_no_trouble():
     assert solution.certificate.violation == 0
 
 
+def _additive(alone, together, tolerance):
+    """Whether the changes add, and are uncorrelated, in rational arithmetic."""
+    rows = [[Fraction(value) for value in each.flatten().tolist()] for each in (*alone, together)]
+    total = [sum(values) for values in zip(*rows[:-1], strict=True)]
+    size = lambda row: sum(value**2 for value in row)  # noqa: E731
+    rest = [whole - part for whole, part in zip(rows[-1], total, strict=True)]
+    return size(rest) <= tolerance**2 * size(rows[-1]), size(total) <= (1 + tolerance) * sum(map(size, rows[:-1]))
+
+
 @settings(max_examples=30)
 @given(st.integers(0, 10**6), st.floats(1e-4, 1.0))
 def test_additivity_holds_wherever_its_assumptions_do(seed, size):
@@ -209,6 +276,12 @@ def test_additivity_holds_wherever_its_assumptions_do(seed, size):
     for tolerance in (0.1, 0.25, 0.6):
         statement = found.statement(tolerance)
         assert statement.true or not statement.applies
+        for hypothesis, exact in zip(
+            statement.hypotheses, _additive(alone, together, Fraction(tolerance)), strict=True
+        ):
+            assert hypothesis.holds in (exact, None)
+    edge = Additivity.of([alone[0]], alone[0] * (1 / (1 - 0.1)))  # what is left over is 10%, to rounding
+    assert [edge.statement(t).hypotheses[0].holds for t in (0.1 - 1e-12, 0.1, 0.1 + 1e-12)] == [False, None, True]
     assert Additivity.of(alone[:1], alone[0]).ratio == 1
     assert Additivity.of(alone[:1], alone[0]).statement().applies
     twice = Additivity.of([alone[0], alone[0]], 2 * alone[0])

@@ -1,6 +1,7 @@
 """The network's guaranteed error along its graph: never below the measured one, and silent where it cannot be known."""
 
 from dataclasses import dataclass
+from fractions import Fraction
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from torch.nn import functional as F
 import convexprune as cp
 from convexprune.bounds.gains import ConvolutionOperator, LinearOperator, pooling_gain
 from convexprune.bounds.propagation import ByChannel, Frobenius, Spectral, Spread
+from convexprune.certify.side_by_side import _Sums
 from convexprune.solution import Attempt
 
 
@@ -151,6 +153,55 @@ def test_sums_of_changes(seed, factor):
     assert float(total.norm()) <= found.total * (1 + 1e-12)
     assert bool((total.norm(dim=0) <= found.channels * (1 + 1e-12)).all())
     assert float(torch.linalg.eigvalsh(found.gram - total.T @ total)[0]) >= -1e-9 * float(found.gram.trace())
+
+
+def changes(seed, width):
+    """Bounds of random norms over many scales, and those of a tensor that was seen."""
+    generator = torch.Generator().manual_seed(seed)
+    one, two = (torch.randn(2, width, generator=generator) * 4).exp2().double()
+    return (Spread.of_squares(each.square(), 3) for each in (one, two))
+
+
+@settings(max_examples=100)
+@given(st.integers(0, 10**6), st.sampled_from([1, 2, 3]), st.integers(1, 9))
+def test_norms_and_what_is_above_them_are_rounded_up(seed, runs, each):
+    known, seen = changes(seed, runs * each)
+    exact = [Fraction(value) ** 2 for value in known.channels.tolist()]
+    parts = [sum(exact[run * each : (run + 1) * each]) for run in range(runs)]
+    found = known.grouped(runs, gram=True)
+    assert Fraction(known.total) ** 2 >= sum(exact)
+    norms = [Fraction(value) for value in found.channels.tolist()]
+    assert all(norm**2 >= part for norm, part in zip(norms, parts, strict=True))
+    diagonal = found.gram.diagonal().tolist()
+    assert all(Fraction(value) >= norm * sum(norms) for value, norm in zip(diagonal, norms, strict=True))
+    over = seen.excess(known)
+    assert Fraction(known.total) + Fraction(over.total) >= Fraction(seen.total)
+    for extra, bound, norm in zip(*(part.channels.tolist() for part in (over, known, seen)), strict=True):
+        assert Fraction(bound) + Fraction(extra) >= Fraction(norm)
+    wide = known.widened(over)
+    for channel, bound, extra in zip(*(part.channels.tolist() for part in (wide, known, over)), strict=True):
+        assert Fraction(channel) >= Fraction(bound) + Fraction(extra)
+    assert Fraction(wide.total) ** 2 >= sum(Fraction(value) ** 2 for value in seen.channels.tolist())
+
+
+@settings(max_examples=30)
+@given(st.integers(0, 10**6), st.integers(1, 300), st.integers(1, 4))
+def test_sums_over_batches_are_rounded_up(seed, samples, batches):
+    generator = torch.Generator().manual_seed(seed)
+    parts = [torch.randn(samples, 2, generator=generator, dtype=torch.float64) for _ in range(batches)]
+    sums, whole = _Sums(), _Sums()
+    for part in parts:
+        sums.add(part.square().sum(0), len(part))
+        whole.add(part.T @ part, len(part))
+    rows = [[Fraction(value) for value in row] for part in parts for row in part.tolist()]
+    (a, b), (_, d) = [[sum(row[i] * row[j] for row in rows) for j in range(2)] for i in range(2)]
+    for found in (sums.spread(), whole.spread()):
+        assert Fraction(found.total) ** 2 >= a + d
+        assert all(Fraction(norm) ** 2 >= true for norm, true in zip(found.channels.tolist(), (a, d), strict=True))
+        assert found.total <= (1 + 1e-11) * float(torch.cat(parts).norm())
+    (e, f), (_, h) = [[Fraction(value) for value in row] for row in whole.spread().gram.tolist()]
+    assert e >= a
+    assert (e - a) * (h - d) >= (f - b) ** 2
 
 
 class Shortcut(nn.Module):

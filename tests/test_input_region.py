@@ -2,12 +2,16 @@
 
 import copy
 import math
+from fractions import Fraction
 
+import exact
 import pytest
 import torch
+from constructs import SHARED, Body, Construct, constructs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.nn import functional as F
 
 from convexprune.bounds.difference import (
     Exact,
@@ -180,6 +184,26 @@ def test_exact_is_between_what_is_found_and_the_bounds(seed, widths, kind):
         difference_bounds(pair, Ball(center, 0.1), Exact())
 
 
+@pytest.mark.parametrize(
+    ("weight", "radius"), [(1e4, 1e3), (1e-5, 1.0), (1e-5, 1e-2), (1e4, 1e-3), (1e-5, 1e3), (1e9, 1e-6)]
+)
+@pytest.mark.parametrize("seed", range(2))
+def test_exact_is_sound_at_any_scale(seed, weight, radius):
+    """The program's value and its tolerances are in units of the network: 17 of 100 such bounds were once below."""
+    pytest.importorskip("cvxpy")
+    pair, center = random_pair(seed, (2, 4, 2), ["entries", "moved"][seed])
+    parts = [[weight * part for part in each] for each in (pair.weights, pair.biases, pair.pruned_weights)]
+    pair = ChainPair(*parts, [weight * part for part in pair.pruned_biases])
+    around = Box(radius * center[:1], radius)
+    bounds, x = difference_bounds(pair, around, Exact()), around.points(4000, torch.Generator().manual_seed(seed))[0]
+    z, zhat = pair.run(x)
+    for at in torch.cat([(zhat - z).argmax(0), (zhat - z).argmin(0)]).tolist():
+        for low, change, high in zip(
+            bounds.lower[0].tolist(), exact.chain_difference(pair, x[at]), bounds.upper[0].tolist(), strict=True
+        ):
+            assert Fraction(low) <= change <= Fraction(high)
+
+
 def test_exact_at_dead_and_stable_neurons_and_without_a_solver():
     pytest.importorskip("cvxpy")
     zero, one = torch.zeros(1, dtype=torch.float64), torch.ones(1, 1, dtype=torch.float64)
@@ -269,11 +293,48 @@ def test_linears_in_a_row_and_relus_at_the_ends():
     torch.testing.assert_close(result.upper.float(), (pruned(x) - model(x)).detach(), atol=1e-6, rtol=1e-5)
 
 
+def exactly(model, x):
+    """A chain's outputs in rational arithmetic."""
+    y = exact.rational(x)
+    for layer in model:
+        if isinstance(layer, nn.ReLU):
+            y = [max(value, 0) for value in y]
+        else:
+            rows, shifts = (exact.rational(part.detach()) for part in (layer.weight, layer.bias))
+            y = [exact.dot(row, y) + shift for row, shift in zip(rows, shifts, strict=True)]
+    return y
+
+
+@pytest.mark.parametrize("method", [*METHODS, Exact()])
+@pytest.mark.parametrize("seed", range(4))
+def test_linears_in_a_row_that_cancel(seed, method):
+    """Multiplied out, two layers of 1 are one of 2^-48, and rounding is a part of it that shows."""
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 4), nn.ReLU(), nn.Linear(4, 2)).double()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn_like(parameter))
+        model[0].weight[1] = model[0].weight[0] * (1 + 2.0 ** -(20 + 14 * (seed % 3)))
+        model[1].weight[:, 1] = -model[1].weight[:, 0]
+        nn.init.zeros_(model[0].bias)
+        nn.init.zeros_(model[1].bias)
+        pruned = copy.deepcopy(model)
+        pruned[0].weight[:, 0] = 0
+    x = torch.randn(2, 3, dtype=torch.float64)
+    found = worst_case(model, pruned, x, 0.0, method=method)
+    for row, lower, upper in zip(x, found.lower.tolist(), found.upper.tolist(), strict=True):
+        both = zip(exactly(model, row), exactly(pruned, row), lower, upper, strict=True)
+        assert all(Fraction(low) <= after - before <= Fraction(high) for before, after, low, high in both)
+
+
 @pytest.mark.parametrize(
     ("middle", "message"),
     [
         (nn.BatchNorm1d(5), r"middle \(BatchNorm1d\)"),
-        (nn.Sigmoid(), r"the model: middle \(Sigmoid\) is not covered; worst_case covers chains of Linear and ReLU"),
+        (
+            nn.Sigmoid(),
+            r"the model: sigmoid in middle \(Sigmoid\) is not covered; worst_case covers chains of Linear and ReLU",
+        ),
         (nn.Sequential(nn.Unflatten(1, (1, 5)), nn.Conv1d(1, 1, 1), nn.Flatten()), r"middle.1 \(Conv1d\) is not"),
     ],
 )
@@ -299,13 +360,135 @@ def test_residual_sums_hooks_and_other_shapes_are_refused(networks):
     hooked = copy.deepcopy(model)
     far = lambda module, args, output: output.clamp(max=1e6)  # noqa: E731  (nothing of it is seen at x)
     hooked[4].register_forward_hook(far)
-    with pytest.raises(ValueError, match=r"the pruned model: .* has forward hooks"):
+    with pytest.raises(ValueError, match=r"the pruned model: clamp in 4 \(Linear\) is not covered"):
         worst_case(model, hooked, x, 0.1)
     smaller = nn.Sequential(nn.Flatten(), nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 6), nn.ReLU(), nn.Linear(6, 3))
     with pytest.raises(ValueError, match=r"layer 0: .*\(6, 4\) and, pruned, \(5, 4\)"):
         worst_case(model, smaller, x, 0.1)
     with pytest.raises(ValueError, match="2, 2, 3, 3 weights"):
         worst_case(nn.Sequential(nn.Flatten(), nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3)), pruned, x, 0.1)
+
+
+def moved(model):
+    """Another network of the same structure."""
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter += 0.05 * torch.randn_like(parameter)
+    return other.eval()
+
+
+def attacked(model, other, x, radius):
+    """The extremes of other - model at many inputs within the radius, in passes of the shape of x."""
+    found = []
+    for _ in range(20):
+        near = x + radius * (2 * torch.rand_like(x) - 1).mul(3).clamp(-1, 1)
+        with torch.no_grad():
+            found.append((other(near.clone()) - model(near.clone())).double())
+    return torch.stack(found)
+
+
+CHAINS = {
+    "called_with_other_weights", "called_with_the_neighbours_weights", "weights_exchanged_for_the_call",
+    "a_layer_is_called_twice", "dropout_that_is_off_by_position", "checkpointed",
+    "a_decoder_that_is_tied_through_a_parametrization", "a_decoder_that_is_tied_in_secret", "two_layers_of_one_weight",
+    "a_layer_kept_in_a_list", "a_spectral_norm", "a_weight_norm",
+}  # fmt: skip
+ROWS = [each for each in constructs() if len(each.shape) == 3]
+
+
+@pytest.mark.parametrize("construct", ROWS, ids=lambda each: each.name)
+@pytest.mark.filterwarnings("ignore")
+def test_an_unusual_network_has_bounds_that_hold_or_is_refused(construct: Construct):
+    torch.manual_seed(0)
+    SHARED.clear()
+    with construct.around():
+        model, x = construct.build().eval(), torch.randn(construct.shape)[0]
+        other = moved(model)
+        try:
+            found = worst_case(model, other, x, 0.3)
+        except ValueError as error:
+            assert "worst_case covers" in str(error)  # noqa: PT017
+            assert construct.name not in CHAINS
+            return
+        assert construct.name in CHAINS
+        seen = attacked(model, other, x, 0.3)
+    assert (seen <= found.upper + 1e-5).all()
+    assert (seen >= found.lower - 1e-5).all()
+
+
+def slightly(m, x):
+    m.a.weight.data.mul_(1 + 1e-4)
+    y = m.a(x)
+    m.a.weight.data.div_(1 + 1e-4)
+    return m.b(y.relu())
+
+
+def grown(m, x):
+    m.a.weight.data.mul_(1.01)
+    return m.b(m.a(x).relu())
+
+
+@torch.library.custom_op("convexprune_test::relu", mutates_args=())
+def other_relu(x: torch.Tensor) -> torch.Tensor:
+    return 3 * x
+
+
+UNSEEN = {
+    "scaled a little": (slightly, "does something that its recorded operations do not do"),
+    "scaled in every pass": (grown, "something else in another pass"),
+    "random weights": (lambda m, x: F.linear(x, torch.rand(6, 6)), "something else in another pass"),
+    "another relu": (lambda m, x: torch.ops.convexprune_test.relu(m.a(x)), r"convexprune_test.relu in .* is not"),
+    "when watched": (lambda m, x: m.a(x) * (1 - torch._C._len_torch_function_stack()), "is not covered"),
+    "if watched": (lambda m, x: m.a(x) if torch._C._len_torch_function_stack() else m.b(x), "do not do"),
+    "if trained": (lambda m, x: m.a(x) if torch.is_grad_enabled() else m.b(x), "do not do"),
+    "a factor of the bias": (lambda m, x: torch.addmm(m.a.bias, x, m.a.weight, beta=3), "addmm in .* is not"),
+    "weights of the input": (lambda m, x: F.linear(x, x), "linear in .* is not covered"),
+    "a bias of the input": (lambda m, x: F.linear(x, m.a.weight, x[0]), "is not covered"),
+    "read by address": (lambda m, x: m.a(x) if x.data_ptr() else m.b(x), "data_ptr in .* joins or splits"),
+    "entries of other samples": (lambda m, x: m.a(x).view(6, 9).view(9, 6), "view in .* is not covered"),
+    "two branches": (lambda m, x: (m.a(x).relu(), m.b(x))[1], "linear in b .* joins or splits"),
+    "a mapping": (lambda m, x: {"y": m.a(x)}, "does not return one tensor"),
+    "torch.func": (lambda m, x: torch.vmap(m.a)(x), "uses torch.func"),
+    "half": (lambda m, x: m.a(x).relu().half(), "half in .* is not covered"),
+}
+
+
+@pytest.mark.parametrize(("forward", "message"), UNSEEN.values(), ids=UNSEEN)
+def test_what_no_module_says_is_refused_by_name(forward, message):
+    torch.manual_seed(0)
+    model, x = Body(forward), torch.randn(9, 6)
+    with pytest.raises(ValueError, match=f"the model.*{message}.*worst_case covers"):
+        worst_case(model, moved(model), x, 0.1)
+    plain = Body(lambda m, x: m.a(x))
+    with pytest.raises(ValueError, match=f"the pruned model.*{message}"):
+        worst_case(plain, model, x, 0.1)
+
+
+def replaced(layer):
+    layer.forward = lambda x: F.linear(x, layer.weight.clamp(-0.1, 0.1))
+
+
+CALLED = {
+    "by hand": lambda m, x: F.linear(F.linear(x, m.a.weight, bias=m.a.bias).relu(), m.b.weight),
+    "scaled": lambda m, x: F.linear(m.a(x).relu(), 2 * m.b.weight, m.b.bias + 1),
+    "addmm": lambda m, x: torch.addmm(m.a.bias, x, m.a.weight.t()),
+    "other weights": lambda m, x: m.b(torch.func.functional_call(m.a, {"weight": 3 * m.a.weight}, x).relu()),
+    "unflatten": lambda m, x: m.b(m.a(x).unflatten(1, (2, 3)).flatten(1).relu()),
+    "another forward": lambda m, x: (replaced(m.b), m.b(m.a(x).relu()))[1],
+}
+
+
+@pytest.mark.parametrize("forward", CALLED.values(), ids=CALLED)
+def test_the_bounds_are_of_what_is_called(forward):
+    torch.manual_seed(0)
+    model, x = Body(forward).eval(), torch.randn(9, 6)
+    other = moved(model)
+    found, at = worst_case(model, other, x, 0.1), worst_case(model, other, x, 0.0)
+    seen = attacked(model, other, x, 0.1)
+    assert (seen <= found.upper + 1e-5).all()
+    assert (seen >= found.lower - 1e-5).all()
+    torch.testing.assert_close(at.upper.float(), (other(x) - model(x)).detach(), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -158,6 +158,19 @@ def test_a_gram_matrix_from_above(bias):
     torch.testing.assert_close(layer.affine_gram_above, layer.affine_gram, rtol=1e-9, atol=0)
 
 
+@pytest.mark.parametrize("size", [0.0, 1.0, 1e-75, 1e-150])
+def test_a_gram_matrix_from_above_covers_its_means(size):
+    x = size * (1 + normal(0, 60, 3)) * torch.tensor([1.0, 0.0, 1e3])
+    layer = Layer.from_samples(torch.ones(2, 3), x, torch.ones(2))
+    above = [[Fraction(value) for value in row] for row in layer.affine_gram_above.tolist()]
+    for i in range(3):  # a minor of the difference
+        column = [Fraction(value) for value in x[:, i].tolist()]
+        own = above[i][i] - sum(value**2 for value in column) / 60
+        assert own >= 0
+        assert own * (above[3][3] - 1) >= (above[i][3] - sum(column) / 60) ** 2
+    assert not layer.read.mean_doubt[layer.read.raw.doubt == 0].any()
+
+
 # F1: certificates that were false
 
 

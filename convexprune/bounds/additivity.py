@@ -17,7 +17,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from convexprune.bounds.statement import Hypothesis, Statement
+from convexprune.bounds.statement import Figure, Hypothesis, Statement
+from convexprune.rounding import gamma
 
 PAPER = "Xu et al., ICCV 2023"
 
@@ -30,12 +31,14 @@ class Additivity:
     superposed E|sum_l delta_l|^2
     measured   E|delta|^2
     rest       E|delta - sum_l delta_l|^2
+    doubt      by how much the root of each of these may be off, as computed
     """
 
     alone: tuple[float, ...]
     superposed: float
     measured: float
     rest: float
+    doubt: float = 0.0
 
     def __str__(self) -> str:
         """Two sentences."""
@@ -51,7 +54,9 @@ class Additivity:
         if not alone:
             raise ValueError("no layer has changed; there is nothing to add up")
         total = torch.stack([each.double() for each in alone]).sum(0)
-        return cls(tuple(map(_mean, alone)), _mean(total), _mean(together), _mean(together.double() - total))
+        size = _mean(sum((each.double().abs() for each in alone), start=together.double().abs()))
+        doubt = gamma(len(alone) + together.numel() + 8) * math.sqrt(size)
+        return cls(tuple(map(_mean, alone)), _mean(total), _mean(together), _mean(together.double() - total), doubt)
 
     @property
     def predicted(self) -> float:
@@ -81,12 +86,19 @@ class Additivity:
         """
         if not 0 < tolerance < 1:
             raise ValueError(f"tolerance is {tolerance}; it must be in (0, 1)")
+        rest, whole = (self._root(part).times(by) for part, by in ((self.rest, 1.0), (self.measured, tolerance)))
+        summed, apart = self._root(self.superposed), self._root(self.predicted).times(math.sqrt(1 + tolerance))
         hypotheses = (
-            Hypothesis(f"the changes add: what is left over is {self.bending:.1%} of them", self.bending <= tolerance),
-            Hypothesis(f"they are uncorrelated: cross terms {self.crossing:+.1%}", self.crossing <= tolerance),
+            Hypothesis(f"the changes add: what is left over is {self.bending:.1%} of them", rest.at_most(whole)),
+            Hypothesis(f"they are uncorrelated: cross terms {self.crossing:+.1%}", summed.at_most(apart)),
         )
         factor = (1 + tolerance) / (1 - tolerance) ** 2
-        return Statement("additivity", PAPER, hypotheses, factor * self.predicted, self.measured)
+        guaranteed, measured = self._root(self.predicted).times(math.sqrt(factor)), self._root(self.measured)
+        doubt = sum(2 * each.value * each.doubt + each.doubt**2 for each in (guaranteed, measured))
+        return Statement("additivity", PAPER, hypotheses, factor * self.predicted, self.measured, doubt)
+
+    def _root(self, mean: float) -> Figure:
+        return Figure(math.sqrt(mean), self.doubt)
 
 
 def _mean(change: Tensor) -> float:

@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 import torch
 from torch import Tensor
 
-from convexprune.bounds.input_sets import Ball, Box
+from convexprune.bounds.input_sets import Ball, Box, above, times
 from convexprune.bounds.relaxation import ChainPair, Hidden, Rows, by_intervals, by_planes, hidden_layers, ordered
 from convexprune.extras import extras
 from convexprune.options import having, optional, text
-from convexprune.rounding import up
+from convexprune.rounding import raised, up
 
 if TYPE_CHECKING:
     import cvxpy as cp
@@ -172,7 +172,7 @@ def difference_bounds(pair: ChainPair, around: Box | Ball, method: Method | None
     each = torch.eye(pair.outputs, dtype=torch.float64)[None]
     rows = Rows(torch.zeros_like(each), each)
     both = Rows(*(torch.cat(parts, 1) for parts in zip(rows, rows.opposite(), strict=True)))
-    upper, below = (method or LinearRelaxation()).maximum(pair, around, both).chunk(2, 1)
+    upper, below = _most(pair, around, method, both).chunk(2, 1)
     return DifferenceBounds(*ordered(-below, upper))
 
 
@@ -206,9 +206,18 @@ def _negative(
 ) -> Tensor:
     """(samples,) bool: where the rows (samples, rows, outputs) of both outputs are provably below 0, `but` for some."""
     both = Rows(torch.cat([rows, rows], 1), torch.cat([torch.zeros_like(rows), rows], 1))
-    most = torch.maximum(*(method or LinearRelaxation()).maximum(pair, around, both).chunk(2, 1))
+    most = torch.maximum(*_most(pair, around, method, both).chunk(2, 1))
     settled: Tensor = (most.masked_fill(but, -math.inf) < 0).all(1)
     return settled
+
+
+def _most(pair: ChainPair, around: Box | Ball, method: Method | None, rows: Rows) -> Tensor:
+    """A method's bound, and what the doubts of the weights and biases add to it."""
+    found, lost = (method or LinearRelaxation()).maximum(pair, around, rows), pair.lost(around.size)
+    if lost is None:
+        return found
+    dense = times((rows.dense - rows.change).abs(), lost[0])
+    return above(found + raised(dense + times(rows.change.abs(), lost[1]), 2 * pair.outputs + 8))
 
 
 def sampled_difference(

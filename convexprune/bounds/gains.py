@@ -13,12 +13,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import cached_property
-from typing import Protocol
+from typing import Final, Protocol
 
 import torch
 from torch import Tensor
 
 from convexprune.rounding import UNIT, gamma, norm_above, raised, spectral_norm, up
+
+SCALE: Final = 6  # roundings of a norm's scale w / sqrt(var + eps), and of a weight that it multiplies
 
 
 class Operator(Protocol):
@@ -65,12 +67,13 @@ class LinearOperator:
 
     def frobenius(self) -> float:
         """||W||_F."""
-        return norm_above(self._matrix())
+        return up(norm_above(self._matrix()) * (1 + gamma(SCALE + 2)))
 
     @cached_property
     def spectral(self) -> float:
         """||W||_2."""
-        return spectral_norm(self._matrix())
+        matrix = self._matrix()
+        return up(spectral_norm(matrix), gamma(SCALE) * norm_above(matrix))
 
     def rows(self) -> Tensor:
         """||w_o||."""
@@ -116,7 +119,8 @@ class ConvolutionOperator:
 
     def frobenius(self) -> float:
         """sqrt(taps) ||W||_F: an input is in as many patches as the kernel has taps."""
-        return up(up(math.sqrt(math.prod(self.weight.shape[2:]))) * norm_above(self._kernel()))
+        taps = up(math.sqrt(math.prod(self.weight.shape[2:])))
+        return up(taps * norm_above(self._kernel()) * (1 + gamma(SCALE + 4)))
 
     @cached_property
     def spectral(self) -> float:
@@ -170,7 +174,7 @@ class ConvolutionOperator:
         Higham, Theorem 24.2, with weights that are exact to u; twice that for sizes that are no powers of two.
         """
         waves = math.prod(self.size)
-        return gamma(16 * (math.log2(waves) + len(self.size) + 1)) * math.sqrt(waves)
+        return gamma(16 * (math.log2(waves) + len(self.size) + 1) + SCALE) * math.sqrt(waves)
 
     def _kernel(self) -> Tensor:
         return self.weight.detach().cpu().double()
@@ -181,7 +185,7 @@ class ConvolutionOperator:
 
 def _norms(rows: Tensor, dim: int) -> Tensor:
     norms: Tensor = torch.linalg.vector_norm(rows, dim=dim)
-    return raised(norms, 2 * rows.shape[dim] + 8)
+    return raised(norms, 2 * rows.shape[dim] + SCALE + 8)
 
 
 def _scaled(weight: Tensor, scale: Tensor) -> Tensor:

@@ -8,12 +8,25 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from convexprune.bounds.statement import Hypothesis, Statement
+from convexprune.bounds.statement import Figure, Hypothesis, Statement
 from convexprune.extras import extras
+from convexprune.rounding import (
+    UNIT,
+    affine_doubt,
+    down,
+    exact_dot,
+    gamma,
+    least_eigenvalue,
+    raised,
+    total,
+    total_doubt,
+    up,
+)
 
 PAPER = "Net-Trim, NIPS 2017"
 
@@ -24,22 +37,32 @@ def proposition_1(inputs: Tensor, outputs: Tensor, weights: Tensor, radius: floa
     inputs (n, P), outputs (n, M) = Y >= 0, weights U (M, P)
     """
     x, y, u = (part.detach().cpu().double() for part in (inputs, outputs, weights))
-    before = x @ u.T
-    active = y > 0
-    distance = float((before - y)[active].norm())
-    above = float(before[~active].max()) if bool((~active).any()) else 0.0
+    before, off = x @ u.T, affine_doubt(x, torch.zeros_like(x), u)
+    active, away = y > 0, raised(off + UNIT * (before - y).abs())
+    distance, above = Figure.norm((before - y)[active], away[active]), _largest(x, u, before, off, ~active)
+    measured = Figure.norm(before.relu() - y, away)
     hypotheses = (
-        Hypothesis(f"||(X U^T - Y)_active||_F = {distance:.6g} <= {radius:.6g}", distance <= radius * (1 + 1e-9)),
+        Hypothesis(
+            f"||(X U^T - Y)_active||_F = {distance.value:.6g} <= {radius:.6g}", distance.at_most(Figure(radius))
+        ),
         Hypothesis(f"X U^T <= 0 where Y = 0: the largest is {above:.2g}", above <= 0),
     )
-    return Statement("Proposition 1", PAPER, hypotheses, radius, float((before.relu() - y).norm()))
+    return Statement("Proposition 1", PAPER, hypotheses, radius, measured.value, measured.doubt)
+
+
+def _largest(x: Tensor, u: Tensor, before: Tensor, off: Tensor, where: Tensor) -> float:
+    """The largest of some entries of X U^T, with its own sign; 0 if there are none."""
+    before = before.clone()
+    for row, neuron in (where & (before.abs() <= off)).nonzero().tolist():
+        before[row, neuron] = exact_dot(x[row], u[neuron])
+    return float(before[where].max()) if bool(where.any()) else 0.0
 
 
 @dataclass(frozen=True, eq=False)
 class LinkNormalised:
     """A ReLU chain in which every weight matrix has ||W_l||_1 = 1, and the factors that it was divided by.
 
-    W_l' = W_l / s_l,   b_l' = b_l / (s_1 ... s_l),   Y_l' = Y_l / (s_1 ... s_l),   s_l = ||W_l||_1
+    W_l' = W_l / s_l,   b_l' = b_l / (s_1 ... s_l),   Y_l' = Y_l / (s_1 ... s_l),   s_l = ||W_l||_1, rounded up
 
     ReLU is positively homogeneous, so outputs and errors of the two networks differ by the factor s_1 ... s_L alone.
     """
@@ -51,7 +74,7 @@ class LinkNormalised:
     @classmethod
     def of(cls, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> LinkNormalised:
         """Normalise the matrices (out, in) of a chain. Raises ValueError for one that is all zero."""
-        scales = tuple(float(weight.detach().double().abs().sum()) for weight in weights)
+        scales = tuple(_size(weight.detach().cpu().double(), 8) for weight in weights)
         if 0 in scales:
             raise ValueError(f"weights {scales.index(0)} are all zero; the network behind them is a constant")
         return cls((), (), scales).like(weights, biases)
@@ -72,12 +95,15 @@ class LinkNormalised:
 
     def outputs(self, x: Tensor, linear_last: bool = False) -> list[Tensor]:
         """Y_1', ..., Y_L' on inputs (n, in), float64; with `linear_last` the last layer has no ReLU."""
-        y, found = x.detach().cpu().double(), []
+        found = [z for z, _ in self.before(x)]
+        return [*(z.relu() for z in found[:-1]), found[-1] if linear_last else found[-1].relu()]
+
+    def before(self, x: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """The pre-activations of each layer, and by how much each entry may be off."""
+        z, found = (x.detach().cpu().double(), torch.zeros(x.shape, dtype=torch.float64)), []
         for index, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
-            y = y @ weight.T if bias is None else y @ weight.T + bias
-            if not (linear_last and index == len(self.weights) - 1):
-                y = y.relu()
-            found.append(y)
+            z = _layer(z[0].relu() if index else z[0], z[1], weight, bias)
+            found.append(z)
         return found
 
 
@@ -93,9 +119,9 @@ def theorem_1(
     """
     thin = _chain(pruned, biases)
     hypotheses = (*_normal(dense, thin), *_layer_errors(dense, thin, x, errors, linear_last))
-    measured = float((thin.outputs(x, linear_last)[-1] - dense.outputs(x, linear_last)[-1]).norm())
+    measured = _apart(thin.before(x)[-1], dense.before(x)[-1], linear_last)
     name = "Proposition S.1 (parallel)" if linear_last else "Theorem 1"
-    return Statement(name, PAPER, hypotheses, math.fsum(errors), measured)
+    return Statement(name, PAPER, hypotheses, up(math.fsum(errors)), *measured)
 
 
 def theorem_2(
@@ -107,34 +133,28 @@ def theorem_2(
     first    eps_1
     gammas   gamma_l >= 1 of the layers after the first
     """
-    thin = _chain(pruned, biases)
-    ours, theirs = thin.outputs(x, linear_last), dense.outputs(x, linear_last)
+    thin, most = _chain(pruned, biases), min(gammas, default=1.0)
+    ours, theirs = thin.before(x), dense.before(x)
+    changes = [
+        _apart(mine, its, linear_last and index == len(gammas))
+        for index, (mine, its) in enumerate(zip(ours, theirs, strict=True))
+    ]
     hypotheses = [
         *_normal(dense, None),
-        Hypothesis(f"every gamma is at least 1: {min(gammas, default=1.0):g}", min(gammas, default=1.0) >= 1),
+        Hypothesis(f"every gamma is at least 1: {most:g}", most >= 1),
         Hypothesis(
-            f"the first layer is within eps_1: {float((ours[0] - theirs[0]).norm()):.6g} <= {first:.6g}",
-            float((ours[0] - theirs[0]).norm()) <= first * (1 + 1e-9),
+            f"the first layer is within eps_1: {changes[0].value:.6g} <= {first:.6g}", changes[0].at_most(Figure(first))
         ),
     ]
-    for index, gamma in enumerate(gammas, start=1):
-        last = linear_last and index == len(gammas)
-        bias = dense.biases[index]
-        now = ours[index - 1] @ dense.weights[index].T + (0.0 if bias is None else bias)
-        active = torch.ones_like(now, dtype=torch.bool) if last else theirs[index] > 0
-        radius = math.sqrt(gamma) * float((now - theirs[index])[active].norm())
-        slack = 0.0 if last else float((now.relu()[~active]).norm()) ** 2
-        limit = math.sqrt(radius**2 + gamma * slack)
-        found = float((ours[index] - theirs[index]).norm())
-        hypotheses.append(
-            Hypothesis(
-                f"layer {index + 1} is within its cascade's constraints: {found:.6g} <= {limit:.6g}",
-                found <= limit * (1 + 1e-9),
-            )
-        )
-    guaranteed = first * math.sqrt(math.prod(gammas))
+    for index, factor in enumerate(gammas, start=1):
+        read, off = ours[index - 1]
+        now = _layer(read.relu(), off, dense.weights[index], dense.biases[index])
+        limit = _allowed(now, theirs[index], linear_last and index == len(gammas)).times(math.sqrt(factor))
+        text = f"layer {index + 1} is within its cascade's constraints: {changes[index].value:.6g} <= {limit.value:.6g}"
+        hypotheses.append(Hypothesis(text, changes[index].at_most(limit)))
+    guaranteed = up(first * math.sqrt(math.prod(gammas)) * (1 + gamma(len(gammas) + 8)))
     name = "Proposition S.1 (cascade)" if linear_last else "Theorem 2"
-    return Statement(name, PAPER, tuple(hypotheses), guaranteed, float((ours[-1] - theirs[-1]).norm()))
+    return Statement(name, PAPER, tuple(hypotheses), guaranteed, *changes[-1])
 
 
 def sample_count(sparsity: int, inputs: int, mu: float = 2.0) -> int:
@@ -153,8 +173,8 @@ def sample_count(sparsity: int, inputs: int, mu: float = 2.0) -> int:
 class Uniqueness:
     """Proposition 2 for one neuron: the margin of the best dual certificate, and whether it proves uniqueness.
 
-    margin   distance of Lambda from its limits off the supports
-    full     whether the matrix restricted to both supports has full column rank
+    margin   distance of Lambda from its limits off the supports, less what the solver and rounding may hide
+    full     whether the matrix restricted to both supports has full column rank, certainly
 
     A positive margin and full rank prove uniqueness.
     """
@@ -165,7 +185,7 @@ class Uniqueness:
     @property
     def unique(self) -> bool:
         """True if w is proven to be the only optimum."""
-        return self.margin > 1e-9 and self.full
+        return self.margin > 0 and self.full
 
 
 def proposition_2(inputs: Tensor, target: Tensor, w: Tensor) -> Uniqueness:
@@ -173,37 +193,62 @@ def proposition_2(inputs: Tensor, target: Tensor, w: Tensor) -> Uniqueness:
 
     It is if some Lambda in the row space of [X_active 0; X_rest -I] has Lambda_i = sign(w_i) on the support of w,
     |Lambda_i| < 1 off it, 0 on the support of the slacks s = X_rest w, > 0 off it, and those columns are independent.
-    The largest margin is a linear program. inputs (n, P), target (n,).
+    The largest margin is a linear program. inputs (n, P), target (n,): taken to be relu(X w) in exact arithmetic.
+
+    Its solution meets the equations up to a residual r alone; a step of at most |r| / sigma, sigma the least singular
+    value of those columns, mends them, and takes its length times a column's norm from the margin.
     """
+    x, y, point = (part.detach().cpu().double() for part in (inputs, target, w))
+    active = y > 0
+    rest = x[~active]
+    slack = torch.tensor([exact_dot(row, point) for row in rest], dtype=torch.float64)
+    if bool((slack > 0).any()):
+        return Uniqueness(-math.inf, False)
+    support, tight = point != 0, slack == 0
+    upper = torch.cat([x[active], x.new_zeros(int(active.sum()), len(rest))], 1)
+    matrix = torch.cat([upper, torch.cat([rest, -torch.eye(len(rest), dtype=torch.float64)], 1)])
+    fixed = torch.cat([support, ~tight])
+    wanted = torch.cat([point.sign(), torch.zeros(len(rest), dtype=torch.float64)])
+    z = _widest(matrix.numpy(), fixed.numpy(), wanted.numpy(), len(point))
+    length = _least_singular_value(matrix[:, fixed])
+    if z is None or not length > 0:
+        return Uniqueness(-math.inf, length > 0)
+    dual, off = matrix.T @ z, affine_doubt(z[None], torch.zeros_like(z[None]), matrix.T)[0]
+    residual = Figure.norm((dual - wanted)[fixed], off[fixed])
+    step = up(up(residual.value, residual.doubt) / length)
+    room = torch.cat([1 - dual[: len(point)].abs(), dual[len(point) :]])
+    left = room - raised(off + step * matrix.norm(dim=0), len(matrix) + 8)
+    return Uniqueness(min(1.0, float(left[~fixed].min())) if bool((~fixed).any()) else 1.0, True)
+
+
+def _least_singular_value(columns: Tensor) -> float:
+    """A number that it is certainly not below."""
+    if not columns.shape[1]:
+        return math.inf
+    sizes = columns.norm(dim=0)
+    least = down(least_eigenvalue(columns.T @ columns), gamma(len(columns) + 4) * float(sizes.square().sum()))
+    return down(math.sqrt(least)) if least > 0 else 0.0
+
+
+def _widest(matrix: Any, fixed: Any, wanted: Any, width: int) -> Tensor | None:
+    """The z for which Lambda = z^T M has the largest margin from its limits, up to a solver's tolerances."""
     with extras():
         import cvxpy as cp
     import numpy as np
 
-    x, y, point = (part.detach().cpu().double().numpy() for part in (inputs, target, w))
-    active = y > 0
-    rest = x[~active]
-    slack = rest @ point
-    tight = np.abs(slack) <= 1e-9 * max(float(np.abs(point).sum()), 1e-300)
-    support = point != 0
-    matrix = np.block([[x[active], np.zeros((int(active.sum()), len(rest)))], [rest, -np.eye(len(rest))]])
-    columns = matrix[:, np.concatenate([support, ~tight])]
-    full = columns.shape[1] == 0 or int(np.linalg.matrix_rank(columns)) == columns.shape[1]
     z, margin = cp.Variable(len(matrix)), cp.Variable()
-    dual = matrix.T @ z
-    on_w, on_s = dual[: len(point)], dual[len(point) :]
+    dual, weights = matrix.T @ z, np.arange(len(fixed)) < width
     rules = [margin <= 1]
-    if support.any():
-        rules.append(on_w[support] == np.sign(point[support]))
-    if (~support).any():
-        rules.append(cp.abs(on_w[~support]) <= 1 - margin)
-    if (~tight).any():
-        rules.append(on_s[~tight] == 0)
-    if tight.any():
-        rules.append(on_s[tight] >= margin)
+    if fixed.any():
+        rules.append(dual[fixed] == wanted[fixed])
+    if (~fixed & weights).any():
+        rules.append(cp.abs(dual[~fixed & weights]) <= 1 - margin)
+    if (~fixed & ~weights).any():
+        rules.append(dual[~fixed & ~weights] >= margin)
     program = cp.Problem(cp.Maximize(margin), rules)
     with np.errstate(invalid="ignore"):  # CVXPY multiplies infinite bounds by zeros
         program.solve(solver="HIGHS")
-    return Uniqueness(float(margin.value) if program.status == "optimal" else -math.inf, full)
+    return torch.from_numpy(z.value) if program.status == "optimal" else None
 
 
 def _chain(pruned: LinkNormalised | Sequence[Tensor], biases: Sequence[Tensor | None] | None) -> LinkNormalised:
@@ -214,25 +259,63 @@ def _chain(pruned: LinkNormalised | Sequence[Tensor], biases: Sequence[Tensor | 
     return LinkNormalised(weights, shifts, (1.0,) * len(weights))
 
 
+Computed = tuple[Tensor, Tensor]  # pre-activations, and by how much each may be off
+
+
+def _layer(y: Tensor, off: Tensor, weight: Tensor, bias: Tensor | None) -> Computed:
+    shift = 0.0 if bias is None else bias
+    return y @ weight.T + shift, affine_doubt(y, off, weight, shift)
+
+
+def _apart(ours: Computed, theirs: Computed, linear: bool = False) -> Figure:
+    """|| Yhat - Y ||_F of two layers' pre-activations, behind the ReLU unless `linear`."""
+    one, two = (z if linear else z.relu() for z, _ in (ours, theirs))
+    return Figure.norm(one - two, raised(ours[1] + theirs[1] + UNIT * (one - two).abs()))
+
+
+def _allowed(now: Computed, theirs: Computed, linear: bool) -> Figure:
+    """|| D - Y ||_F over the active samples, || relu(D) ||_F over the others: of the dense layer's new outputs D."""
+    (z, off), (target, its) = now, theirs
+    if linear:
+        return _apart(now, theirs, linear=True)
+    active = target > 0
+    change = torch.where(active, z - target, z.relu())
+    away = off + its + UNIT * change.abs()
+    unsure = target.abs() <= its  # active or not: it makes this difference
+    return Figure.norm(change, raised(away + torch.where(unsure, z.abs() + target.abs() + its, 0.0)))
+
+
+def _size(weight: Tensor, roundings: int = 0) -> float:
+    """At least ||W||_1, so that W divided by it has no more than 1."""
+    size = weight.abs()
+    return total(size) * (1 + gamma(roundings)) + total_doubt(size)
+
+
 def _normal(dense: LinkNormalised, thin: LinkNormalised | None) -> tuple[Hypothesis, ...]:
-    sizes = [float(weight.detach().abs().sum()) for weight in dense.weights]
-    found = [Hypothesis(f"every ||W_l||_1 is 1: {max(sizes):.6g} at most", max(sizes) <= 1 + 1e-9)]
+    most = max(map(_size, dense.weights))
+    found = [Hypothesis(f"every ||W_l||_1 is 1: {most:.6g} at most", _at_most_one(dense.weights))]
     if thin is not None:
-        most = max(float(weight.abs().sum()) for weight in thin.weights[1:]) if len(thin.weights) > 1 else 0.0
-        found.append(Hypothesis(f"no pruned ||What_l||_1 behind the first is above 1: {most:.6g}", most <= 1 + 1e-9))
+        most = max(map(_size, thin.weights[1:]), default=0.0)
+        text = f"no pruned ||What_l||_1 behind the first is above 1: {most:.6g}"
+        found.append(Hypothesis(text, _at_most_one(thin.weights[1:])))
     return tuple(found)
+
+
+def _at_most_one(weights: Sequence[Tensor]) -> bool | None:
+    sizes = [weight.detach().abs() for weight in weights]
+    verdicts = [Figure(total(size), total_doubt(size)).at_most(Figure(1.0)) for size in sizes]
+    return False if False in verdicts else None if None in verdicts else True
 
 
 def _layer_errors(
     dense: LinkNormalised, thin: LinkNormalised, x: Tensor, errors: Sequence[float], linear_last: bool
 ) -> list[Hypothesis]:
-    theirs = dense.outputs(x, linear_last)
-    read = [x.detach().cpu().double(), *theirs[:-1]]
+    theirs = dense.before(x)
+    start = x.detach().cpu().double()
+    read = [(start, torch.zeros_like(start)), *((z.relu(), off) for z, off in theirs[:-1])]
     found = []
     for index, (weight, bias, error) in enumerate(zip(thin.weights, thin.biases, errors, strict=True)):
-        y = read[index] @ weight.T + (0.0 if bias is None else bias)
-        y = y if linear_last and index == len(errors) - 1 else y.relu()
-        own = float((y - theirs[index]).norm())
-        text = f"layer {index + 1} alone is within its eps: {own:.6g} <= {error:.6g}"
-        found.append(Hypothesis(text, own <= error * (1 + 1e-9)))
+        own = _apart(_layer(*read[index], weight, bias), theirs[index], linear_last and index == len(errors) - 1)
+        text = f"layer {index + 1} alone is within its eps: {own.value:.6g} <= {error:.6g}"
+        found.append(Hypothesis(text, own.at_most(Figure(error))))
     return found

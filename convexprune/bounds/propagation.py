@@ -20,7 +20,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from convexprune.bounds.gains import Operator
+from convexprune.bounds.gains import SCALE, Operator
 from convexprune.rounding import gamma, norm_above, raised, up
 
 
@@ -64,10 +64,17 @@ class Spread:
     folded: Callable[[Tensor], Spread] | None = None
 
     @classmethod
-    def of(cls, gram: Tensor, rectified: bool = False) -> Spread:
-        """The bounds that D^T D gives."""
+    def of(cls, gram: Tensor, roundings: int = 0) -> Spread:
+        """The bounds that D^T D gives, of whose entries each took so many roundings of |d_i| |d_j|."""
+        gram = _covered(gram, roundings) if roundings else gram
         squares = gram.diagonal().clamp(min=0)
-        return cls(norm_above(squares.sqrt()), raised(squares.sqrt()), gram, rectified)
+        return cls(norm_above(squares.sqrt()), raised(squares.sqrt()), gram)
+
+    @classmethod
+    def of_squares(cls, squares: Tensor, roundings: int) -> Spread:
+        """The bounds that |d_c|^2 (C,) gives, each a sum of squares that took so many roundings."""
+        norms = raised(squares.sqrt(), roundings)
+        return cls(norm_above(norms), norms)
 
     def times(self, factor: float) -> Spread:
         """Scale the bounds by `factor`; drops the Gram bound, since positions may mix."""
@@ -113,17 +120,18 @@ class Spread:
         """
         if channels is None or self.channels is None or len(self.channels) % channels:
             return self.plain()
-        runs = torch.linalg.vector_norm(self.channels.reshape(channels, -1), dim=1)
-        return Spread(self.total, runs, torch.diag(runs * runs.sum()) if gram else None)
+        parts = self.channels.reshape(channels, -1)
+        runs = raised(torch.linalg.vector_norm(parts, dim=1), parts.shape[1] + 4)
+        return Spread(self.total, runs, torch.diag(raised(runs * runs.sum(), channels)) if gram else None)
 
     def excess(self, bound: Spread) -> Spread:
         """By how much these norms are above those of `bound`."""
-        over = max(self.total - bound.total, 0.0)  # in this order NaN stays
+        over = 0.0 if self.total <= bound.total else up(self.total - bound.total)  # of NaN, inf
         known = self.grouped(None if bound.channels is None else len(bound.channels), False)
         if known.channels is None or bound.channels is None:
             return Spread(over)
-        channels = (known.channels - bound.channels).clamp(min=0)
-        return Spread(max(over, float(channels.norm())), channels)
+        channels = raised((known.channels - bound.channels).clamp(min=0), 1)
+        return Spread(max(over, norm_above(channels)), channels)
 
     def plus(self, other: Spread) -> Spread:
         """The bounds of a sum: (D_1 + D_2)^T (D_1 + D_2) is at most (1 + t) D_1^T D_1 + (1 + 1/t) D_2^T D_2."""
@@ -212,8 +220,8 @@ class ByChannel:
         whole = up(_largest(s) * before.total)
         if before.channels is None or len(before.channels) != len(s):
             return Spread(whole)
-        gram = None if before.gram is None else _covered(s[:, None] * before.gram * s, 4)
-        return _tight(whole, raised(before.channels * s.abs()), gram)
+        gram = None if before.gram is None else _covered(s[:, None] * before.gram * s, 2 * SCALE + 4)
+        return _tight(whole, raised(before.channels * s.abs(), SCALE + 1), gram)
 
 
 def _tight(total: float, channels: Tensor | None, gram: Tensor | None) -> Spread:
@@ -227,7 +235,7 @@ def _tight(total: float, channels: Tensor | None, gram: Tensor | None) -> Spread
 def _carried(tap: Tensor, gram: Tensor) -> Tensor:
     """At least A G A^T, in the order of semidefinite matrices."""
     size = tap.abs() @ gram.diagonal().clamp(min=0).sqrt()
-    return _above(tap @ gram @ tap.T, size, 2 * len(gram) + 8)
+    return _above(tap @ gram @ tap.T, size, 2 * len(gram) + 2 * SCALE + 8)
 
 
 def _covered(gram: Tensor, roundings: int) -> Tensor:
@@ -247,4 +255,4 @@ def _folded(before: Callable[[Tensor], Spread], extra: Spread, scale: Tensor) ->
 
 
 def _largest(scale: Tensor) -> float:
-    return float(scale.detach().cpu().double().abs().max())
+    return float(raised(scale.detach().cpu().double().abs().max(), SCALE))

@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 
 from convexprune.bounds.input_sets import Ball, Box, Interval, above, float64, times
-from convexprune.rounding import gamma
+from convexprune.rounding import gamma, raised
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,12 +41,16 @@ class ChainPair:
     """A dense chain and its pruned one: W_l (out, in), b_l (out,), and What_l, bhat_l of the same shapes.
 
     All are kept in float64 on the CPU. Raises ValueError for shapes that do not fit and entries that are not finite.
+
+    doubts  of the dense layers, and of the pruned: by how much the entries of W_l and b_l may be off; None: they are
+            exact
     """
 
     weights: Sequence[Tensor]
     biases: Sequence[Tensor]
     pruned_weights: Sequence[Tensor]
     pruned_biases: Sequence[Tensor]
+    doubts: tuple[Sequence[tuple[Tensor, Tensor]], Sequence[tuple[Tensor, Tensor]]] | None = None
 
     def __post_init__(self) -> None:
         lists = (self.weights, self.biases, self.pruned_weights, self.pruned_biases)
@@ -83,6 +87,14 @@ class ChainPair:
             (wh - w, bh - b)
             for w, b, wh, bh in zip(self.weights, self.biases, self.pruned_weights, self.pruned_biases, strict=True)
         )
+
+    def lost(self, size: Tensor) -> tuple[Tensor, Tensor] | None:
+        """By how much z_L and zhat_L may be off for |x| <= size, (samples, outputs) each; None where all is exact."""
+        if self.doubts is None or not any(bool(part.any()) for each in self.doubts for layer in each for part in layer):
+            return None
+        chains = (self.weights, self.biases), (self.pruned_weights, self.pruned_biases)
+        one, other = (_lost(*chain, each, size) for chain, each in zip(chains, self.doubts, strict=True))
+        return one, other
 
     def run(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """z_L and zhat_L (..., outputs) of inputs (..., inputs)."""
@@ -283,6 +295,16 @@ def _over(above: Tensor, below: Tensor) -> Tensor:
 def ordered(lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:
     """Sort a lower and an upper bound that rounding may have exchanged."""
     return torch.minimum(lower, upper), torch.maximum(lower, upper)
+
+
+def _lost(
+    weights: Sequence[Tensor], biases: Sequence[Tensor], doubts: Sequence[tuple[Tensor, Tensor]], size: Tensor
+) -> Tensor:
+    lost = torch.zeros_like(size)
+    for weight, bias, (off, shift) in zip(weights, biases, doubts, strict=True):
+        lost = raised(lost @ weight.abs().T + (size + lost) @ off.T + shift, 2 * len(weight.T) + 8)
+        size = raised(size @ weight.abs().T + bias.abs(), len(weight.T) + 4)
+    return lost
 
 
 def _run(weights: Sequence[Tensor], biases: Sequence[Tensor], x: Tensor) -> Tensor:

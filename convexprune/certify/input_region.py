@@ -20,21 +20,14 @@ from convexprune.bounds.difference import (
 )
 from convexprune.bounds.input_sets import Ball, Box
 from convexprune.bounds.relaxation import ChainPair
-from convexprune.network.forward import check_batch, check_eager, check_model, run, undisturbed
-from convexprune.network.kinds import DROPOUT, MOVED_AXES, RESHAPING
-from convexprune.network.matrices import LinearStack, Stack
-from convexprune.network.names import stacks
+from convexprune.certify.chain import chain_of
+from convexprune.network.forward import check_batch, check_eager, check_model, undisturbed
 from convexprune.network.predict import rule_name
-from convexprune.network.recording import Recorder, Step
 from convexprune.options import having, number, optional
 
-# operations that leave a sample's entries in their order
-PASSING: Final = DROPOUT | RESHAPING - MOVED_AXES
-COVERED: Final = (
-    "worst_case covers chains of Linear and ReLU, with flattenings, identities and dropout that is off between them"
-)
 # rule -> where its predictions are provably steady
 STEADY: Final = {"classes": cannot_change, "sign": keeps_signs, "labels": keeps_signs}
+TRIES: Final = 3  # inputs of each set at which the networks are run, beside its sample
 CHUNK = 64  # samples that are bounded together: a layer's planes take samples x rows x inputs numbers
 
 
@@ -85,8 +78,9 @@ def worst_case(
 ) -> WorstCase:
     """Bound pruned(x) - model(x) for every x within `radius` of each sample, not only at the samples.
 
-    Both networks are chains of Linear and ReLU with the same shapes, read from a pass on `around` in evaluation mode;
-    they are not changed. The bounds are for their exact arithmetic: what they round in float32 is not counted.
+    Both networks are chains of Linear and ReLU with the same shapes, in evaluation mode; they are not changed. What
+    they compute is read from the functions of torch that they call, at the samples and at other inputs of the sets. The
+    bounds are for exact arithmetic: what the networks round in float32 or float64 is not counted.
 
     Args:
         model: The dense network.
@@ -126,7 +120,12 @@ def worst_case(
     centers = around.cpu().double().flatten(1)
     region = _region(centers, radius, norm, within, tuple(around.shape[1:]))
     with undisturbed(model, pruned):
-        pair = ChainPair(*_chain(model, around, "the model"), *_chain(pruned, around, "the pruned model"))
+        inputs = [around, *_elsewhere(region, around)]
+        dense, thin = chain_of(model, inputs, "the model"), chain_of(pruned, inputs, "the pruned model")
+    (weights, biases, doubts), (pruned_weights, pruned_biases, others) = (
+        zip(*each, strict=True) for each in (dense, thin)
+    )
+    pair = ChainPair(weights, biases, pruned_weights, pruned_biases, (tuple(doubts), tuple(others)))
     rule = rule_name(predict, (len(around), pair.outputs))
     if rule not in STEADY:
         raise ValueError(f"predict={rule!r} is not covered here; it must be one of {', '.join(map(repr, STEADY))}")
@@ -159,6 +158,13 @@ def _region(
     return [Box(part, radius, *ends) for part in torch.split(Box(centers, radius, *ends).center, CHUNK)]
 
 
+def _elsewhere(region: Sequence[Box | Ball], around: Tensor) -> list[Tensor]:
+    """Inputs of the sets, shaped as the samples are."""
+    generator = torch.Generator().manual_seed(0)
+    points = torch.cat([part.points(TRIES, generator) for part in region])
+    return [points[:, index].reshape(around.shape).to(around) for index in range(TRIES)]
+
+
 def _flat(end: float | Tensor, shape: tuple[int, ...]) -> float | Tensor:
     if not isinstance(end, Tensor):
         number(infinite=True)("an end of `within`", end)
@@ -167,67 +173,3 @@ def _flat(end: float | Tensor, shape: tuple[int, ...]) -> float | Tensor:
     if tuple(end.shape) != shape:
         raise ValueError(f"within has shape {tuple(end.shape)}; one sample's is {shape}")
     return end.flatten()
-
-
-def _chain(model: nn.Module, x: Tensor, whose: str) -> tuple[list[Tensor], list[Tensor]]:
-    """The weights and biases of a chain, from what a pass on x did; Linears in a row are multiplied out."""
-    x = x.detach().clone()  # a model that works in place must not change the caller's
-    with Recorder(model) as recorder:
-        (current,) = recorder.numbers(x)
-        output = run(model, x)
-    layers = stacks(model)
-    blocks: list[tuple[Tensor, Tensor]] = []
-    bent = False  # whether a ReLU came after the last of the blocks
-    for step in recorder.steps:
-        if step.reads != (current,) or len(step.makes) != 1:
-            raise ValueError(f"{whose}: {step.place} joins or splits tensors; {COVERED}")
-        (current,) = step.makes
-        stack = None if step.layer is None else layers[step.layer]
-        if stack is not None and stack.module._forward_hooks:
-            raise ValueError(f"{whose}: {step.place} has forward hooks; {COVERED}")
-        if step.operation == "relu":
-            blocks = blocks or [_identity(math.prod(step.sizes[0][1:]))]
-            bent = True
-        elif isinstance(stack, LinearStack) and len(step.sizes[0]) == 2:
-            block = _block(stack)
-            blocks = [*blocks, block] if bent or not blocks else [*blocks[:-1], _after(blocks[-1], block)]
-            bent = False
-        elif not _passes(step):
-            raise ValueError(f"{whose}: {step.place} is not covered; {COVERED}")
-    if recorder.numbers(output) != (current,) or output.ndim != 2 or not blocks:
-        raise ValueError(f"{whose} does not return one tensor (samples, outputs) of its layers; {COVERED}")
-    if bent:
-        blocks.append(_identity(output.shape[1]))
-    weights, biases = [weight for weight, _ in blocks], [bias for _, bias in blocks]
-    _check(ChainPair(weights, biases, weights, biases), x, output, whose)
-    return weights, biases
-
-
-def _passes(step: Step) -> bool:
-    """Whether an operation keeps every sample's entries, in their order."""
-    if step.operation not in PASSING or not step.sizes:
-        return False
-    before, after = step.sizes
-    return bool(after) and before[0] == after[0] and math.prod(before) == math.prod(after)
-
-
-def _block(stack: Stack) -> tuple[Tensor, Tensor]:
-    weight, biases = stack.weights()[0].cpu().double(), stack.biases()
-    return weight, weight.new_zeros(len(weight)) if biases is None else biases[0].cpu().double()
-
-
-def _identity(width: int) -> tuple[Tensor, Tensor]:
-    return torch.eye(width, dtype=torch.float64), torch.zeros(width, dtype=torch.float64)
-
-
-def _after(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    (weight, bias), (other, more) = first, second
-    return other @ weight, other @ bias + more
-
-
-def _check(chain: ChainPair, x: Tensor, output: Tensor, whose: str) -> None:
-    """What a pass did unseen, in hooks for one, shows in its outputs."""
-    z, _ = chain.run(x.cpu().double().flatten(1))
-    slack = math.sqrt(torch.finfo(output.dtype).eps) * float(z.abs().max())
-    if not bool(((output.cpu().double() - z).abs() <= slack).all()):
-        raise ValueError(f"{whose} computes something else than its layers say (hooks?); {COVERED}")

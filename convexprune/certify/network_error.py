@@ -23,10 +23,10 @@ from convexprune.network.replay import distance
 from convexprune.network.traversal import Traversal
 from convexprune.report import Link, NetworkError
 from convexprune.report.row import Row
+from convexprune.rounding import gamma, norm_above, up
 
 RULES: Final[Mapping[str, Rule]] = {"Frobenius": Frobenius(), "spectral": Spectral(), "by channel": ByChannel()}
 SHARPEST: Final = "by channel"
-ROUNDING: Final = 1e-10  # relative: what sums and norms in float64 may miss
 
 
 def network_error(
@@ -60,22 +60,24 @@ def _guaranteed(found: NetworkError, measured: float, network: Propagation, besi
     # a pass over other batches sums in another order: a unit of rounding for each network's outputs
     order = beside.unit * (2 * (found.scale or 0.0) + measured) if beside.judged else 0.0
     rounding = order + sum(beside.apart)
-    totals = {name: _up(bound.total + rounding) for name, bound in bounds.items() if bound.total is not None}
+    # every bound is at least the change as it was, whose norm was summed in another order
+    lost = gamma(beside.roundings + 4)
+    totals = {name: _up(bound.total + rounding, lost) for name, bound in bounds.items() if bound.total is not None}
     reason = best.obstacle or beside.objection()
     if not reason and not measured <= totals[SHARPEST]:
         reason = f"the measured error is above the bound of {totals[SHARPEST]:.3g}, which is therefore not shown"
     if reason:
         return replace(found, reason=reason)
     links = tuple(
-        Link(name, _up(best.layers[name]), seen[number].change.total if number in seen else 0.0)
+        Link(name, _up(best.layers[name], lost), seen[number].change.total if number in seen else 0.0)
         for name, number in network.record.layers.items()
         if name in best.layers
     )
     return replace(found, guaranteed=totals[SHARPEST], rules=totals, layers=links)
 
 
-def _up(bound: float) -> float:
-    return bound * (1 + ROUNDING)
+def _up(bound: float, lost: float) -> float:
+    return up(bound, lost * bound) if bound else 0.0
 
 
 def _measured(walk: Traversal, beside: SideBySide | None, tell: Callable[[int], None]) -> NetworkError:
@@ -125,5 +127,6 @@ def own_errors(rows: Sequence[Row]) -> dict[str, Spread]:
         every = [part.errors for part in parts]
         channels = torch.cat([each for each in every if each is not None]) if None not in every else None
         repair = Repair(module) if any(part.repairs for part in parts) else None
-        found[module] = Spread(math.hypot(*(part.error or 0.0 for part in parts)), channels, repair=repair)
+        errors = torch.tensor([part.error for part in parts], dtype=torch.float64) if channels is None else channels
+        found[module] = Spread(norm_above(errors), channels, repair=repair)
     return found

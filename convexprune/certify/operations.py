@@ -28,6 +28,7 @@ from convexprune.network.kinds import (
     computes,
 )
 from convexprune.network.recording import Step
+from convexprune.rounding import UNIT, up
 
 COPIES: Final = DROPOUT | DUPLICATES
 MOVES: Final = RESHAPING | DROPOUT | PARTS
@@ -102,7 +103,7 @@ def _any(padding: int | Sequence[int]) -> bool:
 def _mean(step: Step, before: Spread) -> Spread:
     """An average over axes other than the samples'; the channels stay if their axis does."""
     many, few = (math.prod(size) for size in step.sizes)
-    share = 1 / math.sqrt(many / max(few, 1))
+    share = up(1 / math.sqrt(many / max(few, 1)), 4 * UNIT)
     if step.operation != "mean":
         maps = slice(-POOLED_AXES[step.operation], None)
         wide, narrow = (size[maps] for size in step.sizes)

@@ -5,7 +5,7 @@ Both run the dense pass's record again. Of every tensor that they make different
     change  yhat - y       behind the ReLU where a layer is judged there
     alone   fhat(x) - y    of a layer that was judged on the dense network's inputs, D^T D for this D
 
-as the networks' own arithmetic makes them, in float64.
+as the networks' own arithmetic makes them, in float64 and rounded up.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from convexprune.network.replay import (
     near,
     tolerance,
 )
+from convexprune.rounding import up
 
 MEMORY: Final = 1e9  # bytes of a layer's matrix D^T D; of a layer with more outputs only the diagonal is kept
 
@@ -67,8 +68,9 @@ class SideBySide:
         self.judged, self.rectified, self.parallel = judged, rectified, parallel
         self.apart = [0.0, 0.0]  # the dense and the pruned network's outputs from what their records make
         self.unit = 0.0  # to which the outputs are rounded, relative
+        self.roundings = 0  # of a norm of the outputs
         self._sums: dict[int, _Sums] = {}
-        self._alone: dict[str, Tensor] = {}
+        self._alone: dict[str, _Sums] = {}
         self._behind = _behind(first, rectified)
 
     def add(self, batch: Any, theirs: Tensor, ours: Tensor) -> str:
@@ -103,7 +105,8 @@ class SideBySide:
                 place = departure(dense, model, batch)
                 seen = f", seen in {place}" if place else ""
                 return f"the {which} network does something that its recorded operations do not do{seen}"
-            self.apart[index] = math.hypot(self.apart[index], distance(real, made))
+            self.roundings = max(self.roundings, real.numel() + 8) + 1  # of the batches the largest, and their sum
+            self.apart[index] = up(math.hypot(self.apart[index], distance(real, made)))
             self.unit = torch.finfo(real.dtype).eps / 2 if real.is_floating_point() else 0.0
         return ""
 
@@ -113,7 +116,8 @@ class SideBySide:
         if y.shape != yhat.shape:
             raise Unreplayable(f"{step.place} makes tensors of other shapes in the two networks")
         sums, relu = self._sums.setdefault(number, _Sums()), number in self._behind
-        sums.change = sums.change + _squares(minus(behind(yhat, relu), behind(y, relu)))
+        change = minus(behind(yhat, relu), behind(y, relu))
+        sums.add(_squares(change), change.numel())
         sums.tolerance = math.hypot(sums.tolerance, max(tolerance(y), tolerance(yhat)))
 
     def _judge(self, step: Step, y: Tensor, one: Replay, two: Replay) -> None:
@@ -121,8 +125,7 @@ class SideBySide:
         name, relu = step.layer or "", self.rectified.get(step.layer or "", False)
         change = columns(minus(behind(two.layer(step, one), relu), behind(y, relu)))
         narrow = 8 * change.shape[1] ** 2 <= MEMORY
-        found = change.T @ change if narrow else change.square().sum(0)
-        self._alone[name] = found + self._alone[name] if name in self._alone else found
+        self._alone.setdefault(name, _Sums()).add(change.T @ change if narrow else change.square().sum(0), len(change))
 
     def own(self, sharpest: bool) -> dict[str, Spread]:
         """Each judged module's own error by its certificate; the sharpest of parallel mode is what it was."""
@@ -137,8 +140,7 @@ class SideBySide:
         """Each judged module's own error on the dense network's inputs; of parallel mode only."""
         found = {name: Spread(0.0) for name in self.judged}
         for name, sums in self._alone.items():
-            whole = Spread.of(sums.cpu()) if sums.ndim == 2 else _spread(sums)
-            found[name] = replace(whole, rectified=self.rectified.get(name, False))
+            found[name] = replace(sums.spread(), rectified=self.rectified.get(name, False))
         return found
 
     def objection(self) -> str:
@@ -153,15 +155,32 @@ class SideBySide:
 
     def seen(self) -> dict[int, Seen]:
         """By the numbers of the first record; a tensor that is the same in both networks is not there."""
-        return {number: Seen(_spread(sums.change), sums.tolerance) for number, sums in self._sums.items()}
+        return {number: Seen(sums.spread(), sums.tolerance) for number, sums in self._sums.items()}
 
 
 @dataclass
 class _Sums:
-    """Of squares, channel by channel; a tensor of one axis has one channel."""
+    """Of squares, channel by channel, or of D^T D; a tensor of one axis has one channel.
 
-    change: Tensor | float = 0.0
+    A batch's sum of n products of differences, each of which rounds, takes no more than n + 8 roundings of its terms'
+    sizes, n + 8 + b the sum over b batches of at most n.
+    """
+
+    sums: Tensor | None = None
+    most: int = 0
+    batches: int = 0
     tolerance: float = 0.0
+
+    def add(self, sums: Tensor, terms: int) -> None:
+        """Those of a batch, each of so many terms at most."""
+        self.sums = sums if self.sums is None else self.sums + sums
+        self.most, self.batches = max(self.most, terms), self.batches + 1
+
+    def spread(self) -> Spread:
+        """The bounds of the change that they give."""
+        assert self.sums is not None  # of a tensor that was seen
+        of = Spread.of if self.sums.ndim == 2 else Spread.of_squares
+        return of(self.sums.cpu(), self.most + self.batches + 8)
 
 
 def _behind(record: Record, rectified: Mapping[str, bool]) -> set[int]:
@@ -178,8 +197,3 @@ def _squares(change: Tensor) -> Tensor:
     axes = [axis for axis in range(change.ndim) if axis != 1 or change.ndim < 2]
     norms: Tensor = torch.linalg.vector_norm(change, dim=axes)
     return norms.square().reshape(-1)
-
-
-def _spread(squares: Tensor | float) -> Spread:
-    assert isinstance(squares, Tensor)  # of a tensor that was seen
-    return Spread(math.sqrt(float(squares.sum())), squares.cpu().sqrt())

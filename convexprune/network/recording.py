@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._ops import HigherOrderOperator
+from torch._ops import HigherOrderOperator, OpOverloadPacket
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakIdKeyDictionary
@@ -86,7 +86,7 @@ class Recorder(TorchFunctionMode):
             for name, module in named_layers(self.model):
                 if isinstance(module, torch.jit.ScriptModule):  # takes no hooks; what it reads goes unseen
                     continue
-                layer = layer_stack(module) is not None
+                layer = self.whole(module)
                 hooks.callback(module.register_forward_pre_hook(partial(self._enter, name, layer)).remove)
                 after = module.register_forward_hook(partial(self._leave, name, layer), with_kwargs=True)
                 hooks.callback(after.remove)
@@ -210,6 +210,10 @@ class Recorder(TorchFunctionMode):
         self.steps.append(Step(operation, layer, place, reads, makes, both, shaped, detail, name, call))
         self.added(self.steps[-1], result)
 
+    def whole(self, module: nn.Module) -> bool:
+        """Whether all that a module does is one step."""
+        return layer_stack(module) is not None
+
     def added(self, step: Step, result: Any) -> None:
         """For those who look on: a step was written down, and this is what it made."""
 
@@ -321,6 +325,9 @@ def _sizes(value: Any) -> list[tuple[int, ...]]:
 
 def _operation(func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> str:
     name = getattr(func, "__name__", type(func).__name__).strip("_")
+    origin = getattr(func, "__module__", None) or "torch"
+    if isinstance(func, OpOverloadPacket) or origin.partition(".")[0] != "torch":  # not torch's own of that name
+        return str(func) if isinstance(func, OpOverloadPacket) else f"{origin}.{name}"
     mode = kwargs.get("mode", args[2] if len(args) > 2 else "constant")
     if name == "pad" and mode != "constant":
         return f"pad by {mode}"
