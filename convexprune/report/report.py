@@ -146,7 +146,9 @@ class Report:
         ]
         refused = tuple(f"left dense: {row.name}: {row.refusal}" for row in self.rows if row.refusal)
         singular = ("singular Gram matrices: " + "; ".join(poor),) if poor else ()
-        return (kept, *covered, *refused, *self.network.lines(), *shares, *singular)
+        notes = dict.fromkeys(row.note for row in self.rows if row.note)
+        said = (f"{note}: {', '.join(row.name for row in self.rows if row.note == note)}" for note in notes)
+        return (kept, *covered, *refused, *self.network.lines(), *shares, *singular, *said)
 
     @property
     def distortion(self) -> float | None:

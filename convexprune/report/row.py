@@ -84,6 +84,7 @@ class Row:
     module: str = None  # type: ignore[assignment]  # the name of the module that it is in; the layer's unless given
 
     refusal: str = ""  # why the solver's point was not written, if so
+    note: str = ""  # the solver's, such as a change of precision
 
     def __post_init__(self) -> None:
         if self.module is None:

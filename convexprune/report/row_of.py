@@ -52,6 +52,7 @@ def row_of(
         moments=_moments(problem),
         trace=solution.trace,
         refusal=refusal,
+        note=solution.note,
     )
 
 
