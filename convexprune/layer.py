@@ -9,7 +9,8 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from convexprune.moments import CrossMoments, InputMoments, Moments, TargetMoments, affine
+from convexprune.moments import CrossMoments, InputMoments, Moments, TargetMoments, affine, check_moments
+from convexprune.options import whole
 from convexprune.quadratic import Quadratic, Residual
 from convexprune.rounding import gamma, raised
 
@@ -162,6 +163,8 @@ class Layer:
         """The layer with given moments; without `cross` the targets are the layer's own outputs W x (+ b).
 
         `energy` is E[y^2] for each output (out,), needed with `cross`: a bound for each neuron needs its own.
+        Raises ValueError for moments that no data has, beyond rounding: a Gram matrix that is not symmetric, a negative
+        energy, an entry above Cauchy-Schwarz. What an asymmetry leaves within rounding is averaged.
         """
         _check_weight(name, weight, bias)
         weight, gram = _double(weight), _double(gram)
@@ -173,7 +176,9 @@ class Layer:
                 raise ValueError(f"layer {name!r} has a bias: give the inputs' mean E[x] as well")
         mean = None if mean is None else _double(mean)
         _check_array(name, "mean", mean, (width,))
-        read = Moments.given(samples, gram, mean)
+        _check_possible(name, gram, mean)
+        whole(1)("samples", samples)
+        read = Moments.given(int(samples), gram, mean)
         if cross is None:
             return cls(name, weight, bias, read, None, activation)
         if energy is None:
@@ -184,8 +189,9 @@ class Layer:
             ("cross", cross, (out, width)), ("energies", energies, (out,)), ("target_mean", target_mean, (out,)),
         ):  # fmt: skip
             _check_array(name, key, value, shape)
+        _check_possible(name, gram, None, cross, energies, target_mean)
         if target_mean is None and bias is None:
-            read = Moments.given(samples, gram, None)  # moments about a mean need both means
+            read = Moments.given(int(samples), gram, None)  # moments about a mean need both means
         return cls(name, weight, bias, read, CrossMoments.given(cross, energies, target_mean, read), activation)
 
     @property
@@ -381,6 +387,13 @@ def _check_array(name: str, key: str, value: Tensor | None, shape: tuple[int, ..
         raise ValueError(f"layer {name!r}: {key} has shape {tuple(value.shape)}, expected {shape}")
     if not bool(torch.isfinite(value).all()):
         raise ValueError(f"layer {name!r}: {key} holds NaN or inf; check the calibration data")
+
+
+def _check_possible(name: str, *moments: Tensor | None) -> None:
+    try:
+        check_moments(*moments)  # type: ignore[arg-type]  # the first is there
+    except ValueError as error:
+        raise ValueError(f"layer {name!r}: {error}") from error
 
 
 def _check_weight(name: str, weight: Tensor, bias: Tensor | None) -> None:

@@ -31,7 +31,7 @@ ALLOWED = {
     "rounding": set(),
     "moments": {"rounding"},
     "quadratic": {"moments", "rounding"},
-    "layer": {"moments", "quadratic", "rounding"},
+    "layer": {"moments", "options", "quadratic", "rounding"},
     "patterns": {"options"},
     "layout": {"patterns"},
     "solution": set(),

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from convexprune.extras import extras
 from convexprune.forms import MergingProblem
-from convexprune.moments import Moments
+from convexprune.moments import Moments, check_moments
 from convexprune.problem import Formulation
 from convexprune.quadratic import Quadratic
 from convexprune.rounding import down, gamma, lowered, raised, total, total_doubt, up
@@ -70,6 +70,8 @@ class NeuronMerging(MergingProblem):
             raise ValueError(f"max_saliency is {self.max_saliency}; it must be a finite number >= 0")
         if self.gram is not None and tuple(self.gram.shape) != (width, width):
             raise ValueError(f"gram has shape {tuple(self.gram.shape)}, expected {(width, width)}")
+        if self.gram is not None:
+            check_moments(self.gram.detach().cpu().double())
 
     @property
     def shape(self) -> tuple[int, int]:
