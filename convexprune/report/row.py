@@ -29,6 +29,7 @@ LEGEND: Final = (
 )
 _STOPPED: Final = {
     Status.CONVERGED: "converged",
+    Status.UNPROVEN: "not proven optimal",
     Status.MAX_ITER: "iteration limit",
     Status.TIME_LIMIT: "time limit",
     Status.INFEASIBLE: "infeasible",
