@@ -23,7 +23,7 @@ from convexprune.network.forward import check_model
 from convexprune.network.traversal import Traversal
 from convexprune.options import function, optional
 from convexprune.patterns import Unstructured
-from convexprune.problem import LayerProblem, Solver, check_problem, check_solver
+from convexprune.problem import LayerProblem, Misfit, Solver, check_problem, check_solver
 from convexprune.problems import Reconstruction, Stacked, StackedReconstruction, stacked
 from convexprune.report import Report, Settings
 from convexprune.report.progress import Progress
@@ -217,8 +217,8 @@ class _Plan:
     def of(cls, walk: Traversal, state: State, solver: Solver | None) -> _Plan:
         """Ask the recipe.
 
-        Raises ValueError where two of the modules that get a problem are tied, TypeError for what is no problem, and
-        what the solver raises of a problem that it does not take.
+        Raises ValueError where two of the modules that get a problem are tied or a pattern does not fit its layer,
+        TypeError for what is no problem, and what the solver raises of a problem that it does not take.
         """
         pruned: list[str] = []
         keep: set[str] = set()
@@ -228,6 +228,8 @@ class _Plan:
             for outline in outlines:
                 try:
                     problem = state(outline)
+                except Misfit:  # the shape is what it is
+                    raise
                 except Exception:  # a recipe that minds the moments: it is asked again when they are there
                     keep.add(module)
                     continue

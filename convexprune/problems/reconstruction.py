@@ -25,7 +25,7 @@ from convexprune.forms import GroupedLeastSquares, PerspectiveProblem
 from convexprune.layer import Layer
 from convexprune.layout import Layout, check_pattern
 from convexprune.patterns import Pattern, excess, select
-from convexprune.problem import Formulation
+from convexprune.problem import Formulation, Misfit
 from convexprune.quadratic import Quadratic, Step
 from convexprune.rounding import UNIT, down, gamma, lowered, raised, total, total_doubt, up
 
@@ -74,12 +74,12 @@ class Reconstruction(PerspectiveProblem):
             or not bool(torch.isfinite(self.importance).all() & (self.importance > 0).all())
         ):
             name = self.layer.name
-            raise ValueError(
+            raise Misfit(
                 f"layer {name!r}: importance must be {out} finite numbers > 0, one for each output of the layer"
             )
         shape = (self.layer.weight.shape[0], self.layer.weight.shape[1])
         if self.always is not None and (self.always.dtype != torch.bool or tuple(self.always.shape) != shape):
-            raise ValueError(
+            raise Misfit(
                 f"layer {self.layer.name!r}: always is {self.always.dtype} {tuple(self.always.shape)}; expected a "
                 f"boolean mask {shape}"
             )
@@ -87,7 +87,7 @@ class Reconstruction(PerspectiveProblem):
             check_pattern(self.pattern, shape, self.kernel)
             self.select(torch.zeros(shape, dtype=torch.float64))
         except ValueError as error:
-            raise ValueError(f"layer {self.layer.name!r}: {error}") from error
+            raise Misfit(f"layer {self.layer.name!r}: {error}") from error
 
     @property
     def shape(self) -> tuple[int, int]:
