@@ -25,7 +25,8 @@ from torch import Tensor
 
 from convexprune.extras import extras
 from convexprune.forms import EqualityQuadratic, LeastSquares
-from convexprune.layer import Layer
+from convexprune.layer import Layer, check_layer
+from convexprune.options import numbers
 from convexprune.problem import Formulation, Misfit
 from convexprune.quadratic import Quadratic
 from convexprune.rounding import down, gamma, raised, total, total_doubt, up
@@ -59,6 +60,8 @@ class OptimalBrainSurgeon(EqualityQuadratic):
     removed: Tensor
 
     def __post_init__(self) -> None:
+        check_layer(self.layer)
+        numbers(f"layer {self.layer.name!r}: removed", self.removed)
         shapes = (tuple(self.layer.weight.shape), self.shape)
         if self.removed.dtype != torch.bool or tuple(self.removed.shape) not in shapes:
             raise Misfit(

@@ -22,8 +22,9 @@ from torch import Tensor
 
 from convexprune.extras import extras
 from convexprune.forms import GroupedLeastSquares, PerspectiveProblem
-from convexprune.layer import Layer
+from convexprune.layer import Layer, check_layer
 from convexprune.layout import Layout, check_pattern
+from convexprune.options import numbers, optional
 from convexprune.patterns import Pattern, excess, select
 from convexprune.problem import Formulation, Misfit
 from convexprune.quadratic import Quadratic, Step
@@ -68,6 +69,9 @@ class Reconstruction(PerspectiveProblem):
     importance: Tensor | None = None
 
     def __post_init__(self) -> None:
+        check_layer(self.layer)
+        for key in ("always", "importance"):
+            optional(numbers)(f"layer {self.layer.name!r}: {key}", getattr(self, key))
         out = len(self.layer.weight)
         if self.importance is not None and (
             tuple(self.importance.shape) != (out,)
