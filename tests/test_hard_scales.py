@@ -7,15 +7,20 @@ from torch import tensor
 
 from convexprune import (
     ADMM,
+    CVXPY,
     Balanced,
     Best,
+    BranchAndBound,
+    Certificate,
     Curve,
     DynamicProgramming,
     ExactOBS,
     Fast,
     L1Reconstruction,
+    Magnitude,
     MinimalCore,
     NetTrim,
+    NeuronMerging,
     PerRow,
     Reconstruction,
     Report,
@@ -245,3 +250,56 @@ def test_dynamic_programming_keeps_to_small_budgets(costs, budget, cost, buckets
     assert found.certificate.violation == 0
     assert problem.cost(found.x) == cost
     assert found.certificate.value == solve(problem, MinimalCore()).certificate.value
+
+
+def test_a_time_stamp_does_not_hide_the_flags_beside_it():
+    """An input of 1.7e9 next to inputs of 0 and 1: none of the 16 may be lost, and no error exceed magnitude's."""
+    draw = drawn(12)
+    x = (draw(500, 16) > 0).double()
+    x[:, 0] = 1.7e9 + 60.0 * torch.arange(500)
+    weight = draw(8, 16)
+    weight[:, 0] *= 1e-9
+    for bias in (None, torch.zeros(8)):
+        layer = Layer.from_samples(weight, x, bias, activation=None)
+        for keep in (0.3, 0.5):
+            problem = Reconstruction(layer, Unstructured(keep))
+            for solver in (Balanced(), Best(), ExactOBS(), SwapSearch(), Fast(), ADMM()):
+                found = solve(problem, solver)
+                assert int((found.x[:, :16] != 0).sum()) == round(keep * 128)
+                assert found.certificate.value <= solve(problem, Magnitude()).certificate.value
+
+
+@pytest.mark.parametrize("size", [1e-150, 1e-12, 1e-6, 1e8, 1e60])
+@pytest.mark.parametrize("bias", [True, False])
+def test_one_input_in_another_unit_changes_nothing(size, bias):
+    draw = drawn(13)
+    x, weight = draw(300, 6), draw(4, 6)
+    units = torch.ones(6, dtype=torch.float64)
+    units[2] = size
+    values = []
+    for inputs, weights in ((x, weight), (x * units, weight / units)):
+        layer = Layer.from_samples(weights, inputs, torch.zeros(4) if bias else None, activation=None)
+        problem = Reconstruction(layer, Unstructured(12))
+        values.append([solve(problem, kind()).certificate.value for kind in (Balanced, Best, ExactOBS, BranchAndBound)])
+    assert values[1] == pytest.approx(values[0], rel=1e-6)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_highs_merges_neurons_of_unlike_sizes(seed):
+    """Whatever HiGHS makes of it is a solution with a status: no error of CVXPY gets out."""
+    draw = drawn(seed)
+    incoming = draw(6, 4) * 10 ** (3 * draw(6, 1))
+    problem = NeuronMerging(incoming, draw(3, 6) * 10 ** float(4 * draw(1)), keep=1 + seed % 5)
+    found = solve(problem, CVXPY("HIGHS"))
+    assert found.status in (Status.CONVERGED, Status.NUMERICAL)
+    if found.status is Status.CONVERGED:
+        assert found.certificate.violation == 0
+        assert found.certificate.bound <= found.certificate.value < float("inf")
+
+
+def test_a_gap_at_nothing_has_a_scale():
+    assert Certificate(0.0, 8e300, 0.0).relative_gap == -1
+    assert Certificate(0.0, 1e-300, 0.0).relative_gap == -1
+    assert Certificate(1e-300, 0.0, 0.0).relative_gap == 1
+    assert Certificate(0.0, 0.0, 0.0).relative_gap == 0
+    assert Certificate(float("inf"), 1.0, 0.0).relative_gap == float("inf")
