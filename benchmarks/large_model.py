@@ -83,9 +83,8 @@ def main():
             if status:
                 raise SystemExit(output)
             plan = next(line for line in output.splitlines() if "at the peak" in line)
-            print(
-                f"{arguments.shape} {arguments.part} {arguments.mode} {solver}: {seconds:.0f} s, peak {gigabytes:.2f} GB"
-            )
+            what = f"{arguments.shape} {arguments.part} {arguments.mode} {solver}"
+            print(f"{what}: {seconds:.0f} s, peak {gigabytes:.2f} GB")
             print(f"    planned {plan}")
             report = Path(temporary) / solver / "report.json"
             if report.exists():

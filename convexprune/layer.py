@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
-from typing import Final
+from typing import Any, Final
 
 import torch
 from torch import Tensor
 
-from convexprune.moments import CrossMoments, InputMoments, Moments, TargetMoments, affine
+from convexprune.moments import CrossMoments, InputMoments, Moments, TargetMoments, affine, check_moments
+from convexprune.options import number, numbers, optional, text, whole
 from convexprune.quadratic import Quadratic, Residual
 from convexprune.rounding import gamma, raised
 
@@ -100,6 +101,7 @@ class Layer:
     ) -> Layer:
         """The layer whose inputs are the rows of `inputs` (samples, in); `targets` default to W x + b."""
         _check_weight(name, weight, bias)
+        _check_numbers(name, inputs=inputs, targets=targets)
         if inputs.ndim != 2 or inputs.shape[1] != weight.shape[1]:
             raise ValueError(
                 f"layer {name!r}: inputs have shape {tuple(inputs.shape)}, expected (samples, {weight.shape[1]})"
@@ -162,8 +164,12 @@ class Layer:
         """The layer with given moments; without `cross` the targets are the layer's own outputs W x (+ b).
 
         `energy` is E[y^2] for each output (out,), needed with `cross`: a bound for each neuron needs its own.
+        Raises ValueError for moments that no data has, beyond rounding: a Gram matrix that is not symmetric, a negative
+        energy, an entry above Cauchy-Schwarz. What an asymmetry leaves within rounding is averaged.
         """
         _check_weight(name, weight, bias)
+        numbers(f"layer {name!r}: gram", gram)
+        _check_numbers(name, cross=cross, mean=mean, target_mean=target_mean)
         weight, gram = _double(weight), _double(gram)
         out, width = weight.shape
         _check_array(name, "gram", gram, (width, width))
@@ -173,19 +179,24 @@ class Layer:
                 raise ValueError(f"layer {name!r} has a bias: give the inputs' mean E[x] as well")
         mean = None if mean is None else _double(mean)
         _check_array(name, "mean", mean, (width,))
-        read = Moments.given(samples, gram, mean)
+        _check_possible(name, gram, mean)
+        whole(1)("samples", samples)
+        read = Moments.given(int(samples), gram, mean)
         if cross is None:
             return cls(name, weight, bias, read, None, activation)
         if energy is None:
             raise ValueError(f"layer {name!r}: with `cross`, give `energy` = E[y^2] for each output as well")
+        if not isinstance(energy, Tensor):
+            number()(f"layer {name!r}: energy", energy)
         energies = torch.as_tensor(energy, dtype=torch.float64).cpu().reshape(-1)
         cross, target_mean = _double(cross), None if target_mean is None else _double(target_mean)
         for key, value, shape in (
             ("cross", cross, (out, width)), ("energies", energies, (out,)), ("target_mean", target_mean, (out,)),
         ):  # fmt: skip
             _check_array(name, key, value, shape)
+        _check_possible(name, gram, None, cross, energies, target_mean)
         if target_mean is None and bias is None:
-            read = Moments.given(samples, gram, None)  # moments about a mean need both means
+            read = Moments.given(int(samples), gram, None)  # moments about a mean need both means
         return cls(name, weight, bias, read, CrossMoments.given(cross, energies, target_mean, read), activation)
 
     @property
@@ -341,8 +352,7 @@ class Layer:
         Damping is data: it is folded into the moments, so every solver sees the same problem. The kept inputs no
         longer match the moments and are dropped.
         """
-        if not 0 <= fraction < float("inf"):
-            raise ValueError(f"layer {self.name!r}: damping fraction is {fraction}, expected a finite number >= 0")
+        number(0)(f"layer {self.name!r}: damping fraction", fraction)
         diagonal = self.read.covariance.diagonal()
         ridge = fraction * float((diagonal if self.mean is None else diagonal + self.mean.square()).mean())
         return replace(
@@ -375,6 +385,19 @@ def _double(tensor: Tensor) -> Tensor:
     return tensor.detach().cpu().double()
 
 
+def check_layer(layer: Any) -> None:
+    """Raise TypeError for what is no `Layer`."""
+    if not isinstance(layer, Layer):
+        raise TypeError(
+            f"the layer is a {type(layer).__name__}; give a Layer, as `capture`, `prune` or Layer.from_samples makes it"
+        )
+
+
+def _check_numbers(name: str, **tensors: Tensor | None) -> None:
+    for key, value in tensors.items():
+        optional(numbers)(f"layer {name!r}: {key}", value)
+
+
 def _check_array(name: str, key: str, value: Tensor | None, shape: tuple[int, ...]) -> None:
     if value is None:
         return
@@ -384,7 +407,17 @@ def _check_array(name: str, key: str, value: Tensor | None, shape: tuple[int, ..
         raise ValueError(f"layer {name!r}: {key} holds NaN or inf; check the calibration data")
 
 
+def _check_possible(name: str, *moments: Tensor | None) -> None:
+    try:
+        check_moments(*moments)  # type: ignore[arg-type]  # the first is there
+    except ValueError as error:
+        raise ValueError(f"layer {name!r}: {error}") from error
+
+
 def _check_weight(name: str, weight: Tensor, bias: Tensor | None) -> None:
+    text("name", name)
+    numbers(f"layer {name!r}: weight", weight)
+    _check_numbers(name, bias=bias)
     for key, value in (("weight", weight), ("bias", bias)):
         if value is None:
             continue

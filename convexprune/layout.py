@@ -22,6 +22,8 @@ def check_pattern(pattern: Pattern, shape: tuple[int, int], kernel: int = 1) -> 
     """Raises TypeError for what is no pattern, ValueError for one that does not fit or whose methods disagree."""
     if isinstance(pattern, type):
         raise TypeError(f"the pattern is the class {pattern.__name__}; give an object of it, such as Unstructured(0.5)")
+    if isinstance(pattern, Tensor):
+        raise TypeError("the pattern is a tensor; give Support(mask) for the weights where a boolean mask is True")
     lacking = [name for name in ("quota", "folded", "unfolded") if not callable(getattr(pattern, name, None))]
     if lacking:
         raise TypeError(f"{pattern!r} is not a pattern: it lacks {', '.join(lacking)}; give one such as PerRow(0.5)")

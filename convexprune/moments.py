@@ -27,6 +27,7 @@ from convexprune.rounding import UNIT, gamma, product_minus, raised
 
 ROWS = 1024  # samples that are added at a time
 FIRST = 256  # rows whose mean is the centre
+BEYOND = 1e-4  # relative: moments that are further than this from those of any data are no rounding of float32 sums
 APART = 128  # from so many rows on a batch's products are formed apart: the sums before then round once, not row by row
 
 
@@ -295,6 +296,53 @@ class TargetMoments:
         covariance = torch.addr(self.products, self.targets.sums / n, self.inputs.sums, alpha=-1).div_(n)
         variance = ((self.targets.squares - self.targets.sums.square() / n) / n).clamp(min=0)
         return CrossMoments(mean, variance, covariance, self.targets.doubt(), self.inputs.doubt(), mean_doubt)
+
+
+def check_moments(
+    gram: Tensor,
+    mean: Tensor | None = None,
+    cross: Tensor | None = None,
+    energies: Tensor | None = None,
+    target_mean: Tensor | None = None,
+) -> None:
+    """Raise ValueError for second moments that no data has, by more than rounding.
+
+    A Gram matrix is symmetric, and |E[a b]| <= sqrt(E[a^2] E[b^2]) for any two of inputs, targets and the constant 1.
+    """
+    inputs, one = gram.diagonal().clamp(min=0).sqrt(), torch.ones(1, dtype=torch.float64)
+    targets = one if energies is None else energies.clamp(min=0).sqrt()
+    apart = gram - gram.T
+    found = _beyond(apart, BEYOND * torch.outer(inputs, inputs))
+    if found is not None:
+        i, j = found
+        raise ValueError(
+            f"gram is not symmetric: entry ({i}, {j}) is {float(gram[i, j]):.6g} and entry ({j}, {i}) is "
+            f"{float(gram[j, i]):.6g}, apart by {abs(float(apart[i, j])):.2g}; give E[x x^T]"
+        )
+    if energies is not None and bool((energies < 0).any()):
+        raise ValueError(f"energy holds {float(energies.min()):.6g}; E[y^2] is not negative")
+    for key, entries, rows, columns in (
+        ("gram", gram, inputs, inputs), ("mean", mean, one, inputs), ("cross", cross, targets, inputs),
+        ("target_mean", target_mean, one, targets),
+    ):  # fmt: skip
+        if entries is None:
+            continue
+        entries, limits = entries.reshape(len(rows), len(columns)), torch.outer(rows, columns)
+        found = _beyond(entries, (1 + BEYOND) * limits)
+        if found is not None:
+            raise ValueError(
+                f"{key} holds {float(entries[found]):.6g} where the second moments allow no more than "
+                f"{float(limits[found]):.6g} (Cauchy-Schwarz): no data has these moments; check how they were computed"
+            )
+
+
+def _beyond(entries: Tensor, limits: Tensor) -> tuple[int, int] | None:
+    """Where an entry is furthest beyond its limit."""
+    over = entries.abs() - limits
+    if not bool((over > 0).any()):
+        return None
+    at = int(over.argmax())
+    return at // over.shape[1], at % over.shape[1]
 
 
 def affine(x: Tensor, weight: Tensor, bias: Tensor | None = None, rows: int = 8192) -> Tensor:

@@ -124,6 +124,15 @@ def text(name: str, value: Any) -> None:
         raise TypeError(f"{name} is {value!r}; it must be a string")
 
 
+def numbers(name: str, value: Any) -> None:
+    """A dense tensor of real numbers, on a device that holds them."""
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"{name} is a {type(value).__name__}; give a torch tensor")
+    if value.is_complex() or value.is_quantized or value.layout != torch.strided or value.device.type == "meta":
+        kind = f"{str(value.layout).removeprefix('torch.')} {value.dtype} on {value.device}"
+        raise TypeError(f"{name} is {kind}; give a dense tensor of real numbers")
+
+
 def having(method: str, example: str) -> Check:
     """An object with this method, such as `example`: no class, and no name of one."""
 

@@ -184,7 +184,10 @@ class Blocks:
     def quota(self, shape: tuple[int, int], kernel: int = 1) -> int:
         """The layer's count of blocks."""
         if shape[0] % self.size[0] or shape[1] % self.size[1]:
-            raise ValueError(f"blocks of {self.size} do not tile a layer of shape {tuple(shape)}")
+            raise ValueError(
+                f"blocks of {self.size} do not tile a layer of shape {tuple(shape)}; leave this layer out (build may "
+                "return None) or choose another size"
+            )
         return _count(self.keep, shape[0] * shape[1] // math.prod(self.size), "the layer's blocks are")
 
     def folded(self, values: Tensor, kernel: int = 1) -> Tensor:

@@ -102,6 +102,13 @@ class Solver(Protocol):
         """Propose a point; `start` (M, P) is where to begin."""
 
 
+class Misfit(ValueError):
+    """What a problem is stated with does not fit the layer's shape, whatever the layer reads.
+
+    `prune` raises it before the work begins.
+    """
+
+
 def judge(problem: Problem, x: Tensor, witness: Any = None) -> Certificate:
     """Judge a point, whoever proposed it: its value, its violation, and a lower bound of all feasible points.
 

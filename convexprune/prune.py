@@ -24,11 +24,11 @@ from convexprune.layer import Layer
 from convexprune.network import Calibration, read, write
 from convexprune.network.coverage import Coverage, check_counted, coverage
 from convexprune.network.forward import check_model
-from convexprune.network.names import check_untied
+from convexprune.network.names import check_untied, find
 from convexprune.network.traversal import Traversal
 from convexprune.options import function, optional
 from convexprune.patterns import Unstructured
-from convexprune.problem import LayerProblem, Solver, check_problem, check_solver
+from convexprune.problem import LayerProblem, Misfit, Solver, check_problem, check_solver
 from convexprune.problems import Reconstruction, Stacked, StackedReconstruction, stacked
 from convexprune.recipe import Recipe
 from convexprune.report import Report, Settings
@@ -194,11 +194,9 @@ class _Run:
         found = store.get(module)
         if found is None:
             return
-        parameters, self.finished[module] = found
-        own = dict(self.walk.pruned.get_submodule(module).named_parameters(recurse=False))
-        with torch.no_grad():
-            for key, value in parameters.items():
-                own[key].copy_(value)
+        stored, self.finished[module] = found
+        for name, x in stored.items():
+            write(self.walk.pruned, name, x.double())
         self.used.update({row.solver: None for row in self.finished[module] if row.solver})
 
     def _solve(self, group: Iterable[tuple[str, list[Layer]]]) -> None:
@@ -240,8 +238,12 @@ class _Run:
     def _finish(self, module: str, rows: list[Row]) -> None:
         self.finished[module] = tuple(rows)
         if self.store is not None:
-            own = self.walk.pruned.get_submodule(module).named_parameters(recurse=False)
-            self.store.put(module, dict(own), rows)
+            self.store.put(module, {name: self._as_stored(name) for name in self.walk.names[module]}, rows)
+
+    def _as_stored(self, name: str) -> Tensor:
+        """(M, P), in the dtype that the model has."""
+        place = find(self.walk.pruned, name)
+        return place.read().to(place.stack.weight.dtype)
 
 
 @dataclass(frozen=True)
@@ -342,8 +344,8 @@ class _Plan:
     def of(cls, walk: Traversal, state: State, choose: Choose) -> _Plan:
         """Ask the recipe.
 
-        Raises ValueError where two of the modules that get a problem are tied, TypeError for what is no problem, and
-        what the solver raises of a problem that it does not take.
+        Raises ValueError where two of the modules that get a problem are tied or a pattern does not fit its layer,
+        TypeError for what is no problem, and what the solver raises of a problem that it does not take.
         """
         pruned: list[str] = []
         keep: set[str] = set()
@@ -355,6 +357,8 @@ class _Plan:
             for outline in outlines:
                 try:
                     problem = state(outline)
+                except Misfit:  # the shape is what it is
+                    raise
                 except Exception:  # a recipe that minds the moments: it is asked again when they are there
                     keep.add(module)
                     continue

@@ -20,6 +20,7 @@ class Status(Enum):
     """
 
     CONVERGED = "the stopping rule was met"
+    UNPROVEN = "the point is what an exact method gives, but its certificate does not show that it is optimal"
     MAX_ITER = "the iteration limit was reached; try a larger max_iter"
     TIME_LIMIT = "the time limit was reached; try a larger time_limit"
     INFEASIBLE = "no point satisfies the constraints; try a larger epsilon, or a larger slack"

@@ -85,7 +85,7 @@ class Store:
         return replace(self, _places={module: number for number, module in enumerate(modules)})
 
     def get(self, module: str) -> tuple[dict[str, Tensor], tuple[Row, ...]] | None:
-        """The parameters and the rows of a module that is finished; None where it is not."""
+        """The weights (M, P) of each layer of a module that is finished, and its rows; None where it is not."""
         with extras():
             from safetensors import SafetensorError, safe_open
 
@@ -103,12 +103,12 @@ class Store:
             ) from error
         return {key.removeprefix("weights."): each for key, each in tensors.items() if key.startswith("weights.")}, rows
 
-    def put(self, module: str, parameters: Mapping[str, Tensor], rows: Sequence[Row]) -> None:
+    def put(self, module: str, weights: Mapping[str, Tensor], rows: Sequence[Row]) -> None:
         """Write a module that is finished."""
         with extras():
             from safetensors.torch import save
 
-        tensors = {f"weights.{key}": each.detach().cpu().contiguous() for key, each in parameters.items()}
+        tensors = {f"weights.{key}": each.detach().cpu().contiguous() for key, each in weights.items()}
         for number, row in enumerate(rows):
             for key in ("pattern", "errors"):
                 if getattr(row, key) is not None:

@@ -580,6 +580,63 @@ def test_wrong_options_are_refused(call, error, message):
         call()
 
 
+# ---- what problems are made of ----
+
+
+def layer():
+    return cp.Layer.from_samples(torch.ones(3, 4), torch.eye(4), torch.ones(3))
+
+
+def merging(**figures):
+    return cp.NeuronMerging(**{"incoming": torch.ones(3, 2), "outgoing": torch.ones(1, 3), "keep": 1, **figures})
+
+
+ONE, MASK = torch.ones(1), torch.ones(3, 4) > 0
+STATED = [
+    (lambda: cp.Reconstruction(MASK, cp.PerRow(1)), T, "the layer is a Tensor; give a Layer"),
+    (lambda: cp.Reconstruction(None, cp.PerRow(1)), T, "the layer is a NoneType; give a Layer"),
+    (lambda: cp.Reconstruction(nn.Linear(4, 3), cp.PerRow(1)), T, "the layer is a Linear; give a Layer"),
+    (lambda: cp.Reconstruction(layer(), MASK), T, r"the pattern is a tensor; give Support\(mask\)"),
+    (lambda: cp.Reconstruction(layer(), cp.PerRow(1), always=[1]), T, "always is a list; give a torch tensor"),
+    (lambda: cp.Reconstruction(layer(), cp.PerRow(1), importance=[1.0] * 3), T, "importance is a list"),
+    (lambda: cp.Reconstruction(layer(), cp.PerRow(1), importance=1j * torch.ones(3)), T, "importance is strided"),
+    (lambda: cp.OptimalBrainSurgeon(None, MASK), T, "the layer is a NoneType; give a Layer"),
+    (lambda: cp.OptimalBrainSurgeon(layer(), [1]), T, "removed is a list; give a torch tensor"),
+    (lambda: cp.ErrorBudget([1.0], ONE, ONE, 1.0), T, "gains is a list; give a torch tensor"),
+    (lambda: cp.ErrorBudget(ONE, None, ONE, 1.0), T, "sizes is a NoneType; give a torch tensor"),
+    (lambda: cp.ErrorBudget(ONE, ONE, ONE, True), T, "goal is True"),
+    (lambda: cp.SparsityAllocation(3, 1), T, "curves is 3; give a Curve for each layer"),
+    (lambda: cp.SparsityAllocation(["a"], 1), T, r"curves\[0\] is a str; give a Curve"),
+    (lambda: cp.SparsityAllocation([curve()], "a"), T, "budget is 'a'"),
+    (lambda: merging(incoming=[[1.0]]), T, "incoming is a list; give a torch tensor"),
+    (lambda: merging(incoming=np.ones((3, 2))), T, "incoming is a ndarray; give a torch tensor"),
+    (lambda: merging(incoming=1j * torch.ones(3, 2)), T, "incoming is strided torch.complex64"),
+    (lambda: merging(keep=2.5), T, "keep is 2.5; it must be a whole number from 1 to 3"),
+    (lambda: merging(keep=True), T, "keep is True"),
+    (lambda: merging(gram=[[1.0]]), T, "gram is a list; give a torch tensor"),
+    (lambda: merging(gram=torch.full((2, 2), NAN)), V, "gram holds NaN or inf"),
+    (lambda: merging(gram=tensor([[1.0, 0.5], [0.0, 1.0]])), V, "gram is not symmetric"),
+    (lambda: cp.Layer.from_moments(torch.ones(3, 2), [[1.0]]), T, "gram is a list; give a torch tensor"),
+    (lambda: cp.Layer.from_moments(ONE[None], ONE[None], ONE[None], "a"), T, "energy is 'a'"),
+    (lambda: cp.Layer.from_moments(ONE[None], ONE[None], samples=1.5), T, "samples is 1.5"),
+    (lambda: cp.Layer.from_samples([[1.0]], ONE[None]), T, "weight is a list; give a torch tensor"),
+    (lambda: cp.Layer.from_samples(ONE[None], np.ones((1, 1))), T, "inputs is a ndarray; give a torch tensor"),
+    (lambda: cp.Layer.from_samples(ONE[None], ONE[None].to("meta")), T, "inputs is strided torch.float32 on meta"),
+    (lambda: cp.Layer.from_samples(ONE[None].to_sparse(), ONE[None]), T, "weight is sparse_coo torch.float32"),
+    (lambda: cp.Layer.from_samples(ONE[None], ONE[None], targets=1j * ONE[None]), T, "targets is strided"),
+    (lambda: cp.Layer.from_samples(ONE[None], ONE[None], bias=1.0), T, "bias is a float; give a torch tensor"),
+    (lambda: cp.Layer.from_samples(ONE[None], ONE[None], name=None), T, "name is None; it must be a string"),
+    (lambda: layer().damped(torch.ones(2)), T, "damping fraction is tensor"),
+    (lambda: layer().damped("a"), T, "damping fraction is 'a'"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("call", "error", "message"), STATED, ids=[message for _, _, message in STATED])
+def test_wrong_parts_of_a_problem_are_named(call, error, message):
+    with pytest.raises(error, match=message):
+        call()
+
+
 # ---- files ----
 
 

@@ -173,3 +173,48 @@ def test_a_layer_that_was_counted_has_to_be_pruned():
     curves = cp.rate_distortion(model, [torch.randn(9, 6)])
     with pytest.raises(ValueError, match="gives layer '0' a share"):
         cp.prune(model, [torch.randn(9, 6)], allocation=cp.Allocation(0.5, curves=curves), names="2")
+
+
+class Experts(nn.Module):
+    """Three fused experts, whose weights are one tensor."""
+
+    def __init__(self):
+        super().__init__()
+        self.experts, self.head = nn.Parameter(torch.randn(3, 8, 8)), nn.Linear(8, 5)
+
+    def forward(self, x):
+        return self.head(torch.einsum("bi,eij->bj", x, self.experts))
+
+
+class Recurrent(nn.Module):
+    """A recurrent network with a head."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.head = nn.GRU(8, 8, batch_first=True), nn.Linear(8, 5)
+
+    def forward(self, x):
+        return self.head(self.body(x)[0])
+
+
+@pytest.mark.parametrize(
+    ("make", "shape", "left"),
+    [
+        (Experts, (20, 8), {"experts": 192}),
+        (Recurrent, (20, 3, 8), {"body.weight_ih_l0": 192, "body.weight_hh_l0": 192}),
+        (lambda: nn.Sequential(nn.Conv3d(2, 3, 3), nn.Flatten(), nn.Linear(24, 5)), (20, 2, 4, 4, 4), {}),
+    ],
+    ids=["experts", "recurrent", "volumes"],
+)
+@pytest.mark.parametrize("budget", [None, 0.5])
+def test_the_share_of_the_model_is_what_is_in_it(make, shape, left, budget):
+    model = make()
+    allocation = None if budget is None else cp.Allocation(budget)
+    pruned, report = cp.prune(model, [torch.randn(shape)], None if budget else half, allocation=allocation)
+    weights = [p for p in pruned.parameters() if p.ndim > 1]
+    total = sum(p.numel() for p in weights)
+    assert report.model_kept_fraction == pytest.approx(sum(int((p != 0).sum()) for p in weights) / total)
+    assert {held.name: held.weights for held in report.coverage.tensors if held.name in left} == left
+    assert all(bool(held.why) == (held.name in left) for held in report.coverage.tensors)
+    for name in left:
+        assert name in str(report)

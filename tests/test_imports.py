@@ -50,7 +50,7 @@ ALLOWED = {
     "rounding": set(),
     "moments": {"rounding"},
     "quadratic": {"moments", "rounding"},
-    "layer": {"moments", "quadratic", "rounding"},
+    "layer": {"moments", "options", "quadratic", "rounding"},
     "patterns": {"options"},
     "layout": {"patterns"},
     "solution": set(),

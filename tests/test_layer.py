@@ -6,6 +6,7 @@ from instances import random_layer
 
 from convexprune.layer import Layer
 from convexprune.moments import InputMoments, TargetMoments
+from convexprune.problems import NeuronMerging
 
 
 def weight(out=3, inputs=5):
@@ -139,3 +140,40 @@ def test_moments_without_samples_say_so_when_samples_are_needed():
         moments.affine_inputs  # noqa: B018
     with pytest.raises(ValueError, match="mean"):
         Layer.from_moments(layer.weight, layer.gram, bias=layer.bias)
+
+
+@pytest.mark.parametrize(
+    ("moments", "words"),
+    [
+        ({"gram": [[1.0, 0.5], [0.1, 1.0]]}, r"not symmetric: entry \(0, 1\) is 0.5 and entry \(1, 0\) is 0.1, .* 0.4"),
+        ({"gram": [[1e8, 0.0], [0.01, 1e-8]]}, "gram is not symmetric"),
+        ({"gram": [[0.0, 1.0], [0.0, 1.0]]}, "gram is not symmetric"),
+        ({"gram": [[1.0, 2.0], [2.0, 1.0]]}, "gram holds 2 where the second moments allow no more than 1"),
+        ({"gram": [[-1.0, 0.0], [0.0, 1.0]]}, "gram holds -1 where"),
+        ({"mean": [5.0, 0.0]}, "mean holds 5 where the second moments allow no more than 1"),
+        ({"cross": [[1.0, 0.0]], "energy": -1.0}, "energy holds -1; E.y.2. is not negative"),
+        ({"cross": [[3.0, 0.0]], "energy": 4.0}, "cross holds 3 where the second moments allow no more than 2"),
+        (
+            {"cross": [[1.0, 0.0]], "energy": 4.0, "mean": [0.0, 0.0], "target_mean": [-3.0]},
+            "target_mean holds -3 where",
+        ),
+        ({"samples": 0}, "samples is 0; it must be a whole number >= 1"),
+    ],
+)
+def test_moments_that_no_data_has_are_refused(moments, words):
+    given = {"gram": [[1.0, 0.0], [0.0, 1.0]], **moments}
+    given = {key: value if isinstance(value, (int, float)) else torch.tensor(value) for key, value in given.items()}
+    with pytest.raises(ValueError, match=words):
+        Layer.from_moments(torch.ones(1, 2), name="fc", **given)
+    if len(given) == 1 and given["gram"].min() >= 0:
+        with pytest.raises(ValueError, match=words):
+            NeuronMerging(torch.ones(3, 2), torch.ones(1, 3), keep=1, **given)
+
+
+def test_an_asymmetry_of_rounding_is_averaged():
+    x = torch.randn(2000, 5, generator=torch.Generator().manual_seed(3)) + 3
+    gram = sum(block.T @ block for block in x.split(7)) / 2000
+    gram[0, 1] *= 1 + 2e-6
+    even = Layer.from_moments(torch.ones(1, 5), gram, mean=x.mean(0)).gram
+    torch.testing.assert_close(even, (gram.double() + gram.double().T) / 2, rtol=1e-12, atol=0)
+    assert bool((even == even.T).all())

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import exact
 import pytest
 import torch
 from instances import cascade_layer, random_layer
@@ -131,3 +132,37 @@ def test_a_quadratic_of_ones_own_is_solved_as_it_stands(solver):
     theirs = OptimalBrainSurgeon(layer, some(0.4))
     ours = Ridge(layer.gram, layer.weight, theirs.removed)
     torch.testing.assert_close(solve(ours, solver).x, solve(theirs, solver).x, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("solver", [ClosedForm(), KKT()])
+def test_converged_means_proven_optimal(solver):
+    """Layers whose bias is removed, with means up to a million times what the inputs vary by."""
+    statuses = set()
+    for seed in range(40):
+        generator = torch.Generator().manual_seed(seed)
+        mean = 10 ** float(6 * torch.rand(1, generator=generator, dtype=torch.float64))
+        x = torch.randn(60, 5, generator=generator, dtype=torch.float64) + mean
+        weight = torch.randn(3, 5, generator=generator)
+        removed = torch.rand(3, 6, generator=generator) < 0.4
+        removed[:, 5] = True
+        problem = OptimalBrainSurgeon(Layer.from_samples(weight, x, torch.randn(3, generator=generator)), removed)
+        found = solve(problem, solver)
+        least = float(exact.surgeon(problem))
+        assert found.certificate.bound <= least <= found.certificate.value * (1 + 1e-12)
+        assert found.certificate.value <= least * (1 + 1e-4)
+        proven = found.certificate.relative_gap <= 1e-6
+        assert (found.status is Status.CONVERGED) == proven
+        assert found.status in (Status.CONVERGED, Status.UNPROVEN)
+        assert ("does not show" in found.note) != proven
+        statuses.add(found.status)
+    assert len(statuses) == 2
+
+
+def test_a_singular_layer_is_unproven_and_a_damped_one_is_proven():
+    x = torch.randn(30, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    x[:, 4] = x[:, 5]
+    layer = Layer.from_samples(torch.ones(3, 6), x, activation=None)
+    for solver in (ClosedForm(), KKT()):
+        found = solve(OptimalBrainSurgeon(layer, some(0.4)[:3]), solver)
+        assert found.status in (Status.UNPROVEN, Status.NUMERICAL)
+        assert solve(OptimalBrainSurgeon(layer.damped(1e-6), some(0.4)[:3]), solver).status is Status.CONVERGED

@@ -9,9 +9,9 @@ from torch import nn
 
 from convexprune import datasets
 from convexprune.network import Calibration, capture, read
-from convexprune.patterns import Unstructured
+from convexprune.patterns import NM, Blocks, Channels, PerRow, Support, Unstructured
 from convexprune.problem import judge
-from convexprune.problems import L1Reconstruction, NetTrim
+from convexprune.problems import L1Reconstruction, NetTrim, OptimalBrainSurgeon, Reconstruction
 from convexprune.prune import prune
 from convexprune.report.progress import Progress
 from convexprune.solution import Attempt, Status
@@ -343,3 +343,41 @@ def test_of_tied_layers_only_one_is_pruned(batches):
         prune(net, batches, trim, ADMM(max_iter=10))
     pruned, _ = prune(net, batches, trim, ADMM(max_iter=10), names=["2"])
     assert pruned[0].weight is pruned[2].weight
+
+
+@pytest.mark.parametrize("mode", ["parallel", "cascade", "residual"])
+@pytest.mark.parametrize(
+    ("recipe", "words"),
+    [
+        (lambda layer: Reconstruction(layer, NM(2, 4)), r"layer '2': NM\(2, 4\) does not fit 3 input channels"),
+        (
+            lambda layer: Reconstruction(layer, Blocks((4, 4), 0.5)),
+            r"layer '2': blocks of \(4, 4\) do not tile a layer",
+        ),
+        (lambda layer: Reconstruction(layer, PerRow(20)), "layer '4': keep is 20, but a neuron has only 8"),
+        (lambda layer: Reconstruction(layer, Channels(4)), "layer '2': keep is 4, but the layer's channels"),
+        (
+            lambda layer: Reconstruction(layer, Support(torch.ones(4, 27) > 0)),
+            r"layer '2': the support has shape \(4, 27\)",
+        ),
+        (
+            lambda layer: Reconstruction(layer, PerRow(0.5), importance=torch.ones(4)),
+            "layer '2': importance must be 8 finite numbers",
+        ),
+        (
+            lambda layer: OptimalBrainSurgeon(layer, torch.ones(4, 27) > 0),
+            r"layer '2': removed is torch.bool \(4, 27\); expected a boolean mask \(8, 27\)",
+        ),
+    ],
+)
+def test_what_does_not_fit_a_layer_is_said_before_any_work(recipe, words, mode):
+    """The first convolution would be solved before the one of 3 x 3 x 3 = 27 inputs is asked for."""
+    net = nn.Sequential(nn.Conv2d(4, 3, 1), nn.ReLU(), nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(8, 4))
+    heard = []
+
+    def build(layer):
+        return Reconstruction(layer, PerRow(0.5)) if layer.name == "0" else recipe(layer)
+
+    with pytest.raises(ValueError, match=words):
+        prune(net, [torch.randn(20, 4, 3, 3)], build, mode=mode, progress=heard.append)
+    assert [event for event in heard if event.stage == "solve"] == []

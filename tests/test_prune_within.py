@@ -148,3 +148,21 @@ def test_a_goal_that_no_network_meets_is_named():
     free = lambda layer, epsilon: cp.L1Reconstruction(layer, 0.1)  # noqa: E731
     with pytest.raises(ValueError, match="networks was within an error of 1e-08"):
         cp.prune_within(net, [torch.randn(12, 4)], cp.Goal(1e-8, rounds=12), free, Careless())
+
+
+def test_no_scales_make_the_budget_spend_more_than_the_goal():
+    """Sums that cancelled spent 51% too much, and said CONVERGED, where figures were 1e20 times as large as others."""
+    for seed in range(150):
+        generator = torch.Generator().manual_seed(seed)
+
+        def draw(count, spread=(1, 4, 10)[seed % 3], generator=generator):
+            return 10 ** (spread * torch.randn(count, generator=generator, dtype=torch.float64))
+
+        count = 1 + seed % 7
+        problem = cp.ErrorBudget(draw(count), draw(count), draw(count), float(draw(1)))
+        found = cp.solve(problem)
+        assert found.status is cp.Status.CONVERGED
+        assert found.certificate.violation == 0
+        value, bound = found.certificate.value, found.certificate.bound
+        assert bound <= value + problem.rounding(found.x)
+        assert value - bound <= 1e-9 * value + 1e-11 * float(problem.sizes.sum())

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from convexprune.extras import extras
 from convexprune.forms import BudgetProblem
+from convexprune.options import numbers, positive
 from convexprune.problem import Formulation
 from convexprune.rounding import down, gamma, raised, total, total_doubt, up
 
@@ -43,6 +44,7 @@ class ErrorBudget(BudgetProblem):
 
     def __post_init__(self) -> None:
         for name, least in (("gains", "0"), ("sizes", "a number > 0"), ("caps", "a number > 0")):
+            numbers(name, getattr(self, name))
             value = getattr(self, name).detach().cpu().double()
             object.__setattr__(self, name, value)
             if value.ndim != 1 or len(value) != len(self.gains) or not len(value):
@@ -51,8 +53,7 @@ class ErrorBudget(BudgetProblem):
             if bool(poor.any()):
                 index = int(poor.nonzero()[0])
                 raise ValueError(f"{name}[{index}] is {float(value[index])}; it must be finite, at least {least}")
-        if not 0 < self.goal < float("inf"):
-            raise ValueError(f"goal is {self.goal}; it must be a finite number > 0")
+        positive("goal", self.goal)
 
     @property
     def shape(self) -> tuple[int, int]:

@@ -24,7 +24,8 @@ from torch import Tensor
 
 from convexprune.extras import extras
 from convexprune.forms import MergingProblem
-from convexprune.moments import Moments
+from convexprune.moments import Moments, check_moments
+from convexprune.options import number, numbers, optional, whole
 from convexprune.problem import Formulation
 from convexprune.quadratic import Quadratic
 from convexprune.rounding import down, gamma, lowered, raised, total, total_doubt, up
@@ -55,6 +56,7 @@ class NeuronMerging(MergingProblem):
 
     def __post_init__(self) -> None:
         for name in ("incoming", "outgoing"):
+            numbers(name, getattr(self, name))
             value = getattr(self, name).detach().cpu().double()
             if value.ndim != 2 or not bool(torch.isfinite(value).all()):
                 raise ValueError(f"{name} has shape {tuple(value.shape)}; it must be a matrix of finite numbers")
@@ -64,12 +66,15 @@ class NeuronMerging(MergingProblem):
             raise ValueError(f"outgoing has {self.outgoing.shape[1]} columns for {n} neurons")
         if (self.keep is None) == (self.max_saliency is None):
             raise ValueError("give either keep, the number of survivors, or max_saliency")
-        if self.keep is not None and not 1 <= self.keep <= n:
-            raise ValueError(f"keep is {self.keep}; it must be between 1 and the {n} neurons")
-        if self.max_saliency is not None and not 0 <= self.max_saliency < math.inf:
-            raise ValueError(f"max_saliency is {self.max_saliency}; it must be a finite number >= 0")
+        optional(whole(1, n))("keep", self.keep)
+        optional(number(0))("max_saliency", self.max_saliency)
+        optional(numbers)("gram", self.gram)
         if self.gram is not None and tuple(self.gram.shape) != (width, width):
             raise ValueError(f"gram has shape {tuple(self.gram.shape)}, expected {(width, width)}")
+        if self.gram is not None:
+            if not bool(torch.isfinite(self.gram).all()):
+                raise ValueError("gram holds NaN or inf; give finite numbers")
+            check_moments(self.gram.detach().cpu().double())
 
     @property
     def shape(self) -> tuple[int, int]:

@@ -25,8 +25,9 @@ from torch import Tensor
 
 from convexprune.extras import extras
 from convexprune.forms import EqualityQuadratic, LeastSquares
-from convexprune.layer import Layer
-from convexprune.problem import Formulation
+from convexprune.layer import Layer, check_layer
+from convexprune.options import numbers
+from convexprune.problem import Formulation, Misfit
 from convexprune.quadratic import Quadratic
 from convexprune.rounding import down, gamma, raised, total, total_doubt, up
 
@@ -59,10 +60,13 @@ class OptimalBrainSurgeon(EqualityQuadratic):
     removed: Tensor
 
     def __post_init__(self) -> None:
+        check_layer(self.layer)
+        numbers(f"layer {self.layer.name!r}: removed", self.removed)
         shapes = (tuple(self.layer.weight.shape), self.shape)
         if self.removed.dtype != torch.bool or tuple(self.removed.shape) not in shapes:
-            raise ValueError(
-                f"removed is {self.removed.dtype} {tuple(self.removed.shape)}; expected a boolean mask {shapes[0]}"
+            raise Misfit(
+                f"layer {self.layer.name!r}: removed is {self.removed.dtype} {tuple(self.removed.shape)}; expected a "
+                f"boolean mask {shapes[0]}"
             )
         if tuple(self.removed.shape) != self.shape:  # the bias stays
             stays = torch.zeros(self.shape[0], 1, dtype=torch.bool)

@@ -22,10 +22,11 @@ from torch import Tensor
 
 from convexprune.extras import extras
 from convexprune.forms import GroupedLeastSquares, PerspectiveProblem
-from convexprune.layer import Layer
+from convexprune.layer import Layer, check_layer
 from convexprune.layout import Layout, check_pattern
+from convexprune.options import numbers, optional
 from convexprune.patterns import Pattern, excess, select
-from convexprune.problem import Formulation
+from convexprune.problem import Formulation, Misfit
 from convexprune.quadratic import Quadratic, Step
 from convexprune.rounding import UNIT, down, gamma, lowered, raised, total, total_doubt, up
 
@@ -68,18 +69,21 @@ class Reconstruction(PerspectiveProblem):
     importance: Tensor | None = None
 
     def __post_init__(self) -> None:
+        check_layer(self.layer)
+        for key in ("always", "importance"):
+            optional(numbers)(f"layer {self.layer.name!r}: {key}", getattr(self, key))
         out = len(self.layer.weight)
         if self.importance is not None and (
             tuple(self.importance.shape) != (out,)
             or not bool(torch.isfinite(self.importance).all() & (self.importance > 0).all())
         ):
             name = self.layer.name
-            raise ValueError(
+            raise Misfit(
                 f"layer {name!r}: importance must be {out} finite numbers > 0, one for each output of the layer"
             )
         shape = (self.layer.weight.shape[0], self.layer.weight.shape[1])
         if self.always is not None and (self.always.dtype != torch.bool or tuple(self.always.shape) != shape):
-            raise ValueError(
+            raise Misfit(
                 f"layer {self.layer.name!r}: always is {self.always.dtype} {tuple(self.always.shape)}; expected a "
                 f"boolean mask {shape}"
             )
@@ -87,7 +91,7 @@ class Reconstruction(PerspectiveProblem):
             check_pattern(self.pattern, shape, self.kernel)
             self.select(torch.zeros(shape, dtype=torch.float64))
         except ValueError as error:
-            raise ValueError(f"layer {self.layer.name!r}: {error}") from error
+            raise Misfit(f"layer {self.layer.name!r}: {error}") from error
 
     @property
     def shape(self) -> tuple[int, int]:

@@ -9,7 +9,7 @@ Source: Xu et al., ICCV 2023, eq. 8; Sinha, Zoltners, Oper. Res. 1979.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -21,6 +21,7 @@ from convexprune import knapsack
 from convexprune.curve import EXACT, Curve
 from convexprune.extras import extras
 from convexprune.forms import KnapsackProblem
+from convexprune.options import number
 from convexprune.problem import Formulation
 from convexprune.rounding import UNIT, down, gamma, up
 
@@ -40,12 +41,16 @@ class SparsityAllocation(KnapsackProblem):
     budget: float
 
     def __init__(self, curves: Sequence[Curve], budget: float) -> None:
+        if not isinstance(curves, Iterable):
+            raise TypeError(f"curves is {curves!r}; give a Curve for each layer")
         object.__setattr__(self, "curves", tuple(curves))
+        number(0)("budget", budget)
         object.__setattr__(self, "budget", float(budget))
+        for at, curve in enumerate(self.curves):
+            if not isinstance(curve, Curve):
+                raise TypeError(f"curves[{at}] is a {type(curve).__name__}; give a Curve for each layer")
         if not self.curves:
             raise ValueError("no curves; give one for each layer")
-        if not 0 <= self.budget < math.inf:
-            raise ValueError(f"budget is {budget}; it must be a finite number >= 0")
         names = [curve.name for curve in self.curves]
         twice = sorted({name for name in names if names.count(name) > 1}) if len(set(names)) < len(names) else []
         if twice:

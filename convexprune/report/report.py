@@ -148,7 +148,9 @@ class Report:
         refused = tuple(f"left dense: {row.name}: {row.refusal}" for row in self.rows if row.refusal)
         singular = ("singular Gram matrices: " + "; ".join(poor),) if poor else ()
         ridges = ("damped Gram matrices: " + "; ".join(damped),) if damped else ()
-        return (kept, *covered, *refused, *self.network.lines(), *shares, *singular, *ridges)
+        notes = dict.fromkeys(row.note for row in self.rows if row.note)
+        said = (f"{note}: {', '.join(row.name for row in self.rows if row.note == note)}" for note in notes)
+        return (kept, *covered, *refused, *self.network.lines(), *shares, *singular, *ridges, *said)
 
     @property
     def distortion(self) -> float | None:

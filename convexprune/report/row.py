@@ -29,6 +29,7 @@ LEGEND: Final = (
 )
 _STOPPED: Final = {
     Status.CONVERGED: "converged",
+    Status.UNPROVEN: "not proven optimal",
     Status.MAX_ITER: "iteration limit",
     Status.TIME_LIMIT: "time limit",
     Status.INFEASIBLE: "infeasible",
@@ -85,6 +86,7 @@ class Row:
 
     refusal: str = ""  # why the solver's point was not written, if so
     solver: str = ""  # what solved the problem, with its options
+    note: str = ""  # the solver's, such as a change of precision
 
     def __post_init__(self) -> None:
         if self.module is None:

@@ -53,6 +53,7 @@ def row_of(
         trace=solution.trace,
         refusal=refusal,
         solver=solution.solver,
+        note=solution.note,
     )
 
 

@@ -34,9 +34,12 @@ class WaterFilling:
             return Attempt(problem.caps[:, None].clone(), 0.0, Status.CONVERGED, 1)
         breaks, order = (full / problem.sizes).sort()
         # with k layers at their caps, the other layers share the rest of the goal in proportion to their sizes
-        rest = problem.goal - (full[order].cumsum(0) - full[order])
+        rest = problem.goal - full[order].cumsum(0).roll(1).index_fill(0, torch.tensor(0), 0.0)
         levels = rest / problem.sizes[order].flip(0).cumsum(0).flip(0)
         breaks[-1] = float("inf")
         level = float(levels[int((levels <= breaks).nonzero()[0])])
         errors = torch.minimum(problem.caps, level * problem.sizes / problem.gains.clamp(min=1e-300))
+        over = problem.violation(errors[:, None])
+        if over:  # what rounding spent too much
+            errors = errors * (1 - 2 * over - 2.0**-52)
         return Attempt(errors[:, None], 1 / level, Status.CONVERGED, 1)

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from convexprune.forms import GroupedLeastSquares
-from convexprune.layout import Grid
 from convexprune.options import check_options
 from convexprune.patterns import excess
 from convexprune.solution import Attempt, Status
@@ -104,19 +103,26 @@ class ExactOBS:
         Raises torch.linalg.LinAlgError where rounding leaves no finite cost before the pattern is met.
         """
         layout, grid = gridded(problem, "ExactOBS")
+        note = ""
         if layout.forced:
             mask = problem.select(torch.ones_like(problem.target))
-        elif layout.groups == 1:
-            mask = grid.spread(self.traces(problem).support(layout.quota))
         else:
-            mask = grid.spread(self._grouped(problem, grid, layout.quota))
+            walk = _Walk(problem, self)
+            note = walk.scaled.note
+            if layout.groups == 1:
+                mask = grid.spread(self._traced(problem, walk).support(layout.quota))
+            else:
+                mask = grid.spread(self._grouped(problem, walk, layout.quota))
         if excess(problem.pattern, mask, problem.kernel):
             raise NotDefinite("no cell that is left has a finite cost")
-        return Attempt(problem.completed(refitted(problem, mask)), None, Status.CONVERGED, int((~mask).sum()))
+        x = problem.completed(refitted(problem, mask))
+        return Attempt(x, None, Status.CONVERGED, int((~mask).sum()), note=note)
 
     def traces(self, problem: GroupedLeastSquares) -> Traces:
         """The whole record of every bundle; cells with a weight in `problem.always` leave last."""
-        walk = _Walk(problem, self)
+        return self._traced(problem, _Walk(problem, self))
+
+    def _traced(self, problem: GroupedLeastSquares, walk: _Walk) -> Traces:
         order = torch.full(walk.full.shape, -1)
         cost = torch.full(walk.full.shape, torch.inf, dtype=torch.float64)
         for bundles in self._turns(problem, len(order)):
@@ -139,9 +145,9 @@ class ExactOBS:
                 part.leave(slots, chosen)
         return Traces(order, cost)
 
-    def _grouped(self, problem: GroupedLeastSquares, grid: Grid, quota: int) -> Tensor:
+    def _grouped(self, problem: GroupedLeastSquares, walk: _Walk, quota: int) -> Tensor:
         """(B, K) bool."""
-        walk, apart = _Walk(problem, self), grid.apart
+        grid, apart = walk.grid, walk.grid.apart
         if apart is None:
             part = walk.whole(torch.arange(len(grid.group)))
             group = grid.group.to(part.index.device)
@@ -169,6 +175,7 @@ class _Walk:
 
     def __init__(self, problem: GroupedLeastSquares, options: ExactOBS) -> None:
         self.scaled = Scaled.of(problem, options.device, options.dtype)
+        self.scaled.check_inverses()
         self.grid = grid = gridded(problem, "ExactOBS")[1]
         self.full = grid.allowed & grid.holding(self.scaled.grams.rows(self.scaled.live).cpu())
         self.pinned = None if problem.always is None else grid.holding(problem.always)

@@ -15,6 +15,7 @@ from torch import Tensor
 from convexprune.forms import EqualityQuadratic, LeastSquares
 from convexprune.options import check_options, whole
 from convexprune.solution import Attempt, Status
+from convexprune.solvers.least_squares.closed_form import shown
 from convexprune.solvers.least_squares.spd_inverse import NotDefinite
 
 
@@ -38,7 +39,7 @@ class KKT:
         return self
 
     def solve(self, problem: EqualityQuadratic, start: Tensor | None = None) -> Attempt:
-        """The minimiser is its own witness. Status NUMERICAL where a KKT matrix is singular."""
+        """The minimiser is its own witness, as for `ClosedForm`. Status NUMERICAL where a KKT matrix is singular."""
         self.adapted(problem)
         x: Tensor | None = None
         for piece in problem.pieces():
@@ -49,8 +50,7 @@ class KKT:
             x = found.new_zeros(len(piece.neurons), found.shape[1]) if x is None else x
             x[piece.neurons] = torch.where(piece.removed, 0.0, found)
         assert x is not None  # every neuron is in a piece
-        x = problem.completed(x)
-        return Attempt(x, x, Status.CONVERGED, 1)
+        return shown(problem, problem.completed(x))
 
 
 def _solved(piece: LeastSquares, row: int) -> Tensor:

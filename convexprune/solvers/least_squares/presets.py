@@ -126,6 +126,7 @@ class Balanced:
     def attempted(self, problem: GroupedLeastSquares) -> Attempt:
         """The attempt in the precision that `dtype` says."""
         scaled = Scaled.of(problem, self.device, self.dtype)
+        scaled.check_inverses()
         sparse, steps, _ = RisingPenalty(self.grow, every=2, max_iter=45).descend(problem, scaled)
         search = SwapSearch(rounds=self.rounds, enter=0.03)
         mask, weights, rounds, status = search.improve(problem, scaled, sparse)
@@ -133,7 +134,7 @@ class Balanced:
             status = Status.CONVERGED
         cross = scaled.grams64.product(scaled.optimum64)
         weights = improved_on_support(scaled.grams64, cross, weights.cpu().double(), mask.cpu(), 12)
-        return Attempt(problem.completed(scaled.restored(weights)), None, status, steps + rounds)
+        return Attempt(problem.completed(scaled.restored(weights)), None, status, steps + rounds, note=scaled.note)
 
 
 @dataclass(frozen=True)
@@ -186,11 +187,13 @@ class Best:
         """The attempt in the precision that `dtype` says."""
         begun = time.perf_counter()
         scaled = Scaled.of(problem, self.device, self.dtype)
+        scaled.check_inverses()
         sparse, steps, _ = RisingPenalty(self.grow, time_limit=self.time_limit).descend(problem, scaled)
         left = None if self.time_limit is None else max(self.time_limit - (time.perf_counter() - begun), 1e-9)
         search = SwapSearch(rounds=self.rounds, time_limit=left)
         mask, _, rounds, status = search.improve(problem, scaled, sparse)
-        return Attempt(problem.completed(refitted(problem, mask.cpu())), None, status, steps + rounds)
+        x = problem.completed(refitted(problem, mask.cpu()))
+        return Attempt(x, None, status, steps + rounds, note=scaled.note)
 
 
 def _swapping(solver: Balanced | Best, problem: GroupedLeastSquares) -> Solver:

@@ -95,12 +95,13 @@ class SwapSearch:
     def attempted(self, problem: GroupedLeastSquares, start: Tensor | None) -> Attempt:
         """The search in the precision that `dtype` says."""
         scaled = Scaled.of(problem, self.device, self.dtype)
+        scaled.check_inverses()
         weights = scaled.dense if start is None else scaled.taken(start[:, : scaled.dense.shape[1]])
         mask, _, rounds, status = self.improve(problem, scaled, weights)
         x = problem.completed(refitted(problem, mask.cpu()))
         if start is not None and problem.violation(start) == 0 and problem.value(start) < problem.value(x):
             x = start.detach().cpu().double()
-        return Attempt(x, None, status, rounds)
+        return Attempt(x, None, status, rounds, note=scaled.note)
 
     def improve(
         self, problem: GroupedLeastSquares, scaled: Scaled, weights: Tensor
