@@ -583,7 +583,7 @@ def test_wrong_options_are_refused(call, error, message):
 # ---- what problems are made of ----
 
 
-def layer():
+def a_layer():
     return cp.Layer.from_samples(torch.ones(3, 4), torch.eye(4), torch.ones(3))
 
 
@@ -591,17 +591,17 @@ def merging(**figures):
     return cp.NeuronMerging(**{"incoming": torch.ones(3, 2), "outgoing": torch.ones(1, 3), "keep": 1, **figures})
 
 
-ONE, MASK = torch.ones(1), torch.ones(3, 4) > 0
+ONE, ROWS = torch.ones(1), torch.ones(3, 4) > 0
 STATED = [
-    (lambda: cp.Reconstruction(MASK, cp.PerRow(1)), T, "the layer is a Tensor; give a Layer"),
+    (lambda: cp.Reconstruction(ROWS, cp.PerRow(1)), T, "the layer is a Tensor; give a Layer"),
     (lambda: cp.Reconstruction(None, cp.PerRow(1)), T, "the layer is a NoneType; give a Layer"),
     (lambda: cp.Reconstruction(nn.Linear(4, 3), cp.PerRow(1)), T, "the layer is a Linear; give a Layer"),
-    (lambda: cp.Reconstruction(layer(), MASK), T, r"the pattern is a tensor; give Support\(mask\)"),
-    (lambda: cp.Reconstruction(layer(), cp.PerRow(1), always=[1]), T, "always is a list; give a torch tensor"),
-    (lambda: cp.Reconstruction(layer(), cp.PerRow(1), importance=[1.0] * 3), T, "importance is a list"),
-    (lambda: cp.Reconstruction(layer(), cp.PerRow(1), importance=1j * torch.ones(3)), T, "importance is strided"),
-    (lambda: cp.OptimalBrainSurgeon(None, MASK), T, "the layer is a NoneType; give a Layer"),
-    (lambda: cp.OptimalBrainSurgeon(layer(), [1]), T, "removed is a list; give a torch tensor"),
+    (lambda: cp.Reconstruction(a_layer(), ROWS), T, r"the pattern is a tensor; give Support\(mask\)"),
+    (lambda: cp.Reconstruction(a_layer(), cp.PerRow(1), always=[1]), T, "always is a list; give a torch tensor"),
+    (lambda: cp.Reconstruction(a_layer(), cp.PerRow(1), importance=[1.0] * 3), T, "importance is a list"),
+    (lambda: cp.Reconstruction(a_layer(), cp.PerRow(1), importance=1j * torch.ones(3)), T, "importance is strided"),
+    (lambda: cp.OptimalBrainSurgeon(None, ROWS), T, "the layer is a NoneType; give a Layer"),
+    (lambda: cp.OptimalBrainSurgeon(a_layer(), [1]), T, "removed is a list; give a torch tensor"),
     (lambda: cp.ErrorBudget([1.0], ONE, ONE, 1.0), T, "gains is a list; give a torch tensor"),
     (lambda: cp.ErrorBudget(ONE, None, ONE, 1.0), T, "sizes is a NoneType; give a torch tensor"),
     (lambda: cp.ErrorBudget(ONE, ONE, ONE, True), T, "goal is True"),
@@ -626,8 +626,8 @@ STATED = [
     (lambda: cp.Layer.from_samples(ONE[None], ONE[None], targets=1j * ONE[None]), T, "targets is strided"),
     (lambda: cp.Layer.from_samples(ONE[None], ONE[None], bias=1.0), T, "bias is a float; give a torch tensor"),
     (lambda: cp.Layer.from_samples(ONE[None], ONE[None], name=None), T, "name is None; it must be a string"),
-    (lambda: layer().damped(torch.ones(2)), T, "damping fraction is tensor"),
-    (lambda: layer().damped("a"), T, "damping fraction is 'a'"),
+    (lambda: a_layer().damped(torch.ones(2)), T, "damping fraction is tensor"),
+    (lambda: a_layer().damped("a"), T, "damping fraction is 'a'"),
 ]  # fmt: skip
 
 
