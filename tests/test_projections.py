@@ -15,6 +15,7 @@ from convexprune.network import Calibration, capture, read, write
 from convexprune.network.expansion import expanded
 from convexprune.network.names import stacks
 from convexprune.network.projections import named_layers
+from convexprune.network.traversal import Traversal
 
 MODES = ["parallel", "cascade", "residual"]
 
@@ -264,7 +265,7 @@ class Experts(nn.Module):
         super().__init__()
         self.gate_up_proj = nn.Parameter(torch.randn(count, 2 * inner, width))
         self.down_proj = nn.Parameter(torch.randn(count, width, inner))
-        self.is_transposed = self.has_bias = False
+        self.is_transposed = False
 
     def forward(self, hidden, index, weights):
         made = torch.zeros_like(hidden)
@@ -274,6 +275,37 @@ class Experts(nn.Module):
             part = F.linear(gate.relu() * up, self.down_proj[expert]) * weights[token, place, None]
             made.index_add_(0, token, part)
         return made
+
+
+class Turned(Experts):
+    """The same with (experts, in, out), and with products for Linears."""
+
+    def __init__(self, experts):
+        nn.Module.__init__(self)
+        self.gate_up_proj = nn.Parameter(experts.gate_up_proj.detach().mT.contiguous())
+        self.down_proj = nn.Parameter(experts.down_proj.detach().mT.contiguous())
+        self.is_transposed = True
+
+    def forward(self, hidden, index, weights):
+        raise NotImplementedError  # replaced below
+
+
+def _turned(self, hidden, index, weights):
+    made = torch.zeros_like(hidden)
+    for expert in index.unique():
+        place, token = torch.where(expert == index.T)
+        gate, up = (hidden[token] @ self.gate_up_proj[expert]).chunk(2, -1)
+        part = (gate.relu() * up) @ self.down_proj[expert] * weights[token, place, None]
+        made.index_add_(0, token, part)
+    return made
+
+
+@functools.wraps(_turned)
+def _called(self, hidden, index, weights):
+    return _turned(self, hidden, index, weights)
+
+
+Turned.forward = _called
 
 
 class Mixed(nn.Module):
@@ -382,12 +414,27 @@ def test_a_mask_of_tokens_holds_for_experts(mode):
         capture(model, Calibration([x], mask=lambda batch: real[:, :-1], names=NAMES))
 
 
-def test_experts_that_are_no_linears_are_left_and_said():
-    model, x = Mixed(), torch.randn(30, 7, 6)
-    model.experts.is_transposed = True
-    _, report = cp.prune(model, [x], half, cp.Magnitude())
-    assert len(report.rows) == 2
-    assert "no layer kind for the gate_up_proj of a Experts: experts.gate_up_proj" in str(report)
+@pytest.mark.parametrize("mode", MODES)
+def test_experts_that_are_stored_the_other_way_round_are_the_same(mode):
+    model, other, data = Mixed(), Mixed(), [torch.randn(30, 7, 6), torch.randn(20, 7, 6)]
+    other.experts = Turned(other.experts)
+    pruned, report = cp.prune(model, data, half, cp.Magnitude(), mode)
+    turned, its = cp.prune(other, data, half, cp.Magnitude(), mode)
+    assert [row.name for row in its.rows] == [row.name for row in report.rows]
+    for mine, row in zip(report.rows, its.rows, strict=True):
+        assert (row.shape, row.kept) == (mine.shape, mine.kept)
+        assert row.error == pytest.approx(mine.error, rel=1e-4)
+    assert torch.equal(turned.experts.down_proj.mT, pruned.experts.down_proj)
+    assert torch.equal(turned.experts.gate_up_proj.mT, pruned.experts.gate_up_proj)
+    found, same = cp.sensitivities(other, data, NAMES), cp.sensitivities(model, data, NAMES)
+    assert all(torch.allclose(found[name], same[name]) for name in same)
+
+
+def test_a_cascade_gathers_all_first_matrices_of_the_experts_in_one_pass():
+    model, data = Mixed(), [torch.randn(3, 2, 6), torch.randn(30, 7, 6)]
+    walk = Traversal(model, Calibration(data), "cascade")
+    first, second = ([f"experts.{part}[{expert}]" for expert in range(4)] for part in ("gate_up_proj", "down_proj"))
+    assert [sorted(group) for group in walk.survey.groups] == [["before"], ["router"], first, second]
 
 
 def test_a_mixture_that_does_something_else_by_itself_is_refused():
