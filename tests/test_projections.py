@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.utils import prune as torch_prune
 
 import convexprune as cp
 from convexprune.network import Calibration, capture, read, write
@@ -192,6 +193,88 @@ def test_names_mean_single_projections():
     assert why["attention.k_proj"] == "not among the names"
     with pytest.raises(ValueError, match=r"'attention' is a MultiheadAttention.*inside it use 'attention"):
         cp.prune(model, [torch.randn(4, 5, 8)], half, names="attention")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_expanded_too(dtype):
+    model, data = Attending(batch_first=True).to(dtype), [torch.randn(4, 5, 8, dtype=dtype)]
+    _, report = cp.prune(model, data, half, cp.Magnitude(), "cascade")
+    assert len(report.rows) == 5
+    assert report.coverage.covered == report.coverage.total
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_a_single_sequence_without_a_batch_axis(batch_first):
+    model, x = Single(batch_first).double(), torch.randn(9, 8).double()
+    layers = capture(model, [x], "attention.*", keep_inputs=True)
+    assert [tuple(layer.inputs.shape) for layer in layers] == [(9, 8)] * 4
+    assert torch.equal(layers[0].inputs, x)
+
+
+class Single(nn.Module):
+    def __init__(self, batch_first):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=batch_first)
+
+    def forward(self, x):
+        return self.attention(x, x, x)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_attention_that_is_called_twice_counts_both(mode):
+    class Again(Single):
+        def forward(self, x):
+            return super().forward(super().forward(x)[0])
+
+    model, x = Again(True), torch.randn(4, 5, 8)
+    pruned, report = cp.prune(model, [x], half, cp.Magnitude(), mode)
+    assert len(report.rows) == 4
+    assert report.network.measured > 0
+    assert all(layer.samples == 40 for layer in capture(pruned, [x]))
+
+
+def test_a_model_made_in_inference_mode():
+    with torch.inference_mode():
+        model, x = Attending(batch_first=True), torch.randn(4, 5, 8)
+        _, report = cp.prune(model, [x], half, cp.Magnitude(), "cascade")
+    assert len(report.rows) == 5
+
+
+def test_a_forward_that_was_put_on_the_instance_is_left_and_said():
+    model = Attending(batch_first=True)
+    plain = model.attention.forward
+    model.attention.forward = lambda *args, **kwargs: plain(*args, **kwargs)
+    _, report = cp.prune(model, [torch.randn(4, 5, 8)], half, cp.Magnitude())
+    assert [row.name for row in report.rows] == ["head"]
+    why = {held.name: held.why for held in report.coverage.tensors}
+    assert why["attention.q_proj"] == why["attention.out_proj.weight"] == "read by the model without calling its module"
+
+
+def test_a_computed_weight_is_left_and_said():
+    model = Attending(batch_first=True)
+    torch_prune.random_unstructured(model.attention, "in_proj_weight", 0.5)
+    _, report = cp.prune(model, [torch.randn(4, 5, 8)], half, cp.Magnitude())
+    assert [row.name for row in report.rows] == ["head"]
+    why = {held.name: held.why for held in report.coverage.tensors}
+    assert why["attention.in_proj_weight_orig"] == "computed by a parametrization"
+
+
+@pytest.mark.parametrize("make", [lambda: Attending(batch_first=True), lambda: Mixed()])
+def test_a_failure_leaves_the_model_as_it_was(make):
+    model = make()
+    data = [torch.randn(4, 5, model.before.in_features if hasattr(model, "before") else 8)]
+    before = {name: set(vars(module)) for name, module in model.named_modules()}
+
+    class Broken(Exception):
+        pass
+
+    def seen(index):
+        raise Broken
+
+    with pytest.raises(Broken):
+        capture(model, data, progress=seen)
+    assert {name: set(vars(module)) for name, module in model.named_modules()} == before
+    assert not any(module._forward_hooks for _, module in named_layers(model))
 
 
 class Louder(nn.MultiheadAttention):
