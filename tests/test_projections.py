@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torch.nn.utils import prune as torch_prune
+from torch.nn.utils.parametrizations import weight_norm
 
 import convexprune as cp
 from convexprune.network import Calibration, capture, read, write
@@ -181,6 +181,18 @@ def test_a_mask_keeper_and_an_allocation_know_them():
     assert int((pruned.attention.in_proj_weight == 0).sum()) > 0.3 * 192
 
 
+def test_attention_can_be_the_whole_model():
+    class Alone(nn.MultiheadAttention):
+        pass
+
+    torch.manual_seed(0)
+    x = torch.randn(4, 5, 8)
+    model, batch = Alone(8, 2, batch_first=True), {"query": x, "key": x, "value": x}
+    pruned, report = cp.prune(model, [batch], half, cp.Magnitude(), "cascade")
+    assert [row.name for row in report.rows] == ["q_proj", "k_proj", "v_proj", "out_proj"]
+    assert report.network.measured == pytest.approx(float((pruned(**batch)[0] - model(**batch)[0]).norm()), rel=1e-4)
+
+
 def test_names_mean_single_projections():
     model = Attending()
     write(model, "attention.k_proj", torch.zeros(8, 9))
@@ -252,11 +264,11 @@ def test_a_forward_that_was_put_on_the_instance_is_left_and_said():
 
 def test_a_computed_weight_is_left_and_said():
     model = Attending(batch_first=True)
-    torch_prune.random_unstructured(model.attention, "in_proj_weight", 0.5)
+    weight_norm(model.attention, "in_proj_weight")
     _, report = cp.prune(model, [torch.randn(4, 5, 8)], half, cp.Magnitude())
     assert [row.name for row in report.rows] == ["head"]
     why = {held.name: held.why for held in report.coverage.tensors}
-    assert why["attention.in_proj_weight_orig"] == "computed by a parametrization"
+    assert why["attention.parametrizations.in_proj_weight.original1"] == "computed by a parametrization"
 
 
 @pytest.mark.parametrize("make", [lambda: Attending(batch_first=True), lambda: Mixed()])
