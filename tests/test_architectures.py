@@ -104,6 +104,15 @@ ARCHITECTURES = {
         of_transformers("Qwen3MoeForCausalLM", "Qwen3MoeConfig", **GROUPED, **SPARSE), text, 2 * (4 + 4 * 2) + 1,
         LLAMA | routers("mlp.gate", "Qwen3MoeTopKRouter"), 0.9,
     ),
+    "GPT-OSS": Architecture(
+        of_transformers("GptOssForCausalLM", "GptOssConfig", **GROUPED, head_dim=8, num_local_experts=4,
+                        num_experts_per_tok=2),
+        text, 2 * (4 + 4 * 2) + 1,
+        LLAMA | routers("mlp.router", "GptOssTopKRouter")
+        | {f"model.layers.{n}.mlp.experts.{key}": UNKNOWN.format(key, "GptOssExperts")
+           for n in range(2) for key in ("gate_up_proj_bias", "down_proj_bias")},
+        0.9,
+    ),
     "T5": Architecture(
         of_transformers("T5ForConditionalGeneration", "T5Config", vocab_size=50, d_model=32, d_kv=8, d_ff=48,
                         num_layers=2, num_heads=4),

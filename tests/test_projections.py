@@ -9,12 +9,14 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.utils.parametrizations import weight_norm
 
 import convexprune as cp
 from convexprune.network import Calibration, capture, read, write
 from convexprune.network.expansion import expanded
 from convexprune.network.names import stacks
 from convexprune.network.projections import named_layers
+from convexprune.network.traversal import Traversal
 
 MODES = ["parallel", "cascade", "residual"]
 
@@ -179,6 +181,18 @@ def test_a_mask_keeper_and_an_allocation_know_them():
     assert int((pruned.attention.in_proj_weight == 0).sum()) > 0.3 * 192
 
 
+def test_attention_can_be_the_whole_model():
+    class Alone(nn.MultiheadAttention):
+        pass
+
+    torch.manual_seed(0)
+    x = torch.randn(4, 5, 8)
+    model, batch = Alone(8, 2, batch_first=True), {"query": x, "key": x, "value": x}
+    pruned, report = cp.prune(model, [batch], half, cp.Magnitude(), "cascade")
+    assert [row.name for row in report.rows] == ["q_proj", "k_proj", "v_proj", "out_proj"]
+    assert report.network.measured == pytest.approx(float((pruned(**batch)[0] - model(**batch)[0]).norm()), rel=1e-4)
+
+
 def test_names_mean_single_projections():
     model = Attending()
     write(model, "attention.k_proj", torch.zeros(8, 9))
@@ -191,6 +205,88 @@ def test_names_mean_single_projections():
     assert why["attention.k_proj"] == "not among the names"
     with pytest.raises(ValueError, match=r"'attention' is a MultiheadAttention.*inside it use 'attention"):
         cp.prune(model, [torch.randn(4, 5, 8)], half, names="attention")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_expanded_too(dtype):
+    model, data = Attending(batch_first=True).to(dtype), [torch.randn(4, 5, 8, dtype=dtype)]
+    _, report = cp.prune(model, data, half, cp.Magnitude(), "cascade")
+    assert len(report.rows) == 5
+    assert report.coverage.covered == report.coverage.total
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_a_single_sequence_without_a_batch_axis(batch_first):
+    model, x = Single(batch_first).double(), torch.randn(9, 8).double()
+    layers = capture(model, [x], "attention.*", keep_inputs=True)
+    assert [tuple(layer.inputs.shape) for layer in layers] == [(9, 8)] * 4
+    assert torch.equal(layers[0].inputs, x)
+
+
+class Single(nn.Module):
+    def __init__(self, batch_first):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=batch_first)
+
+    def forward(self, x):
+        return self.attention(x, x, x)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_attention_that_is_called_twice_counts_both(mode):
+    class Again(Single):
+        def forward(self, x):
+            return super().forward(super().forward(x)[0])
+
+    model, x = Again(True), torch.randn(4, 5, 8)
+    pruned, report = cp.prune(model, [x], half, cp.Magnitude(), mode)
+    assert len(report.rows) == 4
+    assert report.network.measured > 0
+    assert all(layer.samples == 40 for layer in capture(pruned, [x]))
+
+
+def test_a_model_made_in_inference_mode():
+    with torch.inference_mode():
+        model, x = Attending(batch_first=True), torch.randn(4, 5, 8)
+        _, report = cp.prune(model, [x], half, cp.Magnitude(), "cascade")
+    assert len(report.rows) == 5
+
+
+def test_a_forward_that_was_put_on_the_instance_is_left_and_said():
+    model = Attending(batch_first=True)
+    plain = model.attention.forward
+    model.attention.forward = lambda *args, **kwargs: plain(*args, **kwargs)
+    _, report = cp.prune(model, [torch.randn(4, 5, 8)], half, cp.Magnitude())
+    assert [row.name for row in report.rows] == ["head"]
+    why = {held.name: held.why for held in report.coverage.tensors}
+    assert why["attention.q_proj"] == why["attention.out_proj.weight"] == "read by the model without calling its module"
+
+
+def test_a_computed_weight_is_left_and_said():
+    model = Attending(batch_first=True)
+    weight_norm(model.attention, "in_proj_weight")
+    _, report = cp.prune(model, [torch.randn(4, 5, 8)], half, cp.Magnitude())
+    assert [row.name for row in report.rows] == ["head"]
+    why = {held.name: held.why for held in report.coverage.tensors}
+    assert why["attention.parametrizations.in_proj_weight.original1"] == "computed by a parametrization"
+
+
+@pytest.mark.parametrize("make", [lambda: Attending(batch_first=True), lambda: Mixed()])
+def test_a_failure_leaves_the_model_as_it_was(make):
+    model = make()
+    data = [torch.randn(4, 5, model.before.in_features if hasattr(model, "before") else 8)]
+    before = {name: set(vars(module)) for name, module in model.named_modules()}
+
+    class Broken(Exception):
+        pass
+
+    def seen(index):
+        raise Broken
+
+    with pytest.raises(Broken):
+        capture(model, data, progress=seen)
+    assert {name: set(vars(module)) for name, module in model.named_modules()} == before
+    assert not any(module._forward_hooks for _, module in named_layers(model))
 
 
 class Louder(nn.MultiheadAttention):
@@ -264,7 +360,7 @@ class Experts(nn.Module):
         super().__init__()
         self.gate_up_proj = nn.Parameter(torch.randn(count, 2 * inner, width))
         self.down_proj = nn.Parameter(torch.randn(count, width, inner))
-        self.is_transposed = self.has_bias = False
+        self.is_transposed = False
 
     def forward(self, hidden, index, weights):
         made = torch.zeros_like(hidden)
@@ -274,6 +370,37 @@ class Experts(nn.Module):
             part = F.linear(gate.relu() * up, self.down_proj[expert]) * weights[token, place, None]
             made.index_add_(0, token, part)
         return made
+
+
+class Turned(Experts):
+    """The same with (experts, in, out), and with products for Linears."""
+
+    def __init__(self, experts):
+        nn.Module.__init__(self)
+        self.gate_up_proj = nn.Parameter(experts.gate_up_proj.detach().mT.contiguous())
+        self.down_proj = nn.Parameter(experts.down_proj.detach().mT.contiguous())
+        self.is_transposed = True
+
+    def forward(self, hidden, index, weights):
+        raise NotImplementedError  # replaced below
+
+
+def _turned(self, hidden, index, weights):
+    made = torch.zeros_like(hidden)
+    for expert in index.unique():
+        place, token = torch.where(expert == index.T)
+        gate, up = (hidden[token] @ self.gate_up_proj[expert]).chunk(2, -1)
+        part = (gate.relu() * up) @ self.down_proj[expert] * weights[token, place, None]
+        made.index_add_(0, token, part)
+    return made
+
+
+@functools.wraps(_turned)
+def _called(self, hidden, index, weights):
+    return _turned(self, hidden, index, weights)
+
+
+Turned.forward = _called
 
 
 class Mixed(nn.Module):
@@ -382,12 +509,27 @@ def test_a_mask_of_tokens_holds_for_experts(mode):
         capture(model, Calibration([x], mask=lambda batch: real[:, :-1], names=NAMES))
 
 
-def test_experts_that_are_no_linears_are_left_and_said():
-    model, x = Mixed(), torch.randn(30, 7, 6)
-    model.experts.is_transposed = True
-    _, report = cp.prune(model, [x], half, cp.Magnitude())
-    assert len(report.rows) == 2
-    assert "no layer kind for the gate_up_proj of a Experts: experts.gate_up_proj" in str(report)
+@pytest.mark.parametrize("mode", MODES)
+def test_experts_that_are_stored_the_other_way_round_are_the_same(mode):
+    model, other, data = Mixed(), Mixed(), [torch.randn(30, 7, 6), torch.randn(20, 7, 6)]
+    other.experts = Turned(other.experts)
+    pruned, report = cp.prune(model, data, half, cp.Magnitude(), mode)
+    turned, its = cp.prune(other, data, half, cp.Magnitude(), mode)
+    assert [row.name for row in its.rows] == [row.name for row in report.rows]
+    for mine, row in zip(report.rows, its.rows, strict=True):
+        assert (row.shape, row.kept) == (mine.shape, mine.kept)
+        assert row.error == pytest.approx(mine.error, rel=1e-4)
+    assert torch.equal(turned.experts.down_proj.mT, pruned.experts.down_proj)
+    assert torch.equal(turned.experts.gate_up_proj.mT, pruned.experts.gate_up_proj)
+    found, same = cp.sensitivities(other, data, NAMES), cp.sensitivities(model, data, NAMES)
+    assert all(torch.allclose(found[name], same[name]) for name in same)
+
+
+def test_a_cascade_gathers_all_first_matrices_of_the_experts_in_one_pass():
+    model, data = Mixed(), [torch.randn(3, 2, 6), torch.randn(30, 7, 6)]
+    walk = Traversal(model, Calibration(data), "cascade")
+    first, second = ([f"experts.{part}[{expert}]" for expert in range(4)] for part in ("gate_up_proj", "down_proj"))
+    assert [sorted(group) for group in walk.survey.groups] == [["before"], ["router"], first, second]
 
 
 def test_a_mixture_that_does_something_else_by_itself_is_refused():

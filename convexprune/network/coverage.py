@@ -87,7 +87,9 @@ def coverage(
             name, weights = ".".join(filter(None, (path, key))), parameters[number].numel()
             found.append(Held(name, kind, weights, _why(places, walked, chosen, read)))
         else:
-            found += [Held(name, kind, stack.weight.numel(), _of_layers([name], walked, chosen)) for name, stack in own]
+            for name, stack in own:
+                direct = not stack.routed and f"{path}.{key}".lstrip(".") in read
+                found.append(Held(name, kind, stack.weight.numel(), _of_layers([name], walked, chosen, direct)))
     return Coverage(tuple(found))
 
 
@@ -107,9 +109,8 @@ def _why(
     found = [(path, key, stack_of(module)) for path, key, module in places]
     layers = [path for path, key, stack in found if stack is not None and key == stack.weight_name]
     if any(path in chosen for path in layers):
-        why = _of_layers(layers, walked, chosen)
         direct = any(f"{path}.{key}".lstrip(".") in read for path, key, _ in places)
-        return "read by the model without calling its module" if why and direct else why
+        return _of_layers(layers, walked, chosen, direct)
     embedded = any(isinstance(module, EMBEDDINGS) for _, _, module in places)
     if layers:
         return f"tied to an embedding (name {layers[0]!r} to prune both)" if embedded else "not among the names"
@@ -123,11 +124,13 @@ def _why(
     return f"no layer kind for the {key} of a {type(module).__name__}"
 
 
-def _of_layers(layers: list[str], walked: Collection[str], chosen: Collection[str]) -> str:
-    """What becomes of a weight that these layers have."""
+def _of_layers(layers: list[str], walked: Collection[str], chosen: Collection[str], direct: bool) -> str:
+    """What becomes of a weight that these layers have; whether it is read without them."""
     if any(path in walked for path in layers):
         return COVERED
-    return "never called on the calibration data" if any(path in chosen for path in layers) else "not among the names"
+    if not any(path in chosen for path in layers):
+        return "not among the names"
+    return "read by the model without calling its module" if direct else "never called on the calibration data"
 
 
 def _listed(tensors: list[Held]) -> str:

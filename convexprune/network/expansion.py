@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from convexprune.network.forward import tensors_in
 from convexprune.network.projections import HEADS, LAST, Projection, projections
 
+PRODUCTS: Final = (torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm)
 OFF: Final = 1e-2  # of the norm: more than what half precision rounds
 _ARGUMENTS: Final = inspect.signature(F.multi_head_attention_forward)
 Routes = dict[str, list[list[Any]]]  # mixture -> of each call what it was given behind its input: who goes where
@@ -138,9 +139,10 @@ class _Mixture(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Note who takes an expert's matrix, and call its projection where a Linear reads it."""
+        """Note who takes an expert's matrix, and call its projection where a product reads it."""
         kwargs = kwargs or {}
-        if func is F.linear and not kwargs and len(args) == 2:
+        product = func in PRODUCTS if self.module.is_transposed else func is F.linear
+        if product and not kwargs and len(args) == 2:
             for weight, projection in self._taken:
                 if weight is args[1]:
                     with _unseen():

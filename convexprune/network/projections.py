@@ -5,8 +5,9 @@ Each is a `Projection`, y = W x + b with W and b parts of parameters of its owne
 
     nn.MultiheadAttention   q_proj, k_proj, v_proj: rows of in_proj_weight, or a weight each. out_proj is a Linear,
                             whose weight is read in the same way
-    experts of transformers gate_up_proj[e], down_proj[e], ...: what `use_experts_implementation` marks as stacked
-                            (experts, out, in) without biases
+    experts of transformers gate_up_proj[e], down_proj[e], ...: stacked as (experts, out, in), or (experts, in, out)
+                            where `use_experts_implementation` says so. Their biases are added by the mixture, as they
+                            are
 """
 
 from __future__ import annotations
@@ -33,8 +34,15 @@ class Projection(nn.Module):
     among   how many tokens the mixture had
     """
 
-    def __init__(self, owner: nn.Module, weight: tuple[str, Part], bias: tuple[str, Part] | None = None) -> None:
+    def __init__(
+        self,
+        owner: nn.Module,
+        weight: tuple[str, Part],
+        bias: tuple[str, Part] | None = None,
+        transposed: bool = False,
+    ) -> None:
         super().__init__()
+        self.transposed = transposed  # stored as (in, out)
         vars(self)["owner"] = owner  # no child: the owner has this, not this the owner
         self.weight_name, self.weight_part = weight
         self.bias_name: str | None = None if bias is None else bias[0]
@@ -45,7 +53,7 @@ class Projection(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """(out, in), as stored now."""
+        """(out, in), or (in, out), as stored now."""
         weight: Tensor = _taken(getattr(self.owner, self.weight_name), self.weight_part)
         return weight
 
@@ -56,7 +64,11 @@ class Projection(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """W x + b."""
-        return F.linear(x, self.weight, self.bias)
+        return self.made(x, self.weight, self.bias)
+
+    def made(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """The same of these."""
+        return F.linear(x, weight.T if self.transposed else weight, bias)
 
 
 def _taken(whole: Any, part: Part) -> Any:
@@ -74,6 +86,15 @@ class ProjectionStack(LinearStack):
     def owner(self) -> Any:
         """The module that has the parameters."""
         return self.module.owner
+
+    def pack(self, weight: Tensor) -> Tensor:
+        """(out, in), or (in, out), -> (1, out, in)."""
+        return super().pack(weight.T if self.module.transposed else weight)
+
+    def unpack(self, matrices: Tensor) -> Tensor:
+        """The inverse."""
+        weight = super().unpack(matrices)
+        return weight.T if self.module.transposed else weight
 
     @property
     def routed(self) -> bool:
@@ -103,7 +124,8 @@ class ProjectionStack(LinearStack):
     def made(self, weight: Tensor, bias: Tensor | None, *args: Any, **kwargs: Any) -> Tensor:
         """W x + b."""
         (x,) = args
-        return F.linear(x, weight, bias)
+        made: Tensor = self.module.made(x, weight, bias)
+        return made
 
 
 _ALIVE: WeakKeyDictionary[nn.Module, WeakValueDictionary[str, Projection]] = WeakKeyDictionary()
@@ -112,12 +134,13 @@ _ALIVE: WeakKeyDictionary[nn.Module, WeakValueDictionary[str, Projection]] = Wea
 def projections(module: nn.Module) -> dict[str, Projection]:
     """Those of a module by name; the same objects as long as someone holds them, so that all hooks meet."""
     places = _attention(module) if isinstance(module, nn.MultiheadAttention) else _experts(module)
+    transposed = getattr(module, "is_transposed", False) is True
     if not places:
         return {}
     known = _ALIVE.setdefault(module, WeakValueDictionary())
     found = {}
     for name, (weight, bias) in places.items():
-        found[name] = known.get(name) or Projection(module, weight, bias)
+        found[name] = known.get(name) or Projection(module, weight, bias, transposed)
         known[name] = found[name]
     return found
 
@@ -140,8 +163,7 @@ def _attention(module: nn.MultiheadAttention) -> Places:
 
 
 def _experts(module: Any) -> Places:
-    marks = [getattr(module, mark, None) for mark in ("is_transposed", "has_bias")]
-    if marks != [False, False] or not hasattr(type(module).forward, "__wrapped__"):
+    if not isinstance(getattr(module, "is_transposed", None), bool) or not hasattr(type(module).forward, "__wrapped__"):
         return {}
     held = {name: module._parameters.get(name) for name in EXPERTS}
     stacked = {name: weight for name, weight in held.items() if weight is not None and weight.ndim == 3}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from torch import nn
@@ -46,7 +47,7 @@ class Survey:
 
     @property
     def groups(self) -> list[list[str]]:
-        """The modules in order; neighbours that read the same tensor in every batch are together."""
+        """The modules in order; neighbours that read one tensor in every batch are together, and so are experts."""
         groups: list[list[str]] = []
         for name in self.order:
             if groups and name in self._partners[groups[-1][0]]:
@@ -56,7 +57,7 @@ class Survey:
         return groups
 
     def partners(self, name: str) -> set[str]:
-        """The modules that read the same tensor as this one in every batch, itself among them."""
+        """The modules that read the same tensor as this one in every batch, or its fellow experts, and itself."""
         return self._partners[name]
 
     def add(self, steps: Record, batch: Any) -> None:
@@ -88,12 +89,49 @@ class Survey:
                 assert step.layer is not None
                 counts[step.layer] = counts.get(step.layer, 0) + 1
                 reads.setdefault(step.layer, []).append((step.reads[:1], self.stacks[step.layer].unfolding))
-        self._put_in_order(list(counts))
+        self._put_in_order(sorted(counts, key=self._turn(list(counts))))
         self.calls = counts if steps is self.record or self.calls == counts else None
         for name in counts:
-            partners = {other for other in counts if reads[other] == reads[name]}
-            self._partners[name] = partners & self._partners.get(name, partners)
+            if self.stacks[name].routed:
+                self._partners[name] = self._mates[self._mixture(name)]
+            else:
+                partners = {other for other in counts if reads[other] == reads[name]}
+                self._partners[name] = partners & self._partners.get(name, partners)
             self.rectified[name] = self.rectified.get(name, True) and activation(steps, name) == "relu"
+
+    def _turn(self, called: list[str]) -> Callable[[str], tuple[int, ...]]:
+        """When a module comes: in the order of the calls, but of a mixture's experts first all of their first matrices.
+
+        No expert reads what another has made.
+        """
+        first: dict[Any, int] = {}
+        for place, name in enumerate(called):
+            if self.stacks[name].routed:
+                owner, _ = mixture = self._mixture(name)
+                first.setdefault(owner, place)
+                first.setdefault(mixture, place)
+        at = {name: place for place, name in enumerate(called)}
+
+        def turn(name: str) -> tuple[int, ...]:
+            if not self.stacks[name].routed:
+                return (at[name],)
+            owner, _ = mixture = self._mixture(name)
+            return first[owner], first[mixture], at[name]
+
+        return turn
+
+    def _mixture(self, name: str) -> tuple[int, str]:
+        """Of an expert: its mixture, and which of its matrices it is."""
+        return id(self.stacks[name].owner), self.stacks[name].weight_name
+
+    @cached_property
+    def _mates(self) -> dict[tuple[int, str], set[str]]:
+        """The same matrices of all experts of a mixture: they go together as if they read one tensor."""
+        found: dict[tuple[int, str], set[str]] = {}
+        for name, stack in self.stacks.items():
+            if stack.routed:
+                found.setdefault(self._mixture(name), set()).add(name)
+        return found
 
     def _put_in_order(self, called: list[str]) -> None:
         """A module that no batch before has called comes behind the one that is called before it."""
