@@ -10,13 +10,11 @@ from convexprune.allocate.rate_distortion import (
     random_inputs,
     rate_distortion,
 )
-from convexprune.backends import Backend, InProcess, Joblib, Task
 from convexprune.certify.held_out import Unseen, certify_unseen
 from convexprune.certify.input_region import WorstCase, worst_case
 from convexprune.curve import Curve
 from convexprune.distill import Distilled, distill
 from convexprune.evaluate import Estimate, Evaluation, evaluate
-from convexprune.execution import Execution
 from convexprune.layer import Layer
 from convexprune.merge import merge
 from convexprune.network import (
@@ -44,7 +42,9 @@ from convexprune.problems import (
 )
 from convexprune.prune import prune
 from convexprune.prune_within import Goal, prune_within
-from convexprune.recipe import Recipe, Rule
+from convexprune.pruning.backends import Backend, InProcess, Joblib, Task
+from convexprune.pruning.execution import Execution
+from convexprune.pruning.recipe import Recipe, Rule
 from convexprune.report import MergeReport, Report
 from convexprune.report.progress import Progress
 from convexprune.solution import Attempt, Certificate, Solution, Status

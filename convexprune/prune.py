@@ -6,45 +6,31 @@ what need not be kept is not, before the work begins. `network.traversal` then g
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from itertools import chain
-from typing import Any, Final
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from convexprune.allocate import Allocation
-from convexprune.backends import Backend, Task
 from convexprune.certify.network_error import network_error
-from convexprune.execution import Execution
-from convexprune.forms import adapted
 from convexprune.layer import Layer
-from convexprune.network import Calibration, read, write
-from convexprune.network.coverage import Coverage, check_counted, coverage
+from convexprune.network import Calibration
+from convexprune.network.coverage import check_counted
 from convexprune.network.forward import check_model
-from convexprune.network.names import check_untied, find
 from convexprune.network.traversal import Traversal
-from convexprune.options import function, optional
 from convexprune.patterns import Unstructured
-from convexprune.problem import LayerProblem, Misfit, Solver, check_problem, check_solver
-from convexprune.problems import Reconstruction, Stacked, StackedReconstruction, stacked
-from convexprune.recipe import Recipe
+from convexprune.problem import LayerProblem, Solver, check_solver
+from convexprune.problems import Reconstruction
+from convexprune.pruning.execution import Execution
+from convexprune.pruning.layer_by_layer import LayerByLayer, run_of
+from convexprune.pruning.recipe import Recipe
+from convexprune.pruning.stated import Choose, State, Stated
 from convexprune.report import Report, Settings
-from convexprune.report.progress import Progress
-from convexprune.report.row import TOLERANCE, Row, small
-from convexprune.report.row_of import row_of
+from convexprune.report.progress import Progress, Teller, check_watcher
 from convexprune.report.shares import Shares
-from convexprune.solution import Solution, Status
-from convexprune.solve import default_solver, rejudged
-from convexprune.solvers import Groupwise
-from convexprune.store import Store, content, model_hash, text_hash
 
-UNSOLVED: Final = (Status.INFEASIBLE, Status.NUMERICAL)  # no point worth writing: the layer stays as it was
 Build = Callable[..., LayerProblem | None]  # of a layer, and of its count where there is an allocation
-State = Callable[[Layer], LayerProblem | None]
-Choose = Callable[[Layer], Solver | None]  # of a layer the solver; None for the default of its problem
 
 
 @torch.inference_mode(False)  # of the caller's: what is made here can be trained
@@ -123,12 +109,12 @@ def walked(
     Raises what `prune` raises.
     """
     execution = execution or Execution()
-    plan = _Plan.of(walk, state, choose)
+    plan = Stated.of(walk, state, choose)
     if shares is not None:
         check_counted(shares.counts, [module for module, names in walk.names.items() if not {*names} <= {*plan.left}])
     tell.planned(plan.coverage, len(walk.modules))
-    store = None if execution.kept is None else execution.kept.opened(_run(walk, plan), walk.modules)
-    run = _Run(walk, state, choose, tell, execution.backend, store, list(plan.pruned))
+    store = None if execution.kept is None else execution.kept.opened(run_of(walk, plan), walk.modules)
+    run = LayerByLayer(walk, state, choose, tell, execution.backend, store, list(plan.pruned))
     rows = run.rows(plan.keep)
     if not run.used:
         raise ValueError("nothing was pruned: build(layer) returned None for every layer; return a problem for one")
@@ -139,144 +125,6 @@ def walked(
         walk.calibration.seed, torch.get_num_threads(), torch.__version__,
     )  # fmt: skip
     return Report(tuple(rows), network, settings, shares, plan.coverage)
-
-
-def _run(walk: Traversal, plan: _Plan) -> dict[str, Any]:
-    """What makes this run: its store is no other's."""
-    return {
-        "model": model_hash(walk.model),
-        "data": walk.calibration.fingerprint.text,
-        "recipe": plan.recipe,
-        "solver": plan.solvers,
-        "mode": walk.mode,
-        "seed": walk.calibration.seed,
-        "threads": torch.get_num_threads(),
-    }
-
-
-@dataclass(frozen=True)
-class _Asked:
-    """Some groups of a module, and the problem that the recipe states for them, if any."""
-
-    module: str
-    layers: list[Layer]
-    problem: LayerProblem | None
-
-
-@dataclass
-class _Run:
-    """The layers of a walk, solved and written group by group.
-
-    written  the modules that get a problem: no two may be tied
-    used     what the solvers say of themselves, in order, each once
-    """
-
-    walk: Traversal
-    state: State
-    choose: Choose
-    tell: Teller
-    backend: Backend
-    store: Store | None
-    written: list[str]
-    used: dict[str, None] = field(default_factory=dict)
-    finished: dict[str, tuple[Row, ...]] = field(default_factory=dict)
-
-    def rows(self, keep: Collection[str]) -> list[Row]:
-        """Of all modules, in order; those that the store has are written from there first."""
-        if self.store is not None:
-            for module in self.walk.modules:
-                self._restore(module, self.store)
-        for group in self.walk.groups(keep, frozenset(self.finished)):
-            self._solve(group)
-        return [row for module in self.walk.modules for row in self.finished[module]]
-
-    def _restore(self, module: str, store: Store) -> None:
-        found = store.get(module)
-        if found is None:
-            return
-        stored, self.finished[module] = found
-        for name, x in stored.items():
-            write(self.walk.pruned, name, x.double())
-        self.used.update({row.solver: None for row in self.finished[module] if row.solver})
-
-    def _solve(self, group: Iterable[tuple[str, list[Layer]]]) -> None:
-        """Layers that do not depend on each other."""
-        waiting: deque[_Asked] = deque()
-        rows: list[Row] = []
-        solution: Solution | None
-        for solution in chain(self.backend.solutions(self._tasks(group, waiting)), [None]):
-            while waiting and (waiting[0].problem is None or solution is not None):
-                asked = waiting.popleft()
-                if asked.problem is None:
-                    rows.append(row_of(asked.layers, _stored(self.walk.pruned, asked.layers), None, None))
-                else:
-                    rows.append(self._write(asked.layers, asked.problem, solution))
-                    solution = None
-                if not waiting or waiting[0].module != asked.module:
-                    self._finish(asked.module, rows)
-                    rows = []
-
-    def _tasks(self, group: Iterable[tuple[str, list[Layer]]], waiting: deque[_Asked]) -> Iterator[Task]:
-        """One for each problem; what waits for an answer is put down, module by module."""
-        for module, layers in group:
-            self.tell.solving(module, self.walk.modules.index(module), len(self.walk.modules))
-            asked = [_Asked(module, groups, problem) for groups, problem in _asked(self.state, layers)]
-            if module not in self.written and any(each.problem is not None for each in asked):
-                self.written.append(module)
-                check_untied(self.walk.pruned, self.written)
-            waiting.extend(asked)
-            for each in asked:
-                if each.problem is not None:
-                    yield Task(module, each.problem, _solver_for(each.problem, self.choose(each.layers[0])))
-
-    def _write(self, layers: list[Layer], problem: LayerProblem, solution: Solution | None) -> Row:
-        assert solution is not None  # of a backend that gives one for each task
-        written, refusal = _written(self.walk.pruned, layers, problem, solution)
-        self.used[written.solver] = None
-        return row_of(layers, _stored(self.walk.pruned, layers), problem, written, refusal)
-
-    def _finish(self, module: str, rows: list[Row]) -> None:
-        self.finished[module] = tuple(rows)
-        if self.store is not None:
-            self.store.put(module, {name: self._as_stored(name) for name in self.walk.names[module]}, rows)
-
-    def _as_stored(self, name: str) -> Tensor:
-        """(M, P), in the dtype that the model has."""
-        place = find(self.walk.pruned, name)
-        return place.read().to(place.stack.weight.dtype)
-
-
-@dataclass(frozen=True)
-class Teller:
-    """Tells whoever watches how far the run has come."""
-
-    progress: Callable[[Progress], None] | None
-    calibration: Calibration
-
-    def planned(self, coverage: Coverage, layers: int) -> None:
-        """This is what will be walked."""
-        self._tell(Progress("plan", None, 0, layers, "\n".join(coverage.lines())))
-
-    def captured(self, module: str | None, batch: int) -> None:
-        """A batch has gone through, as far as this module."""
-        self._tell(Progress("capture", module, batch + 1, self.calibration.length))
-
-    def solving(self, module: str, done: int, total: int) -> None:
-        """This module is next."""
-        self._tell(Progress("solve", module, done, total))
-
-    def measured(self, batch: int) -> None:
-        """A batch was measured."""
-        self._tell(Progress("measure", None, batch + 1, self.calibration.length))
-
-    def _tell(self, event: Progress) -> None:
-        if self.progress is not None:
-            self.progress(event)
-
-
-def check_watcher(progress: Any) -> None:
-    """Raise TypeError for what cannot be told how far a run has come."""
-    optional(function("a function that takes a `Progress`, such as print"))("progress", progress)
 
 
 def _check_options(build: Any, solver: Any, allocation: Any) -> None:
@@ -319,129 +167,3 @@ def _chosen(build: Any, solver: Solver | None) -> Choose:
     if solver is None and isinstance(build, Recipe):
         return build.solver
     return lambda layer: solver
-
-
-@dataclass(frozen=True)
-class _Plan:
-    """What the recipe states of the layers' outlines.
-
-    pruned  the modules that get a problem, as far as that is known
-    keep    the modules whose rows have to be kept: a problem of theirs needs samples, or that is not known
-    coverage  which of the model's weights they have
-    left    the layers for which the recipe states no problem
-    recipe  a hash of what it states
-    solvers  that the layers get, each once
-    """
-
-    pruned: tuple[str, ...]
-    keep: frozenset[str]
-    coverage: Coverage
-    left: tuple[str, ...]
-    recipe: str
-    solvers: str
-
-    @classmethod
-    def of(cls, walk: Traversal, state: State, choose: Choose) -> _Plan:
-        """Ask the recipe.
-
-        Raises ValueError where two of the modules that get a problem are tied or a pattern does not fit its layer,
-        TypeError for what is no problem, and what the solver raises of a problem that it does not take.
-        """
-        pruned: list[str] = []
-        keep: set[str] = set()
-        left: list[str] = []
-        texts: list[str] = []
-        solvers: dict[str, None] = {}
-        for module, outlines in walk.outlines():
-            stated: list[LayerProblem] = []
-            for outline in outlines:
-                try:
-                    problem = state(outline)
-                except Misfit:  # the shape is what it is
-                    raise
-                except Exception:  # a recipe that minds the moments: it is asked again when they are there
-                    keep.add(module)
-                    continue
-                if problem is None:
-                    left.append(outline.name)
-                else:
-                    stated.append(_checked(problem, outline.name))
-            texts.append(f"{module}: {'; '.join(map(content, stated))}")
-            if stated:
-                pruned.append(module)
-                solver = choose(outlines[0])
-                solvers[repr(solver)] = None
-                _check_solvable(module, stated, solver)
-            if any(getattr(problem, "needs_samples", True) for problem in stated):
-                keep.add(module)
-        check_untied(walk.pruned, pruned)
-        if walk.calibration.keep_inputs is not None:
-            keep = set(walk.modules) if walk.calibration.keep_inputs else set()
-        covered = coverage(walk.model, walk.modules, walk.chosen.stacks, walk.survey.record.parameters)
-        recipe = text_hash("\n".join(texts))
-        return cls(tuple(pruned), frozenset(keep), covered, tuple(left), recipe, "; ".join(solvers))
-
-
-def _checked(problem: Any, name: str) -> LayerProblem:
-    """What the recipe states of a layer; raises TypeError for what is no problem over its weights."""
-    try:
-        check_problem(problem, LayerProblem)
-    except TypeError as error:
-        raise TypeError(f"layer {name!r}: {error}") from error
-    return problem  # type: ignore[no-any-return]
-
-
-def _check_solvable(module: str, problems: Sequence[LayerProblem], solver: Solver | None) -> None:
-    """Raises what the solver raises of the problems of a module's groups, with the module's name."""
-    try:
-        problem = stacked(problems)
-        adapted(_solver_for(problem, solver), problem)
-    except (TypeError, ValueError, MemoryError) as error:
-        kind = next(each for each in (TypeError, ValueError, MemoryError) if isinstance(error, each))
-        raise kind(f"layer {module!r}: {error}") from error
-
-
-def _asked(state: State, layers: Sequence[Layer]) -> list[tuple[list[Layer], LayerProblem | None]]:
-    """The groups of a module that get a problem, with that problem; and those that do not."""
-    problems = [state(layer) for layer in layers]
-    stated = [
-        (layer, _checked(problem, layer.name))
-        for layer, problem in zip(layers, problems, strict=True)
-        if problem is not None
-    ]
-    dense = [layer for layer, problem in zip(layers, problems, strict=True) if problem is None]
-    found: list[tuple[list[Layer], LayerProblem | None]] = []
-    if stated:
-        found.append(([layer for layer, _ in stated], stacked([problem for _, problem in stated])))
-    return [*found, (dense, None)] if dense else found
-
-
-def _written(
-    pruned: nn.Module, layers: Sequence[Layer], problem: LayerProblem, solution: Solution
-) -> tuple[Solution, str]:
-    """Write the weights, and let the problem judge what is in the model now; and why nothing was written."""
-    refusal = "" if solution.status not in UNSOLVED else "the solver found no point"
-    if not refusal and solution.certificate.violation > TOLERANCE:
-        dense = problem.violation(_stored(pruned, layers))
-        if dense <= TOLERANCE:
-            refusal = f"its point is off by {small(solution.certificate.violation)}, and the dense weights are feasible"
-    if not refusal:
-        for layer, x in zip(layers, torch.split(solution.x, len(solution.x) // len(layers)), strict=True):
-            write(pruned, layer.name, x)
-    return rejudged(solution, problem, _stored(pruned, layers)), refusal
-
-
-def _solver_for(problem: LayerProblem, solver: Solver | None) -> Solver:
-    """The solver for a problem; for the groups of a module it is made of the one for a layer."""
-    if not isinstance(problem, Stacked):
-        return default_solver(problem) if solver is None else solver
-    if solver is not None:
-        return Groupwise(solver)
-    if isinstance(problem, StackedReconstruction):
-        return default_solver(problem)
-    return Groupwise(default_solver(problem.parts[0]))
-
-
-def _stored(pruned: nn.Module, layers: Sequence[Layer]) -> Tensor:
-    """(M, P): the weights of a module's groups as they are in the model now."""
-    return torch.cat([read(pruned, layer.name) for layer in layers])

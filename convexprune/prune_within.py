@@ -24,9 +24,9 @@ from convexprune.network.traversal import Traversal
 from convexprune.options import between, function, positive, whole
 from convexprune.problem import LayerProblem, Solver, check_solver
 from convexprune.problems import ErrorBudget, NetTrim
-from convexprune.prune import Teller, check_watcher, walked
+from convexprune.prune import walked
 from convexprune.report import Report
-from convexprune.report.progress import Progress
+from convexprune.report.progress import Progress, Teller, check_watcher
 from convexprune.solve import solve
 
 STRIDE = 30.0  # the most that one network's bound may change the budget by

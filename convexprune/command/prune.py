@@ -13,17 +13,17 @@ from typing import TYPE_CHECKING, Any, Final
 
 import click
 
-from convexprune.backends import Backend, InProcess, Joblib
 from convexprune.command.folder import CONFIG
 from convexprune.command.samples import Windows
 from convexprune.command.show import check_writable, drawn, reported, show
 from convexprune.command.source import SAMPLES, Source, options
-from convexprune.execution import Execution
 from convexprune.extras import extras
 from convexprune.network import Calibration, save
 from convexprune.network.names import choose, stacks
-from convexprune.plan import Plan
-from convexprune.recipe import SOLVERS, Recipe, Rule
+from convexprune.pruning.backends import Backend, InProcess, Joblib
+from convexprune.pruning.execution import Execution
+from convexprune.pruning.plan import Plan
+from convexprune.pruning.recipe import SOLVERS, Recipe, Rule
 from convexprune.whole_file import write_whole
 
 if TYPE_CHECKING:

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
+
+from convexprune.network.calibration import Calibration
+from convexprune.network.coverage import Coverage
+from convexprune.options import function, optional
 
 
 @dataclass(frozen=True)
@@ -18,3 +24,36 @@ class Progress:
     done: int
     total: int | None  # None where the batches do not say how many they are
     note: str = ""
+
+
+@dataclass(frozen=True)
+class Teller:
+    """Tells whoever watches how far the run has come."""
+
+    progress: Callable[[Progress], None] | None
+    calibration: Calibration
+
+    def planned(self, coverage: Coverage, layers: int) -> None:
+        """This is what will be walked."""
+        self._tell(Progress("plan", None, 0, layers, "\n".join(coverage.lines())))
+
+    def captured(self, module: str | None, batch: int) -> None:
+        """A batch has gone through, as far as this module."""
+        self._tell(Progress("capture", module, batch + 1, self.calibration.length))
+
+    def solving(self, module: str, done: int, total: int) -> None:
+        """This module is next."""
+        self._tell(Progress("solve", module, done, total))
+
+    def measured(self, batch: int) -> None:
+        """A batch was measured."""
+        self._tell(Progress("measure", None, batch + 1, self.calibration.length))
+
+    def _tell(self, event: Progress) -> None:
+        if self.progress is not None:
+            self.progress(event)
+
+
+def check_watcher(progress: Any) -> None:
+    """Raise TypeError for what cannot be told how far a run has come."""
+    optional(function("a function that takes a `Progress`, such as print"))("progress", progress)

@@ -6,11 +6,11 @@ import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from convexprune.backends import Backend, InProcess
 from convexprune.network.traversal import Way
 from convexprune.options import flag, having, optional
 from convexprune.options import path as check_path
-from convexprune.store import Store
+from convexprune.pruning.backends import Backend, InProcess
+from convexprune.pruning.store import Store
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from convexprune.network import Calibration
 from convexprune.network.forward import tensors_in
 from convexprune.network.memory import available
 from convexprune.network.names import choose
-from convexprune.recipe import Recipe, Rule
+from convexprune.pruning.recipe import Recipe, Rule
 
 # flops of a solver on M neurons of n inputs, k kept in each, in units of n^3, M n^2 and M k^3; fitted to measured times
 COST: Final[Mapping[str, tuple[float, float, float]]] = {

@@ -1,0 +1,144 @@
+"""The layers of a walk, solved and written group by group; what is written is judged by the problem, and kept."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import chain
+from typing import Any, Final
+
+import torch
+from torch import Tensor, nn
+
+from convexprune.layer import Layer
+from convexprune.network import read, write
+from convexprune.network.names import check_untied, find
+from convexprune.network.traversal import Traversal
+from convexprune.problem import LayerProblem
+from convexprune.pruning.backends import Backend, Task
+from convexprune.pruning.stated import Asked, Choose, State, Stated, problems_of, solver_for
+from convexprune.pruning.store import Store, model_hash
+from convexprune.report.progress import Teller
+from convexprune.report.row import TOLERANCE, Row, small
+from convexprune.report.row_of import row_of
+from convexprune.solution import Solution, Status
+from convexprune.solve import rejudged
+
+UNSOLVED: Final = (Status.INFEASIBLE, Status.NUMERICAL)  # no point worth writing: the layer stays as it was
+
+
+@dataclass
+class LayerByLayer:
+    """The layers of a walk, solved and written group by group.
+
+    written  the modules that get a problem: no two may be tied
+    used     what the solvers say of themselves, in order, each once
+    """
+
+    walk: Traversal
+    state: State
+    choose: Choose
+    tell: Teller
+    backend: Backend
+    store: Store | None
+    written: list[str]
+    used: dict[str, None] = field(default_factory=dict)
+    finished: dict[str, tuple[Row, ...]] = field(default_factory=dict)
+
+    def rows(self, keep: Collection[str]) -> list[Row]:
+        """Of all modules, in order; those that the store has are written from there first."""
+        if self.store is not None:
+            for module in self.walk.modules:
+                self._restore(module, self.store)
+        for group in self.walk.groups(keep, frozenset(self.finished)):
+            self._solve(group)
+        return [row for module in self.walk.modules for row in self.finished[module]]
+
+    def _restore(self, module: str, store: Store) -> None:
+        found = store.get(module)
+        if found is None:
+            return
+        stored, self.finished[module] = found
+        for name, x in stored.items():
+            write(self.walk.pruned, name, x.double())
+        self.used.update({row.solver: None for row in self.finished[module] if row.solver})
+
+    def _solve(self, group: Iterable[tuple[str, list[Layer]]]) -> None:
+        """Layers that do not depend on each other."""
+        waiting: deque[Asked] = deque()
+        rows: list[Row] = []
+        solution: Solution | None
+        for solution in chain(self.backend.solutions(self._tasks(group, waiting)), [None]):
+            while waiting and (waiting[0].problem is None or solution is not None):
+                asked = waiting.popleft()
+                if asked.problem is None:
+                    rows.append(row_of(asked.layers, _stored(self.walk.pruned, asked.layers), None, None))
+                else:
+                    rows.append(self._write(asked.layers, asked.problem, solution))
+                    solution = None
+                if not waiting or waiting[0].module != asked.module:
+                    self._finish(asked.module, rows)
+                    rows = []
+
+    def _tasks(self, group: Iterable[tuple[str, list[Layer]]], waiting: deque[Asked]) -> Iterator[Task]:
+        """One for each problem; what waits for an answer is put down, module by module."""
+        for module, layers in group:
+            self.tell.solving(module, self.walk.modules.index(module), len(self.walk.modules))
+            asked = [Asked(module, groups, problem) for groups, problem in problems_of(self.state, layers)]
+            if module not in self.written and any(each.problem is not None for each in asked):
+                self.written.append(module)
+                check_untied(self.walk.pruned, self.written)
+            waiting.extend(asked)
+            for each in asked:
+                if each.problem is not None:
+                    yield Task(module, each.problem, solver_for(each.problem, self.choose(each.layers[0])))
+
+    def _write(self, layers: list[Layer], problem: LayerProblem, solution: Solution | None) -> Row:
+        assert solution is not None  # of a backend that gives one for each task
+        written, refusal = _written(self.walk.pruned, layers, problem, solution)
+        self.used[written.solver] = None
+        return row_of(layers, _stored(self.walk.pruned, layers), problem, written, refusal)
+
+    def _finish(self, module: str, rows: list[Row]) -> None:
+        self.finished[module] = tuple(rows)
+        if self.store is not None:
+            self.store.put(module, {name: self._as_stored(name) for name in self.walk.names[module]}, rows)
+
+    def _as_stored(self, name: str) -> Tensor:
+        """(M, P), in the dtype that the model has."""
+        place = find(self.walk.pruned, name)
+        return place.read().to(place.stack.weight.dtype)
+
+
+def run_of(walk: Traversal, stated: Stated) -> dict[str, Any]:
+    """What makes this run: its store is no other's."""
+    return {
+        "model": model_hash(walk.model),
+        "data": walk.calibration.fingerprint.text,
+        "recipe": stated.recipe,
+        "solver": stated.solvers,
+        "mode": walk.mode,
+        "seed": walk.calibration.seed,
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _written(
+    pruned: nn.Module, layers: Sequence[Layer], problem: LayerProblem, solution: Solution
+) -> tuple[Solution, str]:
+    """Write the weights, and let the problem judge what is in the model now; and why nothing was written."""
+    refusal = "" if solution.status not in UNSOLVED else "the solver found no point"
+    if not refusal and solution.certificate.violation > TOLERANCE:
+        dense = problem.violation(_stored(pruned, layers))
+        if dense <= TOLERANCE:
+            refusal = f"its point is off by {small(solution.certificate.violation)}, and the dense weights are feasible"
+    if not refusal:
+        for layer, x in zip(layers, torch.split(solution.x, len(solution.x) // len(layers)), strict=True):
+            write(pruned, layer.name, x)
+    return rejudged(solution, problem, _stored(pruned, layers)), refusal
+
+
+def _stored(pruned: nn.Module, layers: Sequence[Layer]) -> Tensor:
+    """(M, P): the weights of a module's groups as they are in the model now."""
+    return torch.cat([read(pruned, layer.name) for layer in layers])
