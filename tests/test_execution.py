@@ -48,12 +48,13 @@ def same(one, other):
 
 @dataclass(frozen=True)
 class Fatal:
-    """Kills the process that it runs in, once for each layer."""
+    """Kills the process that it runs in, once for each shape of a layer, or once in all."""
 
     folder: str
+    once: bool = False
 
     def solve(self, problem, start=None):
-        mark = Path(self.folder) / f"{tuple(problem.shape)}"
+        mark = Path(self.folder) / ("once" if self.once else f"{tuple(problem.shape)}")
         if not mark.exists():
             mark.touch()
             os.kill(os.getpid(), signal.SIGKILL)
@@ -107,6 +108,20 @@ def test_a_dask_cluster_finds_the_same_weights():
         work = cp.Execution(backend=cp.Joblib(jobs=2, engine="dask", threads=1))
         together, _ = cp.prune(model, batches, half, cp.Fast(), "cascade", execution=work)
     assert same(alone, together)
+
+
+def test_a_dask_worker_that_is_killed_loses_one_layer(tmp_path):
+    distributed = pytest.importorskip("distributed")
+    model, batches = network(), [torch.randn(30, 4)]
+    alone, _ = cp.prune(model, batches, half, cp.Fast())
+    with (
+        distributed.LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster,
+        distributed.Client(cluster),
+    ):
+        work = cp.Execution(backend=cp.Joblib(jobs=2, engine="dask", threads=1))
+        survived, _ = cp.prune(model, batches, half, Fatal(str(tmp_path), once=True), execution=work)
+    assert [*tmp_path.iterdir()]
+    assert same(alone, survived)
 
 
 @pytest.mark.parametrize("mode", MODES)

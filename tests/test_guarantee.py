@@ -572,3 +572,25 @@ def test_a_transposed_convolution_in_a_cascade_is_judged_whole():
     build = lambda layer: cp.L1Reconstruction(layer, 0.1)  # noqa: E731
     _, report = cp.prune(model, [torch.randn(4, 2, 9)], build, Noise(), "cascade")
     assert report.network.measured <= report.network.guaranteed * (1 + 1e-5)
+
+
+@pytest.mark.parametrize("mode", ["cascade", "residual"])
+def test_a_dense_head_that_is_judged_carries_the_guarantee_of_a_transformer(mode):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=30,
+    )  # fmt: skip
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = transformers.LlamaForCausalLM(config).eval()
+        batches = [{"input_ids": torch.randint(0, 30, (4, 12)), "use_cache": False} for _ in range(2)]
+
+    def build(layer):
+        return None if layer.name == "lm_head" else cp.Reconstruction(layer, cp.Unstructured(0.5))
+
+    _, report = cp.prune(model, batches, build, cp.Magnitude(), mode)
+    head = report.rows[-1]
+    assert (head.name, head.status, head.kept) == ("lm_head", None, head.total)
+    network = report.network
+    assert network.measured <= network.guaranteed <= 1.001 * network.measured

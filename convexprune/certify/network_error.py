@@ -120,7 +120,7 @@ def own_errors(rows: Sequence[Row]) -> dict[str, Spread]:
     """What the certificates say of each judged layer: module -> its own error, groups of a convolution together."""
     judged: dict[str, list[Row]] = {}
     for row in rows:
-        if row.error is not None and not row.left_dense:
+        if row.error is not None:
             judged.setdefault(row.module, []).append(row)
     found = {}
     for module, parts in judged.items():

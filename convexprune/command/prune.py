@@ -19,6 +19,7 @@ from convexprune.command.show import check_writable, drawn, reported, show
 from convexprune.command.source import SAMPLES, Source, options
 from convexprune.extras import extras
 from convexprune.network import Calibration, save
+from convexprune.network.memory import available
 from convexprune.network.names import choose, stacks
 from convexprune.pruning.backends import Backend, InProcess, Joblib
 from convexprune.pruning.execution import Execution
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 
 PAGE, NUMBERS, RECIPE, MASKS, WORK = "report.html", "report.json", "recipe.toml", "masks.safetensors", "unfinished"
 RESULTS: Final = (PAGE, NUMBERS, RECIPE, MASKS)
+HEAD: Final = 0.1  # of the free memory that judging the head may take
 WEIGHTS: Final = "pruned.safetensors"  # of a model that is no folder
 
 
@@ -182,8 +184,18 @@ class Job:
 
     @cached_property
     def calibration(self) -> Calibration:
-        """The samples, where the model runs."""
-        return Calibration([_moved(batch, self.device) for batch in self.batches], names=self.layers, seed=self.seed)
+        """The samples, where the model runs, for the layers that are pruned, and the head that is judged."""
+        names = list(dict.fromkeys([*self.layers, *self._head]))
+        return Calibration([_moved(batch, self.device) for batch in self.batches], names=names, seed=self.seed)
+
+    @cached_property
+    def _head(self) -> list[str]:
+        """The language model's head: judged as it is, a cascade's guarantee ends in the outputs; if that fits."""
+        head = getattr(self.dense, "get_output_embeddings", lambda: None)()
+        names = [name for name, module in self.dense.named_modules() if module is head and name in stacks(self.dense)]
+        there = available()
+        fits = there is None or all(24 * stacks(self.dense)[name].weight.numel() < HEAD * there for name in names)
+        return names if self.mode != "parallel" and fits else []
 
     @cached_property
     def plan(self) -> Plan:

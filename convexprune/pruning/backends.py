@@ -7,6 +7,7 @@ believed: `prune` writes the point and lets the problem judge again what was wri
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
@@ -161,4 +162,5 @@ def _worker_died() -> tuple[type[BaseException], ...]:
 
     from joblib.externals.loky.process_executor import TerminatedWorkerError
 
-    return TerminatedWorkerError, BrokenExecutor
+    distributed = sys.modules.get("distributed")  # gives up on a task by itself, after several workers
+    return TerminatedWorkerError, BrokenExecutor, *(() if distributed is None else (distributed.KilledWorker,))

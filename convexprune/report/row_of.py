@@ -16,6 +16,7 @@ from convexprune.problem import LayerProblem
 from convexprune.problems import Stacked
 from convexprune.report.report import described
 from convexprune.report.row import Moments, Row
+from convexprune.rounding import norm_above
 from convexprune.solution import Solution
 
 GRID: Final = (300, 800)  # a weight pattern is drawn on at most this many cells
@@ -37,7 +38,7 @@ def row_of(
         repairs=layers[0].repairs, module=layers[0].module,
     )  # fmt: skip
     if problem is None or solution is None:
-        return row
+        return replace(row, **_unasked(layers, stored))
     errors = problem.output_errors(stored)
     return replace(
         row,
@@ -55,6 +56,15 @@ def row_of(
         solver=solution.solver,
         note=solution.note,
     )
+
+
+def _unasked(layers: Sequence[Layer], stored: Tensor) -> dict[str, Any]:
+    """The errors of a layer that stays dense: in a cascade it reads other inputs than its targets were made of."""
+    if any(layer.aimed is None for layer in layers):
+        return {}
+    parts = torch.split(stored, len(stored) // len(layers))
+    errors = torch.cat([layer.error_norms(x) for layer, x in zip(layers, parts, strict=True)])
+    return {"error": norm_above(errors), "errors": errors}
 
 
 def _title(layers: Sequence[Layer]) -> str:
