@@ -429,11 +429,6 @@ def grown(m, x):
     return m.b(m.a(x).relu())
 
 
-@torch.library.custom_op("convexprune_test::relu", mutates_args=())
-def other_relu(x: torch.Tensor) -> torch.Tensor:
-    return 3 * x
-
-
 UNSEEN = {
     "scaled a little": (slightly, "does something that its recorded operations do not do"),
     "scaled in every pass": (grown, "something else in another pass"),
