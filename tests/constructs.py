@@ -437,6 +437,31 @@ def a_weight_norm():
     return nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.utils.parametrizations.weight_norm(nn.Linear(6, 6)))
 
 
+@torch.library.custom_op("convexprune_test::relu", mutates_args=())
+def other_relu(x: torch.Tensor) -> torch.Tensor:
+    return 3 * x
+
+
+@rows
+def another_function_named_relu(m, x):
+    return m.b(torch.ops.convexprune_test.relu(m.a(x)))
+
+
+@rows
+def another_function_named_relu_that_torch_hands_on(m, x):
+    return m.b(_handed_on(m.a(x)))
+
+
+def _handed_on(x):
+    if torch.overrides.has_torch_function_unary(x):
+        return torch.overrides.handle_torch_function(relu, (x,), x)
+    return relu(x)
+
+
+def relu(x):
+    return 3 * x
+
+
 # ---- hooks, and methods put in the place of others ----
 
 

@@ -228,6 +228,23 @@ def test_a_neuron_with_a_shorter_twin_is_not_unique(step):
     assert not proposition_2(outside, target, w).unique
 
 
+def test_statements_of_parts_of_a_network_are_refused():
+    x, weights, biases = chain(10)
+    dense = LinkNormalised.of(weights, biases)
+    far = [dense.weights[0], *(-weight for weight in dense.weights[1:])]
+    for gammas in ([], [1.0], [1.0] * 3):  # of a network whose last layers nobody would look at
+        with pytest.raises(ValueError, match=f"{len(gammas)} gammas for 3 layers"):
+            theorem_2(dense, far, dense.biases, x, 1.0, gammas)
+    with pytest.raises(ValueError, match=r"shapes \[\(8, 5\), \(7, 8\)\]; the dense ones'"):
+        theorem_1(dense, far[:2], dense.biases[:2], x, [1.0, 1.0])
+    with pytest.raises(ValueError, match=r"\(1, 7\)\]; the dense"):  # not stretched over the outputs
+        theorem_1(dense, [*far[:2], far[2][:1]], [*dense.biases[:2], None], x, [1.0] * 3)
+    y = x @ weights[0].T
+    for outputs in (y, y.relu()[:1], torch.full_like(y, math.nan)):
+        with pytest.raises(ValueError, match="give Y >= 0"):
+            proposition_1(x, outputs, weights[0], 1.0)
+
+
 def test_the_sample_count():
     assert sample_count(4, 100, 2) == math.ceil(51 * 2 * math.log(100))
     with pytest.raises(ValueError, match="mu is 1"):

@@ -273,3 +273,40 @@ def test_bad_input_is_named():
         cp.compact(nn.Linear(2, 2), round_to=0)
     with pytest.raises(ValueError, match="cannot be traced"):
         cp.compact(Branching())
+
+
+ALTERED = {
+    "an output that a hook shifts": lambda net: net[0].register_forward_hook(lambda m, args, y: y + 2),
+    "an input that a hook shifts": lambda net: net[2].register_forward_pre_hook(lambda m, args: (args[0] + 2,)),
+    "an activation with a hook": lambda net: net[1].register_forward_hook(lambda m, args, y: y.roll(1, 1)),
+    "an activation of another forward": lambda net: setattr(net[1], "forward", lambda x: x + 1),
+    "a layer of another forward": lambda net: setattr(net[2], "forward", _Shifted(net[2])),
+    "a hook before the network": lambda net: net.register_forward_pre_hook(lambda m, args: (args[0] + 1,)),
+}
+
+
+class _Shifted:
+    def __init__(self, layer):
+        self.layer = layer
+
+    def __call__(self, x):
+        return F.linear(x, self.layer.weight + 1)
+
+
+@pytest.mark.parametrize("alter", ALTERED.values(), ids=ALTERED)
+def test_channels_behind_hooks_and_other_forwards_stay(alter):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3))
+    with torch.no_grad():
+        model[0].weight[:3], model[0].bias[:3], model[2].weight[:, 5] = 0, -1, 0
+    alter(model)
+    small, _ = cp.compact(model)
+    x = torch.randn(20, 5)
+    torch.testing.assert_close(small(x), model(x))
+
+
+def test_a_network_whose_forward_was_set_on_it_is_refused():
+    model = nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 3))
+    model.forward = lambda x: x
+    with pytest.raises(ValueError, match="a forward was set on it"):
+        cp.compact(model)

@@ -89,6 +89,37 @@ def test_no_point_of_the_set_is_outside_the_bounds(seed, widths, kind, shift, ra
     assert (tight.upper <= loose.upper + 1e-9).all()
 
 
+@pytest.mark.parametrize("shape", ["box", "ball"])
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("power", [-200, -160, -100, 100])
+def test_functions_whose_squares_leave_float64(power, method, shape):
+    """An input in another unit, its weights in the inverse: the same bounds, and sound."""
+    (plain, center), unit = random_pair(4, (3, 5, 2), "entries"), 10.0**power
+    first, others = [[unit * each[0], each[1]] for each in (plain.weights, plain.pruned_weights)]
+    pair, center = ChainPair(first, plain.biases, others, plain.pruned_biases), center[:1].double()
+    around, same = random_set(center / unit, 0.5 / unit, shape), random_set(center, 0.5, shape)
+    bounds = difference_bounds(pair, around, method)
+    torch.testing.assert_close(bounds.upper, difference_bounds(plain, same, method).upper, rtol=1e-9, atol=0)
+    x = torch.lerp(around.center, around.points(200, torch.Generator().manual_seed(1))[0], 0.99)
+    z, zhat = pair.run(x)
+    for at in torch.cat([(zhat - z).argmax(0), (zhat - z).argmin(0)]).tolist():
+        ends = zip(bounds.lower[0].tolist(), exact.chain_difference(pair, x[at]), bounds.upper[0].tolist(), strict=True)
+        assert all(Fraction(low) <= change <= Fraction(high) for low, change, high in ends)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_what_leaves_float64_is_bounded_by_nothing(method):
+    pair, center = random_pair(4, (3, 5, 5, 2), "entries")
+    weights = [1e150 * weight for weight in pair.weights]
+    pair = ChainPair(weights, pair.biases, [-weight for weight in weights], pair.pruned_biases)
+    center = 1e100 * center.double()
+    for around in (Box(center, 1.0), Ball(center, 1e100)):
+        bounds = difference_bounds(pair, around, method)
+        assert (bounds.upper == math.inf).all()
+        assert (bounds.lower == -math.inf).all()
+        assert not cannot_change(pair, around, method).any()
+
+
 @settings(max_examples=60)
 @cases
 def test_what_cannot_change_does_not(seed, widths, kind, shift, radius, shape):
@@ -427,11 +458,6 @@ def slightly(m, x):
 def grown(m, x):
     m.a.weight.data.mul_(1.01)
     return m.b(m.a(x).relu())
-
-
-@torch.library.custom_op("convexprune_test::relu", mutates_args=())
-def other_relu(x: torch.Tensor) -> torch.Tensor:
-    return 3 * x
 
 
 UNSEEN = {

@@ -217,3 +217,19 @@ def test_the_greedy_solver_leaves_a_problem_of_one_output_as_it_is():
 def test_an_activation_that_jumps_is_not_merged_through(steep):
     with pytest.raises(ValueError, match="no layer can merge"):
         cp.merge(nn.Sequential(nn.Linear(3, 4), steep, nn.Linear(4, 2)), keep=2)
+
+
+@pytest.mark.parametrize("place", [0, 1, 2])
+@pytest.mark.parametrize("kind", ["before", "behind", "instead"])
+def test_neurons_beside_hooks_and_other_forwards_are_not_merged(place, kind):
+    """The lemma knows none of them: the change was above what the report said was the most."""
+    net = nn.Sequential(nn.Linear(5, 12), nn.ReLU(), nn.Linear(12, 4))
+    if kind == "before":
+        net[place].register_forward_pre_hook(lambda m, args: (5 * args[0],))
+    elif kind == "behind":
+        net[place].register_forward_hook(lambda m, args, y: 5 * y)
+    else:
+        inner = net[place].forward
+        net[place].forward = lambda x: 5 * inner(x)
+    with pytest.raises(ValueError, match="no layer can merge"):
+        cp.merge(net, 0.5, batches=[torch.randn(50, 5)])

@@ -124,7 +124,10 @@ class Ball:
 
         Rounded up.
         """
-        sizes = raised(torch.linalg.vector_norm(rows, dim=2), rows.shape[2] + 12)
+        unit = rows.abs().amax(2, keepdim=True)  # squares may leave the range of float64
+        unit = torch.where((unit > 0) & unit.isfinite(), unit, 1.0)
+        norms: Tensor = unit[..., 0] * torch.linalg.vector_norm(rows / unit, dim=2)
+        sizes = raised(norms, rows.shape[2] + 12)
         return times(rows, self.center) + self.radius * sizes + gamma(rows.shape[2] + 12) * times(rows.abs(), self.size)
 
     def points(self, count: int, generator: torch.Generator) -> Tensor:

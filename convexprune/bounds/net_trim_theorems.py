@@ -34,9 +34,11 @@ PAPER = "Net-Trim, NIPS 2017"
 def proposition_1(inputs: Tensor, outputs: Tensor, weights: Tensor, radius: float) -> Statement:
     """If U is in the ball where Y > 0 and X U^T <= 0 elsewhere, then || relu(X U^T) - Y ||_F <= radius.
 
-    inputs (n, P), outputs (n, M) = Y >= 0, weights U (M, P)
+    inputs (n, P), outputs (n, M) = Y >= 0, weights U (M, P). Raises ValueError for other outputs.
     """
     x, y, u = (part.detach().cpu().double() for part in (inputs, outputs, weights))
+    if tuple(y.shape) != (len(x), len(u)) or not bool((y >= 0).all()):
+        raise ValueError(f"outputs of shape {tuple(y.shape)}: give Y >= 0 of shape {(len(x), len(u))}")
     before, off = x @ u.T, affine_doubt(x, torch.zeros_like(x), u)
     active, away = y > 0, raised(off + UNIT * (before - y).abs())
     distance, above = Figure.norm((before - y)[active], away[active]), _largest(x, u, before, off, ~active)
@@ -116,8 +118,10 @@ def theorem_1(
     pruned   the layers' pruned weights in the normalised network, ||What_l||_1 <= 1. An optimum of Net-Trim without
              biases satisfies this; with biases it usually does
     errors   eps_l: each layer's error on the dense network's inputs, in the normalised network
+
+    Raises ValueError for pruned weights of other shapes.
     """
-    thin = _chain(pruned, biases)
+    thin = _chain(dense, pruned, biases)
     hypotheses = (*_normal(dense, thin), *_layer_errors(dense, thin, x, errors, linear_last))
     measured = _apart(thin.before(x)[-1], dense.before(x)[-1], linear_last)
     name = "Proposition S.1 (parallel)" if linear_last else "Theorem 1"
@@ -132,8 +136,12 @@ def theorem_2(
 
     first    eps_1
     gammas   gamma_l >= 1 of the layers after the first
+
+    Raises ValueError for another number of them, and for pruned weights of other shapes.
     """
-    thin, most = _chain(pruned, biases), min(gammas, default=1.0)
+    thin, most = _chain(dense, pruned, biases), min(gammas, default=1.0)
+    if len(gammas) != len(dense.weights) - 1:
+        raise ValueError(f"{len(gammas)} gammas for {len(dense.weights)} layers; give one for each but the first")
     ours, theirs = thin.before(x), dense.before(x)
     changes = [
         _apart(mine, its, linear_last and index == len(gammas))
@@ -251,12 +259,18 @@ def _widest(matrix: Any, fixed: Any, wanted: Any, width: int) -> Tensor | None:
     return torch.from_numpy(z.value) if program.status == "optimal" else None
 
 
-def _chain(pruned: LinkNormalised | Sequence[Tensor], biases: Sequence[Tensor | None] | None) -> LinkNormalised:
-    if isinstance(pruned, LinkNormalised):
-        return pruned
-    weights = tuple(weight.detach().cpu().double() for weight in pruned)
-    shifts = (None,) * len(weights) if biases is None else tuple(biases)
-    return LinkNormalised(weights, shifts, (1.0,) * len(weights))
+def _chain(
+    dense: LinkNormalised, pruned: LinkNormalised | Sequence[Tensor], biases: Sequence[Tensor | None] | None
+) -> LinkNormalised:
+    """The pruned chain, layer by layer of the dense one's shapes."""
+    if not isinstance(pruned, LinkNormalised):
+        weights = tuple(weight.detach().cpu().double() for weight in pruned)
+        shifts = (None,) * len(weights) if biases is None else tuple(biases)
+        pruned = LinkNormalised(weights, shifts, (1.0,) * len(weights))
+    shapes, theirs = ([tuple(weight.shape) for weight in each.weights] for each in (pruned, dense))
+    if shapes != theirs:
+        raise ValueError(f"the pruned weights have shapes {shapes}; the dense ones' are {theirs}")
+    return pruned
 
 
 Computed = tuple[Tensor, Tensor]  # pre-activations, and by how much each may be off

@@ -24,6 +24,7 @@ NeurIPS 2018 (CROWN), for the backward pass.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -293,7 +294,8 @@ def _over(above: Tensor, below: Tensor) -> Tensor:
 
 
 def ordered(lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:
-    """Sort a lower and an upper bound that rounding may have exchanged."""
+    """Sort a lower and an upper bound that rounding may have exchanged; one that is no number bounds nothing."""
+    lower, upper = (torch.where(each.isnan(), end, each) for each, end in ((lower, -math.inf), (upper, math.inf)))
     return torch.minimum(lower, upper), torch.maximum(lower, upper)
 
 

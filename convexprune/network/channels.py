@@ -27,6 +27,7 @@ from convexprune.network.kinds import (
     FX_SUMS,
     LINEARS,
     POOLS,
+    altered,
     batch_norm_scale,
     computes,
 )
@@ -81,6 +82,8 @@ class ChannelGraph:
     """
 
     def __init__(self, model: nn.Module, silent: dict[str, Tensor] | None = None) -> None:
+        if "forward" in vars(model):  # the tracer takes that of the class
+            raise ValueError("the model cannot be traced: a forward was set on it; make that a class's method")
         try:
             self.graph = LayerTracer().trace(model)
         except Exception as error:  # whatever a model's forward does with the tracer's proxies
@@ -148,6 +151,12 @@ class ChannelGraph:
         name = str(node.target)
         module = self.modules[name]
         value = inputs[0] if inputs else None
+        if altered(module):
+            reason = f"{name} has hooks, or a forward of its own"
+            if stack_of(module) is not None:
+                self.unfollowed[name] = reason
+            self._freeze(inputs, reason)
+            return None
         if computes(module, LINEARS):
             return self._made(node, module, value, module.out_features, 0)
         if computes(module, CONVOLUTIONS):

@@ -94,6 +94,11 @@ def computes(module: nn.Module, kinds: tuple[type[nn.Module], ...]) -> bool:
     return any(isinstance(module, kind) and type(module).forward is kind.forward for kind in kinds)
 
 
+def altered(module: nn.Module) -> bool:
+    """Whether a call of the module may do something else than its class's forward: by hooks, or a forward set on it."""
+    return bool(module._forward_hooks or module._forward_pre_hooks) or "forward" in vars(module)
+
+
 def batch_norm_scale(module: Any) -> Tensor | None:
     """The factor (C,), float64, of each channel of a batch norm in evaluation mode; None without running statistics."""
     if module.running_var is None:

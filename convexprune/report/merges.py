@@ -38,7 +38,7 @@ class MergedLayer:
 
     def line(self) -> str:
         """A sentence."""
-        unit = "" if self.with_data else " times E|x|^2"
+        unit = "" if self.with_data else " times E|x|^2, x with a 1 for the biases"
         return (
             f"{self.name}: {self.neurons} -> {self.survivors} neurons "
             f"(published cut-off: {self.neurons - self.cutoff}); "
