@@ -22,11 +22,11 @@ def check_pattern(pattern: Pattern, shape: tuple[int, int], kernel: int = 1) -> 
     """Raises TypeError for what is no pattern, ValueError for one that does not fit or whose methods disagree."""
     if isinstance(pattern, type):
         raise TypeError(f"the pattern is the class {pattern.__name__}; give an object of it, such as Unstructured(0.5)")
-    if isinstance(pattern, Tensor):
-        raise TypeError("the pattern is a tensor; give Support(mask) for the weights where a boolean mask is True")
     lacking = [name for name in ("quota", "folded", "unfolded") if not callable(getattr(pattern, name, None))]
     if lacking:
-        raise TypeError(f"{pattern!r} is not a pattern: it lacks {', '.join(lacking)}; give one such as PerRow(0.5)")
+        # a tensor is many lines
+        what, better = ("a tensor", "Support(mask)") if isinstance(pattern, Tensor) else (f"{pattern!r}", "PerRow(0.5)")
+        raise TypeError(f"{what} is not a pattern: it lacks {', '.join(lacking)}; give one such as {better}")
     quota = pattern.quota(shape, kernel)
     if not isinstance(quota, Integral) or quota < 0:
         raise ValueError(f"{pattern}: quota is {quota!r}; it must be a count >= 0")

@@ -596,7 +596,7 @@ STATED = [
     (lambda: cp.Reconstruction(ROWS, cp.PerRow(1)), T, "the layer is a Tensor; give a Layer"),
     (lambda: cp.Reconstruction(None, cp.PerRow(1)), T, "the layer is a NoneType; give a Layer"),
     (lambda: cp.Reconstruction(nn.Linear(4, 3), cp.PerRow(1)), T, "the layer is a Linear; give a Layer"),
-    (lambda: cp.Reconstruction(a_layer(), ROWS), T, r"the pattern is a tensor; give Support\(mask\)"),
+    (lambda: cp.Reconstruction(a_layer(), ROWS), T, r"a tensor is not a pattern: .* Support\(mask\)"),
     (lambda: cp.Reconstruction(a_layer(), cp.PerRow(1), always=[1]), T, "always is a list; give a torch tensor"),
     (lambda: cp.Reconstruction(a_layer(), cp.PerRow(1), importance=[1.0] * 3), T, "importance is a list"),
     (lambda: cp.Reconstruction(a_layer(), cp.PerRow(1), importance=1j * torch.ones(3)), T, "importance is strided"),
