@@ -102,6 +102,7 @@ class _Mixture(TorchFunctionMode):
         self.path, self.module, self.parts, self.noted, self.followed = path, module, parts, noted, followed
         self.weights = {id(getattr(module, part.weight_name)): part.weight_name for part in parts.values()}
         self.plain: Any = type(module).forward.__wrapped__  # type: ignore[attr-defined]
+        self.transposed = next(iter(parts.values())).transposed
         self._taken: list[tuple[Any, Projection]] = []  # a slice of a weight, and whose it is
         self._given: list[Any] = []
         self._sent: dict[int, Tensor] = {}  # expert -> its tokens
@@ -141,7 +142,7 @@ class _Mixture(TorchFunctionMode):
     ) -> Any:
         """Note who takes an expert's matrix, and call its projection where a product reads it."""
         kwargs = kwargs or {}
-        product = func in PRODUCTS if self.module.is_transposed else func is F.linear
+        product = func in PRODUCTS if self.transposed else func is F.linear
         if product and not kwargs and len(args) == 2:
             for weight, projection in self._taken:
                 if weight is args[1]:
