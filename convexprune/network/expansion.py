@@ -22,7 +22,7 @@ from convexprune.network.forward import tensors_in
 from convexprune.network.projections import HEADS, LAST, Projection, projections
 
 PRODUCTS: Final = (torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm)
-OFF: Final = 1e-2  # of the norm: more than what half precision rounds
+OFF: Final = 2**-5  # of the norm: eight units of bfloat16, which two orders of summation may differ by
 _ARGUMENTS: Final = inspect.signature(F.multi_head_attention_forward)
 Routes = dict[str, list[list[Any]]]  # mixture -> of each call what it was given behind its input: who goes where
 
@@ -102,6 +102,7 @@ class _Mixture(TorchFunctionMode):
         self.path, self.module, self.parts, self.noted, self.followed = path, module, parts, noted, followed
         self.weights = {id(getattr(module, part.weight_name)): part.weight_name for part in parts.values()}
         self.plain: Any = type(module).forward.__wrapped__  # type: ignore[attr-defined]
+        self.transposed = next(iter(parts.values())).transposed
         self._taken: list[tuple[Any, Projection]] = []  # a slice of a weight, and whose it is
         self._given: list[Any] = []
         self._sent: dict[int, Tensor] = {}  # expert -> its tokens
@@ -113,21 +114,21 @@ class _Mixture(TorchFunctionMode):
         if self.noted is not None:
             self.noted.setdefault(self.path, []).append(routing)
         if self.followed is not None or not watched:
-            made = own(self.module, x, *routing)
             route = self._next(watched)
             if watched:
                 self._apart(x, *route)
-            return made
+            return own(self.module, x, *routing)
         made = self._apart(x, *routing)
         _compare(self.path, self.module, self.parts, lambda: own(self.module, x, *routing), made)
         return made
 
     def _apart(self, *given: Any) -> Any:
         self._given = list(given)
-        with self:
-            made = self.plain(self.module, *given)
-        self._taken.clear()
-        return made
+        try:
+            with self:
+                return self.plain(self.module, *given)
+        finally:  # a pass may end here
+            self._taken.clear()
 
     def _next(self, needed: bool) -> list[Any]:
         """How the other network went in this call."""
@@ -141,7 +142,7 @@ class _Mixture(TorchFunctionMode):
     ) -> Any:
         """Note who takes an expert's matrix, and call its projection where a product reads it."""
         kwargs = kwargs or {}
-        product = func in PRODUCTS if self.module.is_transposed else func is F.linear
+        product = func in PRODUCTS if self.transposed else func is F.linear
         if product and not kwargs and len(args) == 2:
             for weight, projection in self._taken:
                 if weight is args[1]:

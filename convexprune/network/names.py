@@ -15,7 +15,7 @@ from torch import nn
 from convexprune.network.forward import check_eager
 from convexprune.network.kinds import EMBEDDINGS
 from convexprune.network.matrices import Stack, kind_names
-from convexprune.network.projections import layer_stack, named_layers, projections
+from convexprune.network.projections import layer_stack, named_layers, projection
 from convexprune.network.weights import Place, check_stored
 
 
@@ -90,7 +90,8 @@ def choose(model: nn.Module, names: Iterable[str] | str | None) -> Chosen:
             raise ValueError(_twice(layer, [path for path, name in layers if name == layer]))
     for module in modules:
         check_stored(module, known[module])
-        _check_finite(module, known[module].owner)
+    for module, owner in {id(known[module].owner): (module, known[module].owner) for module in modules}.values():
+        _check_finite(module, owner)  # once, whatever the number of its experts
     return Chosen(meant, {module: known[module] for module in known if module in modules})
 
 
@@ -122,8 +123,8 @@ def find(model: nn.Module, name: str) -> Place:
     """
     modules = dict(model.named_modules(remove_duplicate=False))
     owner, _, part = name.rpartition(".")
-    own = projections(modules[owner]) if owner in modules else {}
-    modules |= {name: own[part]} if part in own else {}
+    own = projection(modules[owner], part) if owner in modules else None
+    modules |= {} if own is None else {name: own}
     owners = {path: layer_stack(modules[path]) for path in modules if name == path or name.startswith(f"{path}[")}
     meant = {path: stack for path, stack in owners.items() if stack is not None and name in stack.names(path)}
     if len(meant) > 1:

@@ -22,6 +22,8 @@ from torch.nn import functional as F
 from convexprune.network.matrices import LinearStack, Stack, stack_of
 
 Part = slice | int | None  # of a parameter along its first axis; None: all of it
+Place = tuple[str, Part]  # a parameter's name, and which part of it
+Places = dict[str, tuple[Place, Place | None]]  # of a projection's weight, and of its bias
 HEADS: Final = ("q_proj", "k_proj", "v_proj")
 LAST: Final = "down_proj"
 EXPERTS: Final = ("gate_up_proj", "gate_proj", "up_proj", LAST)
@@ -37,8 +39,8 @@ class Projection(nn.Module):
     def __init__(
         self,
         owner: nn.Module,
-        weight: tuple[str, Part],
-        bias: tuple[str, Part] | None = None,
+        weight: Place,
+        bias: Place | None = None,
         transposed: bool = False,
     ) -> None:
         super().__init__()
@@ -133,19 +135,24 @@ _ALIVE: WeakKeyDictionary[nn.Module, WeakValueDictionary[str, Projection]] = Wea
 
 def projections(module: nn.Module) -> dict[str, Projection]:
     """Those of a module by name; the same objects as long as someone holds them, so that all hooks meet."""
-    places = _attention(module) if isinstance(module, nn.MultiheadAttention) else _experts(module)
-    transposed = getattr(module, "is_transposed", False) is True
-    if not places:
-        return {}
+    return {name: _made(module, name, *place) for name, place in _places(module).items()}
+
+
+def projection(module: nn.Module, name: str) -> Projection | None:
+    """The one of this name, if there is one."""
+    place = _places(module).get(name)
+    return None if place is None else _made(module, name, *place)
+
+
+def _made(module: nn.Module, name: str, weight: Place, bias: Place | None) -> Projection:
     known = _ALIVE.setdefault(module, WeakValueDictionary())
-    found = {}
-    for name, (weight, bias) in places.items():
-        found[name] = known.get(name) or Projection(module, weight, bias, transposed)
-        known[name] = found[name]
+    found = known.get(name) or Projection(module, weight, bias, vars(module).get("is_transposed") is True)
+    known[name] = found
     return found
 
 
-Places = dict[str, tuple[tuple[str, Part], tuple[str, Part] | None]]
+def _places(module: nn.Module) -> Places:
+    return _attention(module) if isinstance(module, nn.MultiheadAttention) else _experts(module)
 
 
 def _attention(module: nn.MultiheadAttention) -> Places:
@@ -155,7 +162,7 @@ def _attention(module: nn.MultiheadAttention) -> Places:
     found: Places = {}
     for number, name in enumerate(HEADS):
         rows = slice(number * module.embed_dim, (number + 1) * module.embed_dim)
-        weight: tuple[str, Part] = ("in_proj_weight", rows) if packed else (f"{name}_weight", None)
+        weight: Place = ("in_proj_weight", rows) if packed else (f"{name}_weight", None)
         bias = ("in_proj_bias", rows) if module._parameters.get("in_proj_bias") is not None else None
         if module._parameters.get(weight[0]) is not None:  # not computed by a parametrization
             found[name] = weight, bias
@@ -163,7 +170,7 @@ def _attention(module: nn.MultiheadAttention) -> Places:
 
 
 def _experts(module: Any) -> Places:
-    if not isinstance(getattr(module, "is_transposed", None), bool) or not hasattr(type(module).forward, "__wrapped__"):
+    if not isinstance(vars(module).get("is_transposed"), bool) or not hasattr(type(module).forward, "__wrapped__"):
         return {}
     held = {name: module._parameters.get(name) for name in EXPERTS}
     stacked = {name: weight for name, weight in held.items() if weight is not None and weight.ndim == 3}
