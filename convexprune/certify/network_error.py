@@ -39,7 +39,7 @@ def network_error(
     walk  that the rows were judged on
     tell  is called with the number of each batch that was measured
     """
-    own = own_errors(rows)
+    own = own_errors(rows, walk.mode != "parallel")
     network = Propagation(walk.pruned, walk.survey.record, walk.mode)
     refusal = _refusal(walk.calibration) or walk.survey.uneven or network.bound(own).obstacle
     if refusal:
@@ -116,11 +116,15 @@ def _refusal(calibration: Calibration) -> str:
     return ""
 
 
-def own_errors(rows: Sequence[Row]) -> dict[str, Spread]:
-    """What the certificates say of each judged layer: module -> its own error, groups of a convolution together."""
+def own_errors(rows: Sequence[Row], cascade: bool) -> dict[str, Spread]:
+    """What the certificates say of each judged layer: module -> its own error, groups of a convolution together.
+
+    A layer that stays dense has an error of its own in a cascade only: there it reads other inputs than its targets
+    were made of.
+    """
     judged: dict[str, list[Row]] = {}
     for row in rows:
-        if row.error is not None:
+        if row.error is not None and (cascade or not row.left_dense):
             judged.setdefault(row.module, []).append(row)
     found = {}
     for module, parts in judged.items():
