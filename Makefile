@@ -12,7 +12,7 @@ EXTRAS_bench := cvxpy,report,bench
 QUICK := activation calibration capture coverage imports layer patterns predict printing report solve traversal \
          whole_file write_back
 
-.PHONY: demo test test-quick fuzz lint docs bench clean
+.PHONY: demo test test-quick fuzz scales lint docs bench clean
 
 demo: .venv/demo.stamp
 	$(BIN)/convexprune demo $(ARGS)
@@ -25,6 +25,9 @@ test-quick: .venv/dev.stamp
 
 fuzz: .venv/dev.stamp
 	OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz.py $(ARGS)
+
+scales: .venv/dev.stamp
+	OMP_NUM_THREADS=1 $(BIN)/python tests/scales.py $(ARGS)
 
 lint: .venv/dev.stamp
 	$(BIN)/ruff check .

@@ -59,7 +59,12 @@ class Certificate:
         return apart / max(abs(self.value), abs(self.bound))
 
     def meets(self, eps_abs: float, eps_rel: float) -> bool:
-        """The stopping rule: violation <= eps_abs and relative gap <= eps_rel."""
+        """The stopping rule: violation <= eps_abs and relative gap <= eps_rel.
+
+        A feasible point whose value is far below its bound does not meet it: rounding has hidden the value.
+        """
+        if self.violation == 0 and self.relative_gap < -eps_rel:
+            return False
         return self.relative_gap <= eps_rel and self.violation <= eps_abs
 
 

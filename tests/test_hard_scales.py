@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from scales import KINDS, instance
 from torch import tensor
 
 from convexprune import (
@@ -32,7 +33,7 @@ from convexprune import (
     solve,
 )  # fmt: skip
 from convexprune.layer import Layer
-from convexprune.solution import Status
+from convexprune.solution import Certificate, Status
 
 WENT_ON = "float32 ended MAX_ITER, float64 went on from its best point"
 BEGAN_ANEW = "float32 ended NUMERICAL, float64 began anew"
@@ -82,6 +83,65 @@ def test_inputs_of_unlike_scales_are_solved(seed, kind):
     if kind == "samples and inputs":
         x = x * 10 ** (0.3 * draw(60, 1)) * 10 ** draw(8)
     solution = solve(NetTrim(Layer.from_samples(weight, x), 0.1))
+    assert solution.status is Status.CONVERGED
+    assert solution.certificate.violation <= 1e-6
+
+
+@pytest.mark.parametrize("turn", [0, 3, 5])
+@pytest.mark.parametrize("kind", range(len(KINDS)))
+def test_scales_from_a_millionth_to_a_million_are_solved(kind, turn):
+    """A slice of tests/scales.py."""
+    solution = solve(instance(kind + len(KINDS) * turn))
+    assert solution.status is Status.CONVERGED
+    assert solution.certificate.violation <= 1e-6
+    assert abs(solution.certificate.relative_gap) <= 1e-5
+
+
+@pytest.mark.parametrize("seed", [13, 69, 109, 175, 237])
+def test_the_finish_needs_no_start(seed):
+    """A bias beside inputs a million times as large; prices a million million times another; too little rank."""
+    assert solve(instance(seed), WorkingSet(eps_rel=1e-5)).status is Status.CONVERGED
+
+
+def test_a_bound_says_what_float64_can_where_one_row_is_a_million_million_times_another():
+    """A radius of 0 leaves equations: dividing a multiplier by what its row was multiplied by leaves the bound."""
+    draw = drawn(12)
+    x, weight = draw(60, 8), draw(4, 8)
+    layer = Layer.from_samples(weight, x, None, None)
+    plain = NetTrim(layer, 0.1)
+    witness = solve(plain).witness
+    rows = 10.0 ** (12 * torch.rand(60, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64) - 6)
+    scaled = NetTrim(Layer.from_samples(weight, x * rows, None, None), 0.0)
+    exact = NetTrim(layer, 0.0)
+    assert scaled.lower_bound(witness / rows) == pytest.approx(exact.lower_bound(witness), rel=1e-9)
+
+
+@pytest.mark.parametrize("lam", [1e-6, 0.1])
+@pytest.mark.parametrize("size", [1e-30, 1e-18, 1e18, 1e30])
+def test_a_lasso_whose_price_is_far_from_its_data_does_not_crash(size, lam):
+    draw = drawn(8)
+    x, weight = draw(60, 8), draw(4, 8)
+    for layer in (Layer.from_samples(weight * size, x), Layer.from_samples(weight, x * size)):
+        solution = solve(L1Reconstruction(layer, lam), ADMM(max_iter=100))
+        assert solution.status in (Status.CONVERGED, Status.MAX_ITER)
+        if size < 1:  # a weight costs more than it is worth
+            assert solution.status is Status.CONVERGED
+            assert not solution.x.any()
+
+
+def test_a_feasible_point_far_below_its_bound_does_not_count_as_solved():
+    hidden = Certificate(value=0.0, bound=1.0, violation=0.0)
+    assert not hidden.meets(eps_abs=1e-6, eps_rel=1e-5)
+    assert Certificate(value=1 - 1e-6, bound=1.0, violation=0.0).meets(eps_abs=1e-6, eps_rel=1e-5)
+    assert Certificate(value=0.9, bound=1.0, violation=1e-7).meets(eps_abs=1e-6, eps_rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["plain", "relu", "mean", "low rank"])
+def test_a_radius_of_zero_is_solved(kind):
+    draw = drawn(3)
+    x, weight = draw(120, 20), draw(6, 20)
+    x = {"plain": x, "relu": x.relu(), "mean": x + 1, "low rank": draw(120, 5) @ draw(5, 20)}[kind]
+    solution = solve(NetTrim(Layer.from_samples(weight, x), 0.0))
     assert solution.status is Status.CONVERGED
     assert solution.certificate.violation <= 1e-6
 

@@ -37,6 +37,7 @@ from convexprune.rounding import (
 )
 
 SAME = 1e-6  # a relative drift below it is the rounding of a model in float32: the inputs are the dense network's
+VAGUE = 1e-8  # a rounding error of |X^T z| <= 1 beyond it is worth a look at what it could cost
 ENOUGH = 8  # active samples for each input, from which a limit of a neuron's weights is computed
 
 
@@ -207,9 +208,13 @@ class NetTrim(BallProblem):
         z = torch.where(self.active, z, z.clamp(max=0))
         peaks = z.abs().amax(0).clamp(min=TINY)
         z = z / peaks  # any multiple of a column serves: one whose squares are in range
-        (gain, norms), reach = self._gains(z), self._rows.reach(z)
+        (gain, norms), (reach, doubt) = self._gains(z), self._rows.reach(z)
+        vague = doubt > VAGUE * reach.amax(0)
+        self._rows.settle_reach(z, reach, vague)
         limit = lowered(1 / reach.amax(0).clamp(min=TINY))
         bound = _best_scaling(gain, norms, limit, self._radius_above)
+        if bool(vague.any()):
+            bound = max(bound, self._beyond(gain, norms, limit, torch.where(vague, self._caps, math.inf), reach))
         if not TINY < bound < math.inf:  # below it products vanish, and their allowances with them
             return 0.0
         # a bound above the dense layer's norm: it is not feasible, and perhaps nothing is
@@ -322,6 +327,26 @@ class NetTrim(BallProblem):
         if self._own is not None:
             doubt = doubt + (self._rows.heights @ inside.abs()) * self._own
         return terms.sum(0) - raised(doubt, len(z) + 4), raised(inside.square().sum(0).sqrt(), len(z) + 4)
+
+    def _beyond(self, gain: Tensor, norms: Tensor, limit: Tensor, caps: Tensor, reach: Tensor) -> float:
+        """The bound with larger s, where |X^T z| passes 1: what passes it costs as much as a feasible weight can be.
+
+        caps, reach (P, M); for each neuron s grows until the columns passed cost as much as it gains.
+        """
+        sizes = limit * norms
+        share = self._radius_above * norms * sizes / sizes.norm().clamp(min=TINY)
+        steps, order = reach.sort(0, descending=True)
+        dear = (steps * caps.gather(0, order)).nan_to_num(nan=0.0, posinf=math.inf).cumsum(0) >= gain - share
+        passed = (~dear).sum(0).clamp(max=len(reach) - 1)
+        limit = lowered(1 / steps.gather(0, passed[None])[0].clamp(min=TINY))
+        over = (raised(limit * reach) - 1).clamp(min=0)
+        paid = torch.where((over > 0) & (caps < math.inf), over * caps, 0.0)
+        return down(_best_scaling(gain, norms, limit, self._radius_above), float(raised(paid.sum(), paid.numel() + 4)))
+
+    @cached_property
+    def _caps(self) -> Tensor:
+        """(P, M): at least |u_mp| for every feasible u."""
+        return raised(self._norm_limits / self._rows.columns[:, None])
 
     def _refuted(self, gain: Tensor, norms: Tensor, reach: Tensor, sizes: Tensor) -> bool:
         """Whether gain - radius |Z_active| exceeds what any feasible point makes of it, in one neuron or, with each at

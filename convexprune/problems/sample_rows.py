@@ -14,7 +14,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from convexprune.rounding import down, exact_dot, gamma, least_eigenvalue, raised
+from convexprune.rounding import down, exact_dot, gamma, least_eigenvalue, raised, up
 
 BLOCK = 8192  # rows that are converted to float64 at a time
 
@@ -45,6 +45,15 @@ class SampleRows:
         return torch.where(self.spans > 0, self.spans, 1.0)
 
     @cached_property
+    def level_spans(self) -> Tensor:
+        """(P,): norms of the columns in units of the rows' heights."""
+        level = torch.where(self.heights > 0, self.heights, 1.0)
+        squares = torch.zeros(self.inputs.shape[1], dtype=torch.float64)
+        for rows, x in self.blocks():
+            squares += (x / level[rows, None]).square().sum(0)
+        return squares.sqrt()
+
+    @cached_property
     def heights(self) -> Tensor:
         """(n,): norms of the rows in units of the columns."""
         parts = [(x / self.columns).square_().sum(1).sqrt_() for _, x in self.blocks()]
@@ -59,14 +68,24 @@ class SampleRows:
         """(rows, M): the same for each product itself; 0 where no terms meet. As costly as the products."""
         return raised(x.abs() @ weight.abs().T, weight.shape[1]) * gamma(weight.shape[1] + 3)
 
-    def reach(self, z: Tensor) -> Tensor:
-        """(P, M): at least |X^T z|, for z (n, M)."""
+    def reach(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """(P, M), (P, M): at least |X^T z|, for z (n, M), and how much of that is rounding."""
         found = torch.zeros(self.inputs.shape[1], z.shape[1], dtype=torch.float64)
         for rows, x in self.blocks():
             found += x.T @ z[rows]
+        # n terms are off by at most gamma sum_n |x_n| |z_n|: by Cauchy-Schwarz in units of the rows' heights, for one
+        # row may be far larger than another, and its multiplier as much smaller
         roundings = min(len(z), BLOCK) + len(z) // BLOCK + 4
-        norms = raised(z.square().sum(0).sqrt(), len(z) + 8) * gamma(roundings)
-        return raised(found.abs_().addr_(raised(self.spans, len(z) + 8), norms))
+        norms = raised((z * self.heights[:, None]).square().sum(0).sqrt(), len(z) + 8) * gamma(roundings)
+        doubt = torch.outer(raised(self.level_spans, len(z) + 8), norms)
+        return raised(found.abs_() + doubt), doubt
+
+    def settle_reach(self, z: Tensor, reach: Tensor, which: Tensor) -> None:
+        """Put |X^T z|, rounded once and up, for some (P, M) of its entries."""
+        for column in which.any(1).nonzero()[:, 0].tolist():
+            x = self.inputs[:, column].double()
+            for neuron in which[column].nonzero()[:, 0].tolist():
+                reach[column, neuron] = up(abs(exact_dot(x, z[:, neuron])))
 
     def settle(self, y: Tensor, weight: Tensor, blur: Tensor) -> None:
         """Where the sign of a product y (n, M) with the weights is in doubt, put the product rounded once."""

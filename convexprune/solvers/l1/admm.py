@@ -125,16 +125,12 @@ class ADMM:
             if status is not None or late:
                 return status or Status.TIME_LIMIT
             distance = max(certificate.relative_gap, certificate.violation)
-            if distance < handover or patience.ends(step, distance):
-                if self._finished(problem, run, deadline, split.point, split.witness):
+            stalled = patience.ends(step, distance)
+            if distance < handover or stalled:
+                if self._finished(problem, run, deadline, split, stalled):
                     return Status.CONVERGED
                 handover = min(handover, distance) / 4
-        # badly scaled inputs keep first-order steps far from the optimum; the finish minds them less
-        if self._finished(problem, run, deadline, split.point, split.witness):
-            return Status.CONVERGED
-        if dtype is torch.float64 and self._finished(problem, run, deadline, problem.dense, None):
-            return Status.CONVERGED
-        return Status.MAX_ITER
+        return Status.CONVERGED if self._finished(problem, run, deadline, split, stalled=True) else Status.MAX_ITER
 
     def _rising(self) -> RisingPenalty:
         for name, default in vars(ADMM()).items():
@@ -166,14 +162,25 @@ class ADMM:
             return Status.INFEASIBLE
         return None
 
-    def _finished(self, problem: Problem, run: _Run, deadline: float, point: Tensor, witness: Tensor | None) -> bool:
-        """Hand over to the finish; whether its certificate meets the rule. One that does not fit is not asked again."""
+    def _finished(self, problem: Problem, run: _Run, deadline: float, split: Splitting, stalled: bool) -> bool:
+        """Hand over to the finish; whether its certificate meets the rule. One that does not fit is not asked again.
+
+        Where the steps have stalled, as with inputs of unlike scales, it also begins once from the dense layer.
+        """
+        if self._refined(problem, run, deadline, split.point.cpu().double(), split.witness):
+            return True
+        if not stalled or run.anew:
+            return False
+        run.anew = True
+        return self._refined(problem, run, deadline, problem.dense, None)
+
+    def _refined(self, problem: Problem, run: _Run, deadline: float, point: Tensor, witness: Tensor | None) -> bool:
         if self.finish is None or run.crowded:
             return False
         finish = replace(self.finish, **{name: getattr(self, name) for name in GIVEN})
         offset = time.perf_counter() - run.begun
         try:
-            finer = finish.refine(problem, point.cpu().double(), witness, deadline)
+            finer = finish.refine(problem, point, witness, deadline)
         except MemoryError as error:
             run.crowded = True
             run.notes.append(f"the finish did not run: {error}")
@@ -211,6 +218,7 @@ class _Run:
         self.last: tuple[Tensor, Tensor] | None = None
         self.best_certificate = Certificate(math.inf, -math.inf, math.inf)
         self.steps = 0
+        self.anew = False  # the finish has begun from the dense layer
         self.crowded = False  # the finish needs more memory than it may take
         self.notes: list[str] = []
 

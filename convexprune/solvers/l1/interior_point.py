@@ -2,12 +2,12 @@
 
 Over the neurons m of a layer, each restricted to some columns of X and some of its inequality rows,
 
-    minimise sum_m ||u_m||_1   subject to   sum_m (1/2 u_m^T H_m u_m - c_m^T u_m) + constant <= 0      multiplier tau
-                                            R_m u_m <= v_m                                            multipliers z
+    minimise sum_m <w_m, |u_m|>   subject to   sum_m (1/2 u_m^T H_m u_m - c_m^T u_m) + constant <= 0      multiplier tau
+                                              R_m u_m <= v_m                                          multipliers z
 
 or, with a fixed tau (a penalty), the same without the constraint. The neurons meet only in tau: every Newton system is
-a batch of small Cholesky factors plus one scalar equation. u = p - q with p, q >= 0 and multipliers a = 1 + g,
-b = 1 - g, where g = tau (H u - c) + R^T z. Mehrotra's predictor and corrector (SIAM J. Optim. 1992) choose the step.
+a batch of small Cholesky factors plus one scalar equation. u = p - q with p, q >= 0 and multipliers a = w + g,
+b = w - g, where g = tau (H u - c) + R^T z. Mehrotra's predictor and corrector (SIAM J. Optim. 1992) choose the step.
 All in float64: these are the last digits.
 """
 
@@ -19,9 +19,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+TRUST = 0.9  # how far down the shared multiplier goes in a step: the equations have products of it and the weights
+REFINE, EXACT = 2, 1e-10  # at most so many corrections of a Newton direction, up to a residual so small
 BACKOFF = 0.99  # how much of the way to the boundary a step goes
 DUST = 1e-7  # a zero weight is p = mu / a, some 1e-11 of a typical weight, when the gap is 1e-10
-RIDGE = 1e-13  # times the mean diagonal: keeps Cholesky defined on rank-deficient blocks, far below the tolerances
+RIDGE = 1e-13  # times the diagonal: keeps Cholesky defined on rank-deficient blocks; corrected afterwards
 
 
 @dataclass(eq=False)
@@ -35,8 +37,10 @@ class Bucket:
     row_mask: Tensor  # (B, r) bool
     hessian: Tensor  # (B, w, w), zero in the padding
     linear: Tensor  # (B, w)
-    slopes: Tensor  # (B, r, w), R
+    prices: Tensor  # (B, w), of a unit of each weight; 1 in the padding
+    slopes: Tensor  # (B, r, w), R, its rows of height 1
     ceiling: Tensor  # (B, r), v; 1 in the padding
+    heights: Tensor  # (B, r): what each row was divided by; 1 in the padding
     p: Tensor = field(init=False)
     q: Tensor = field(init=False)
     a: Tensor = field(init=False)
@@ -58,12 +62,13 @@ class Bucket:
     def begin(self, u: Tensor, z: Tensor, mu: float, ratio: float) -> None:
         """Start at u (B, w) and z (B, r), or as near as a point with every product equal to mu can be.
 
-        p - q = u, p a = q b = mu and a + b = 2 have one solution; s z = mu and s - ratio z = room - ratio z0 too, with
-        `ratio` a typical room over a typical multiplier.
+        p - q = u, p a = q b = mu and a + b = 2 w have one solution; s z = mu and s - ratio z = room - ratio z0 too,
+        with `ratio` a typical room over a typical multiplier.
         """
-        hypotenuse = (u.square() + mu * mu).sqrt()
-        self.p = torch.where(self.column_mask, (mu + u + hypotenuse) / 2, 1.0)
-        self.q = torch.where(self.column_mask, (mu - u + hypotenuse) / 2, 1.0)
+        least = mu / self.prices
+        hypotenuse = torch.hypot(u, least)
+        self.p = torch.where(self.column_mask, (least + u + hypotenuse) / 2, 1.0)
+        self.q = torch.where(self.column_mask, (least - u + hypotenuse) / 2, 1.0)
         self.a, self.b = mu / self.p, mu / self.q
         offset = self.ceiling - _times(self.slopes, u) - ratio * z
         s = (offset.abs() + (offset.square() + 4 * ratio * mu).sqrt()) / 2
@@ -77,16 +82,29 @@ class Bucket:
         u = self.u
         self.pull = (_times(self.hessian, u) - self.linear) * live  # gradient of the quadratic
         slope = tau * self.pull + _times(self.slopes.mT, self.z * rows)
-        self.dual_p, self.dual_q = (1 + slope - self.a) * live, (1 - slope - self.b) * live
+        self.dual_p, self.dual_q = (self.prices + slope - self.a) * live, (self.prices - slope - self.b) * live
         self.primal = (self.ceiling - _times(self.slopes, u) - self.s) * rows
         self.theta = 1 / (self.p / self.a + self.q / self.b)
         weights = self.z / self.s * rows
         matrix = torch.baddbmm(self.hessian, (self.slopes * weights[..., None]).mT, self.slopes, beta=tau)
-        ridge = RIDGE * float(matrix.diagonal(dim1=-2, dim2=-1).mean())
-        matrix.diagonal(dim1=-2, dim2=-1).add_(torch.where(live, self.theta + ridge, 1.0))
+        diagonal = matrix.diagonal(dim1=-2, dim2=-1)
+        diagonal.add_(torch.where(live, self.theta, 1.0))
+        self.matrix, ridge = matrix, RIDGE * diagonal
+        diagonal.add_(ridge)
         self.factor, failed = torch.linalg.cholesky_ex(matrix)
+        diagonal.sub_(ridge)
         self.defined = not bool(failed.any())
-        self.pulled = _solve(self.factor, self.pull)
+        self.pulled = self._solved(self.pull)
+
+    def _solved(self, right: Tensor) -> Tensor:
+        """The Newton matrix's inverse times right (B, w), refined where the ridge or rounding has cost digits."""
+        found = _solve(self.factor, right)
+        for _ in range(REFINE):
+            rest = right - _times(self.matrix, found)
+            if float(rest.abs().max()) <= EXACT * float(right.abs().max()):
+                break
+            found = found + _solve(self.factor, rest)
+        return found
 
     def complementarity(self) -> float:
         """<p, a> + <q, b> + <s, z>."""
@@ -107,7 +125,7 @@ class Bucket:
         wish = self.rp / self.a - self.p / self.a * self.dual_p - self.rq / self.b + self.q / self.b * self.dual_q
         right = self.theta * wish * self.column_mask
         right -= _times(self.slopes.mT, (self.rz - self.z * self.primal) / self.s * self.row_mask)
-        self.du = _solve(self.factor, right)
+        self.du = self._solved(right)
         return float((self.pull * self.du).sum())
 
     def complete(self, tau: float, dtau: float) -> float:
@@ -141,7 +159,7 @@ class Bucket:
         rows = (self.s + step * self.ds) * (self.z + step * self.dz)
         return float((pairs * self.column_mask).sum() + (rows * self.row_mask).sum())
 
-    def sparse(self, unit: float) -> Tensor:
+    def sparse(self, unit: float | Tensor) -> Tensor:
         """(B, w): u with what is below DUST times `unit`, a typical |u|, set to exactly zero.
 
         The test is on size alone: where a weight and its multiplier both vanish, dropping the weight for the
@@ -156,7 +174,7 @@ class Bucket:
             getattr(self, name).add_(getattr(self, "d" + name), alpha=step)
 
     def dual_residual(self) -> float:
-        """max |1 + g - a|, |1 - g - b|."""
+        """max |w + g - a|, |w - g - b|."""
         return max(float(self.dual_p.abs().max()), float(self.dual_q.abs().max()))
 
     def quadratic(self) -> float:
@@ -217,6 +235,10 @@ class Coupling:
             steps += [1 / max(-self.dslack / self.slack, 1e-30), 1 / max(-self.dtau / self.tau, 1e-30)]
         return min(1.0, *steps)
 
+    def trusted(self) -> float:
+        """The largest step in [0, 1] that leaves enough of tau."""
+        return min(1.0, TRUST * self.tau / max(-self.dtau, 1e-300)) if self.free else 1.0
+
     def product_after(self, buckets: list[Bucket], step: float) -> float:
         """The complementarity after a step."""
         own = (self.slack + step * self.dslack) * (self.tau + step * self.dtau)
@@ -253,7 +275,7 @@ def interior_point(
     for iteration in range(max_iter):
         if not coupling.assemble(buckets):
             return Outcome(float("inf"), iteration, False)
-        objective = max(sum(float(bucket.u.abs().sum()) for bucket in buckets), 1e-300)
+        objective = max(sum(float((bucket.prices * bucket.u.abs()).sum()) for bucket in buckets), 1e-300)
         total = coupling.complementarity(buckets)
         gap = total / objective
         dual = max(bucket.dual_residual() for bucket in buckets)
@@ -268,7 +290,7 @@ def interior_point(
         sigma = max(after / total, 1e-4) ** 3
         coupling.solve(buckets, sigma * total / pairs, correct=True)
         step = min(1.0, BACKOFF * coupling.longest(buckets))
-        coupling.move(buckets, step)
+        coupling.move(buckets, min(step, coupling.trusted()))
         short = short + 1 if step < 1e-3 else 0
     return Outcome(gap, max_iter, False)
 

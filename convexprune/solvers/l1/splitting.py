@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from convexprune.forms import BallProblem, LassoProblem, declared
+from convexprune.solvers.l1.scaling import ScaledBall, ScaledLasso
 
+UNPAID = 1e30  # in units where the largest slope is about 1
 BALANCE = 3.0  # residuals further apart than this factor change rho
-UNEQUAL = 30.0  # a column with more than this times the median energy gets a weight of its own
-TINY = 1e6  # and so does one with the median energy over this: inputs that a ReLU rarely lets through are no such ones
 
 
 class Splitting(Protocol):
@@ -42,31 +41,26 @@ def splitting(problem: Any, start: Tensor | None, alpha: float, device: torch.de
 class BallSplitting:
     """T = X x^T on the ball and under the ceiling, S = x sparse (Aghasi, Abdi, Romberg 2020, section 4).
 
-    T <- project(X U - A);  S <- soft(U - B, 1 / (rho w));  (X^T X + w I) U <- X^T (T + A) + w (S + B);
+    T <- project(X U - A);  S <- soft(U - B, w' / (rho w));  (X^T X + w I) U <- X^T (T + A) + w (S + B);
     A <- A + T - X U;  B <- B + S - U, with T and S over-relaxed. Everything is transposed: U, S are (P, M).
-    X and Y are first divided by powers of two near their largest entries, so that float32 neither overflows nor rounds
-    them anew. The weight w of the second block against the first acts as a scaling of X's columns; a column much larger
-    or smaller than the others, such as the ones of a bias beside tiny inputs, has a weight of its own.
+    It works on the scaled problem, whose prices of weights are w'. The weight w of the second block against the first
+    acts as a scaling of X's columns.
     """
 
     def __init__(self, problem: BallProblem, start: Tensor | None, alpha: float, device: torch.device,
                  dtype: torch.dtype) -> None:  # fmt: skip
-        self.alpha, self.active = alpha, problem.active.to(device)
-        self.unit = _unit(problem.inputs), _unit(problem.outputs)  # of X, of Y
-        self.inputs = (problem.inputs.to(device) / self.unit[0]).to(dtype)
-        outputs, ceiling = (each.to(device) / self.unit[1] for each in (problem.outputs, problem.ceiling))
-        self.outputs, self.radius = outputs.to(dtype), problem.radius / self.unit[1]
-        self.top = torch.where(self.active, torch.inf, ceiling.to(dtype))
-        gram = self.inputs.T @ self.inputs
-        self.weight = 0.05 * _energies(gram.diagonal())[:, None]
-        kernel = gram.double() + torch.diag(self.weight[:, 0].double())
+        self.alpha, self.scaled = alpha, ScaledBall.of(problem, device, dtype)
+        self.inputs, self.active, self.radius = self.scaled.inputs, self.scaled.active, self.scaled.radius
+        self.outputs = self.scaled.outputs.to(dtype)
+        self.top = torch.where(self.active, torch.inf, self.scaled.ceiling.to(dtype))
+        weight = 0.05 * self.scaled.energies[:, None]
+        kernel = (self.inputs.T @ self.inputs).double() + torch.diag(weight[:, 0])
         self.kernel = torch.cholesky_inverse(torch.linalg.cholesky(kernel)).to(dtype)
-        self.grown = self.unit[1] / self.unit[0]  # a weight is this times its scaled one
-        size = float(problem.dense.abs().mean()) / self.grown or 1.0
-        self.rho = 0.1 / (float(self.weight.median()) * size)
-        shape = (self.inputs.shape[1], self.outputs.shape[1])
-        blank = torch.zeros(shape, dtype=dtype, device=device)
-        self.S = blank if start is None else (start.T.to(device, torch.float64) / self.grown).to(dtype)
+        self.weight, self.prices = weight.to(dtype), self.scaled.prices[:, None].to(dtype)
+        size = float(self.scaled.units.inside(problem.dense.to(device)).abs().mean()) or 1.0
+        self.rho = 0.1 / (float(weight.median()) * size)
+        begun = self.scaled.units.inside((torch.zeros_like(problem.dense) if start is None else start).to(device))
+        self.S = begun.T.to(dtype).contiguous()
         self.U, self.B = self.S.clone(), torch.zeros_like(self.S)
         self.XU = self.inputs @ self.U
         self.A = torch.zeros_like(self.outputs)
@@ -76,7 +70,7 @@ class BallSplitting:
         """One iteration: two products with X, one with the kernel."""
         self.T = self._project(self.XU - self.A)
         before = self.S
-        self.S = self._shrunk(self.U - self.B)
+        self.S = _shrunk(self.U - self.B, self.prices / (self.rho * self.weight))
         self.moved = self.S - before
         relaxed = torch.lerp(self.XU, self.T, self.alpha)
         sparse = torch.lerp(self.U, self.S, self.alpha)
@@ -86,10 +80,6 @@ class BallSplitting:
         self.XU = self.inputs @ self.U
         self.A -= self.XU
         self.B -= self.U
-
-    def _shrunk(self, x: Tensor) -> Tensor:
-        limit = 1 / (self.rho * self.weight)
-        return x - torch.minimum(torch.maximum(x, -limit), limit)
 
     def _project(self, produced: Tensor) -> Tensor:
         residual = torch.where(self.active, produced - self.outputs, 0)
@@ -109,25 +99,29 @@ class BallSplitting:
     @property
     def point(self) -> Tensor:
         """(M, P), float64."""
-        return self.S.T.double() * self.grown
+        return self.scaled.units.outside(self.S.T)
 
     @property
     def witness(self) -> Tensor:
         """(n, M), float64: rho A, the multiplier of T = X U."""
-        return self.A.double() * (self.rho / self.unit[0])
+        return self.scaled.witness(self.A.double() * self.rho)
 
 
 class LassoSplitting:
-    """S = U: (G + rho I) U <- C + rho (S + B);  S <- soft(U - B, lam / rho);  B <- B + S - U (Boyd et al., 2011)."""
+    """S = U: (G + rho I) U <- C + rho (S + B);  S <- soft(U - B, lam w' / rho);  B <- B + S - U (Boyd et al., 2011)."""
 
     def __init__(self, problem: LassoProblem, start: Tensor | None, alpha: float, device: torch.device,
                  dtype: torch.dtype) -> None:  # fmt: skip
-        self.lam, self.alpha = problem.lam, alpha
-        values, vectors = torch.linalg.eigh(problem.gram.to(device))
+        self.scaled, self.alpha = ScaledLasso.of(problem, device), alpha
+        values, vectors = torch.linalg.eigh(self.scaled.gram)
         self.values, self.vectors = values.clamp(min=0).to(dtype), vectors.to(dtype)
-        self.cross = problem.cross.T.to(device, dtype)
+        self.cross = self.scaled.cross.T.to(dtype)
+        # a price that no slope reaches keeps its weight at 0, however much larger it is
+        self.prices = (self.scaled.lam * self.scaled.prices[:, None]).clamp(max=UNPAID).to(dtype)
         self.rho = float(values.clamp(min=0).mean()) or 1.0
-        self.S = torch.zeros_like(self.cross) if start is None else start.T.to(device, dtype).clone()
+        self.S = (
+            torch.zeros_like(self.cross) if start is None else self.scaled.units.inside(start.to(device)).T.to(dtype)
+        )
         self.B = torch.zeros_like(self.S)
 
     def step(self) -> None:
@@ -136,7 +130,7 @@ class LassoSplitting:
         self.U = self.vectors @ ((self.vectors.T @ right) / (self.values + self.rho)[:, None])
         relaxed = torch.lerp(self.S, self.U, self.alpha)
         before = self.S
-        self.S = torch.nn.functional.softshrink(relaxed - self.B, self.lam / self.rho)
+        self.S = _shrunk(relaxed - self.B, self.prices / self.rho)
         self.moved = self.S - before
         self.B += self.S - relaxed
 
@@ -148,29 +142,18 @@ class LassoSplitting:
 
     @property
     def point(self) -> Tensor:
-        """(M, P)."""
-        return self.S.T
+        """(M, P), float64."""
+        return self.scaled.units.outside(self.S.T)
 
     @property
     def witness(self) -> Tensor:
         """(M, P): the point, whose residual is the dual variable."""
-        return self.S.T
+        return self.point
 
 
-def _energies(diagonal: Tensor) -> Tensor:
-    """(P,): the mean energy of the typical columns; columns much larger or smaller than these keep their own."""
-    alive = diagonal > 0
-    if not bool(alive.any()):
-        return torch.ones_like(diagonal)
-    median = diagonal[alive].median()
-    large, small = diagonal > UNEQUAL * median, alive & (diagonal < median / TINY)
-    return torch.where(large | small, diagonal, diagonal[~large & ~small].mean())
-
-
-def _unit(values: Tensor) -> float:
-    """A power of two near the largest entry: dividing by it is exact."""
-    largest = float(values.abs().max()) if values.numel() else 0.0
-    return 2.0 ** math.floor(math.log2(largest)) if largest > 0 else 1.0
+def _shrunk(x: Tensor, limit: Tensor) -> Tensor:
+    """Soft thresholding."""
+    return x - torch.minimum(torch.maximum(x, -limit), limit)
 
 
 def _balanced(primal: float, dual: float) -> float:

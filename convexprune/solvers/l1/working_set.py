@@ -23,6 +23,8 @@ from convexprune.solution import Attempt, Certificate, Status, TracePoint
 from convexprune.solvers.l1.working_set_state import BallView, LassoView, Limits
 
 FIRST, LATER = 0.3, 1e-2  # relative gap at which the first and the later interior points start
+COLD = 10.0, 100.0, 1.0  # the same, one after the other, for those that start from nothing that is near the optimum
+DONE = Status.CONVERGED, Status.TIME_LIMIT
 
 
 @dataclass(frozen=True)
@@ -66,31 +68,52 @@ class WorkingSet:
             deadline = min(deadline, time.perf_counter() + self.time_limit)
         limits = Limits(self.eps_abs, self.max_iter, self.margin, self.memory, torch.device(self.device))
         if BallProblem in declared(problem):
-            return self._rounds(problem, BallView(problem, point, witness, limits), deadline)
-        return self._rounds(problem, LassoView(problem, point, limits), deadline)
+            return self._solved(problem, BallView(problem, point, witness, limits), deadline, witness is None)
+        return self._solved(problem, LassoView(problem, point, limits), deadline, False)
 
-    def _rounds(self, problem: Problem, view: BallView | LassoView, deadline: float) -> Attempt:
-        begun, steps = time.perf_counter(), 0
-        trace: list[TracePoint] = []
-        best, best_certificate = (view.point.clone(), view.witness.clone()), Certificate(math.inf, -math.inf, math.inf)
-        status = Status.MAX_ITER
-        for count in range(self.max_rounds):
-            steps += view.solve_restricted(FIRST if count == 0 else LATER, deadline)
+    def _solved(self, problem: Problem, view: BallView | LassoView, deadline: float, cold: bool) -> Attempt:
+        """Grow the working sets; if that leads nowhere and it may begin anew, take everything, then no margin."""
+        run = _Run(view, time.perf_counter())
+        status = self._rounds(problem, run, FIRST, deadline)
+        for gap in COLD if cold else ():
+            if status in DONE or not view.whole():
+                break
+            status = self._rounds(problem, run, gap, deadline)
+            if status not in DONE and view.press():
+                status = self._rounds(problem, run, LATER, deadline)
+        return Attempt(*run.best, status, run.steps, tuple(run.trace))
+
+    def _rounds(self, problem: Problem, run: _Run, gap: float, deadline: float) -> Status:
+        view = run.view
+        for _ in range(self.max_rounds):
+            run.steps += view.solve_restricted(gap, deadline)
             certificate = judge(problem, view.point, view.witness)
-            trace.append(TracePoint(time.perf_counter() - begun, certificate))
             meets = certificate.meets(self.eps_abs, self.eps_rel)
-            if meets or _merit(certificate) <= _merit(best_certificate):
-                best, best_certificate = (view.point.clone(), view.witness.clone()), certificate  # the view moves on
+            run.take(certificate, meets)
             if meets:
-                status = Status.CONVERGED
-                break
+                return Status.CONVERGED
             if time.perf_counter() > deadline:
-                status = Status.TIME_LIMIT
-                break
+                return Status.TIME_LIMIT
             if not (view.widen() if view.lost else view.grow()):
-                status = Status.NUMERICAL
-                break
-        return Attempt(*best, status, steps, tuple(trace))
+                return Status.NUMERICAL
+            gap = LATER
+        return Status.MAX_ITER
+
+
+class _Run:
+    """The record of a run, and its best point."""
+
+    def __init__(self, view: BallView | LassoView, begun: float) -> None:
+        self.view, self.begun, self.steps = view, begun, 0
+        self.trace: list[TracePoint] = []
+        self.best, self.merit = (view.point, view.witness), math.inf
+
+    def take(self, certificate: Certificate, meets: bool) -> None:
+        """The view's point now, with its certificate."""
+        self.trace.append(TracePoint(time.perf_counter() - self.begun, certificate))
+        merit = -math.inf if meets else _merit(certificate)
+        if merit <= self.merit:
+            self.best, self.merit = (self.view.point, self.view.witness), merit
 
 
 def _merit(certificate: Certificate) -> float:
