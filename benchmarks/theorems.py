@@ -99,7 +99,8 @@ def layerwise_obs(model, x):
     rise = layer.squared_errors(cp.solve(cp.OptimalBrainSurgeon(layer, removed)).x)
     inverse = torch.linalg.inv(layer.affine_gram)
     theta = layer.affine_weight[0]
-    found.append(removal(theta, inverse, q, float(rise[0])))
+    lost = 1e-9 * float(rise[0])  # what an inverse in float64 may miss at this damping
+    found.append(removal(theta, inverse, q, float(rise[0]), doubt=lost))
     return found, removal(theta, inverse, q, float(rise[0]), published=True)
 
 

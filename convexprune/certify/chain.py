@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from convexprune.network.call import same
-from convexprune.network.forward import run
+from convexprune.network.forward import differentiable, run
 from convexprune.network.kinds import DROPOUT, MOVED_AXES, RESHAPING
 from convexprune.network.recording import Recorder, Step
 from convexprune.network.replay import Replay, Unreplayable
@@ -104,7 +104,7 @@ def _read(model: nn.Module, x: Tensor, whose: str) -> list[Affine]:
     if output.dtype not in (torch.float32, torch.float64):
         raise ValueError(f"{whose} computes in {output.dtype}, whose rounding is too coarse; {COVERED} in float32")
     # as it is called when nobody looks on
-    if not (walk.makes(output) and walk.makes(run(model, x, gradients=True))):
+    if not (walk.makes(output) and walk.makes(run(differentiable(model), x, gradients=True))):
         raise ValueError(f"{whose} {ELSE}; {COVERED}")
     return [*walk.layers, Affine.identity(output.shape[1])] if walk.bent else walk.layers
 

@@ -106,7 +106,8 @@ class SideBySide:
                 seen = f", seen in {place}" if place else ""
                 return f"the {which} network does something that its recorded operations do not do{seen}"
             self.roundings = max(self.roundings, real.numel() + 8) + 1  # of the batches the largest, and their sum
-            self.apart[index] = up(math.hypot(self.apart[index], distance(real, made)))
+            apart = math.hypot(self.apart[index], distance(real, made))
+            self.apart[index] = up(apart) if apart else 0.0  # nothing was rounded
             self.unit = torch.finfo(real.dtype).eps / 2 if real.is_floating_point() else 0.0
         return ""
 
