@@ -33,7 +33,7 @@ from convexprune import (
     solve,
 )  # fmt: skip
 from convexprune.layer import Layer
-from convexprune.solution import Certificate, Status
+from convexprune.solution import Status
 
 WENT_ON = "float32 ended MAX_ITER, float64 went on from its best point"
 BEGAN_ANEW = "float32 ended NUMERICAL, float64 began anew"
