@@ -210,8 +210,9 @@ class Job:
 
         allocation = None if self.budget is None else Allocation(self.budget, SecondOrder())
         judged = [Rule(name, problem="dense") for name in self._head if name not in self.layers]
+        recipe = Recipe([*judged, *self.recipe.rules])
         return pruned(
-            self.dense.to(self.device), self.calibration, Recipe([*judged, *self.recipe.rules]), mode=self.mode, allocation=allocation,
+            self.dense.to(self.device), self.calibration, recipe, mode=self.mode, allocation=allocation,
             progress=progress, execution=execution,
         )  # fmt: skip
 
