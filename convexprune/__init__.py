@@ -12,6 +12,14 @@ from convexprune.allocate.rate_distortion import (
 )
 from convexprune.certify.held_out import Unseen, certify_unseen
 from convexprune.certify.input_region import WorstCase, worst_case
+from convexprune.certify.risks import (
+    AccuracyLost,
+    ExcessLogLoss,
+    OutputDivergence,
+    OutputError,
+    PredictionChanged,
+    TokensChanged,
+)
 from convexprune.curve import Curve
 from convexprune.distill import Distilled, distill
 from convexprune.layer import Layer
@@ -43,6 +51,7 @@ from convexprune.prune import prune
 from convexprune.prune_within import Goal, prune_within
 from convexprune.report import MergeReport, Report
 from convexprune.report.progress import Progress
+from convexprune.risk_goal import RiskGoal
 from convexprune.solution import Attempt, Certificate, Solution, Status
 from convexprune.solve import solve
 from convexprune.solvers import (
@@ -87,6 +96,7 @@ __all__ = [
     "KKT",
     "LAMP",
     "NM",
+    "AccuracyLost",
     "ActivationMagnitude",
     "Allocation",
     "Attempt",
@@ -108,6 +118,7 @@ __all__ = [
     "ErdosRenyiKernel",
     "ErrorBudget",
     "ExactOBS",
+    "ExcessLogLoss",
     "Exchange",
     "Fast",
     "Formulation",
@@ -129,14 +140,18 @@ __all__ = [
     "NeuronMerging",
     "OptimalBrainSurgeon",
     "OutputChange",
+    "OutputDivergence",
+    "OutputError",
     "Pattern",
     "PerRow",
+    "PredictionChanged",
     "Problem",
     "Progress",
     "Reconstruction",
     "Refit",
     "Report",
     "RisingPenalty",
+    "RiskGoal",
     "SecondOrder",
     "Solution",
     "Solver",
@@ -145,6 +160,7 @@ __all__ = [
     "Support",
     "SwapSearch",
     "Then",
+    "TokensChanged",
     "Uniform",
     "UniformPlus",
     "Unseen",
