@@ -77,7 +77,9 @@ class RiskGoal:
     def __post_init__(self) -> None:
         check_risk(self.risk)
         limits = between(self.risk.low, self.risk.high)
-        check_options(self, level=limits, confidence=between(0, 1), bound=optional(having("upper", "bounds.Betting()")))
+        check_options(
+            self, level=limits, confidence=between(0, 1), bound=optional(having("upper_bound", "bounds.Betting()"))
+        )
         check_batches(self.held_out)
         check_output(self.output)
         if self.allocation is not None and not isinstance(self.allocation, Allocation):
@@ -112,7 +114,7 @@ def search_by_risk(
     tell: Teller,
 ) -> tuple[nn.Module, Report]:
     """The last network of the path that is certified, and its report; arguments and errors as of `prune_within`."""
-    used = itertools.chain(calibration.batches, goal.measured_on)
+    used = itertools.chain(calibration, goal.measured_on)
     held = HeldOut(goal.held_out, used, goal.output)
     _check_enough(goal, held.samples)
     walk = Traversal(model, calibration, "parallel", tell.captured)
@@ -123,6 +125,8 @@ def search_by_risk(
     for setting in goal.path:
         state, shares = stating.of(setting)
         report = walked(walk, state, continued, tell, shares)
+        if calibration.unsteady:
+            raise ValueError(f"{calibration.unsteady}, and so that no held-out sample can be among those drawn later")
         losses = held.losses(model, walk.pruned, goal.risk)
         found = held.statement(losses, goal.risk, goal.confidence, goal.level, goal.rule)
         certified = found.applies and found.guaranteed <= goal.level

@@ -98,11 +98,11 @@ def default_bound(risk: Risk) -> MeanBound:
 def bounded(losses: Tensor, risk: Risk, confidence: float, level: float, bound: MeanBound) -> float:
     """The upper bound in the unit of the loss, rounded up."""
     if risk.low == 0 and risk.high == 1:
-        return bound.upper(losses, confidence, level)
+        return bound.upper_bound(losses, confidence, level)
     width = risk.high - risk.low
     unit = (losses - risk.low) / width  # off by 3 units of a number up to 1
     unit = torch.where(losses <= risk.low, 0.0, unit + gamma(8)).clamp(0, 1)
-    found = bound.upper(unit, confidence, (level - risk.low) / width)
+    found = bound.upper_bound(unit, confidence, (level - risk.low) / width)
     return min(up(risk.low + width * found, gamma(8) * (abs(risk.low) + width)), risk.high)
 
 
