@@ -26,7 +26,7 @@ from convexprune.bounds.confidence import clopper_pearson, log_binomial
 from convexprune.options import between, check_options, positive
 from convexprune.rounding import down, gamma, total, up
 
-HALVINGS: Final = 45  # 3e-14 of the distance to 1
+HALVINGS: Final = 35  # 3e-11 of the distance to 1
 SHAPES: Final = 256  # points of the table of bets
 
 
