@@ -186,6 +186,7 @@ def certified(bound, losses, confidence, level):
         x = losses[:, torch.randperm(samples, generator=torch.Generator().manual_seed(bound.seed))]
         bets = torch.stack([bound.bets(row, confidence, level) for row in x]).clamp(max=bound.most / (1 - level))
         found = (bets * (level - x)).log1p_().cumsum(1).amax(1) > -math.log(1 - confidence)
+        found &= losses.mean(1) < level  # a bound is not below the mean, even where the wealth was high on the way
     else:
         low, high = -1, samples
         while high - low > 1:  # of the sums, rounded up

@@ -91,7 +91,8 @@ class HoeffdingBentkus:
 class Betting:
     """The least m at which a bettor against "the expected loss is at least m" has become 1 / delta times as rich.
 
-    K_t(m) = prod_{i <= t} (1 + min(lambda_i, most / (1 - m)) (m - x_i)),   bound = min {m : max_t K_t(m) >= 1 / delta}
+    K_t(m) = prod_{i <= t} (1 + min(lambda_i, most / (1 - m)) (m - x_i))
+    bound  = min {m >= mean : max_t K_t(m) >= 1 / delta}
 
     lambda_i depends on x_1 .. x_{i-1} alone. If E[x_i | x_1 .. x_{i-1}] >= m, K is a nonnegative supermartingale that
     begins at 1, and reaches 1 / delta with probability at most delta (Ville). K grows with m, so all from the bound on
