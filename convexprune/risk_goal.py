@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from convexprune.allocate import Allocation
-from convexprune.bounds.mean_loss import MeanBound
+from convexprune.bounds.mean_loss import Binomial, MeanBound
 from convexprune.certify.held_out_risk import HeldOut, bounded, default_bound
 from convexprune.certify.risks import Risk, check_risk
 from convexprune.layer import Layer
@@ -80,6 +80,10 @@ class RiskGoal:
         check_options(
             self, level=limits, confidence=between(0, 1), bound=optional(having("upper_bound", "bounds.Betting()"))
         )
+        if isinstance(self.bound, Binomial) and not self.risk.zero_one:
+            raise ValueError(
+                f"bound is Binomial(), for losses of 0 and 1; those of {self.risk.name} are others: Betting()"
+            )
         check_batches(self.held_out)
         check_output(self.output)
         if self.allocation is not None and not isinstance(self.allocation, Allocation):

@@ -288,6 +288,7 @@ def test_warm_starts_go_from_level_to_level_layer_by_layer():
         ({"path": (2.0,), "allocation": cp.Allocation(0.5)}, ValueError, r"path\[0\] is 2.0"),
         ({"allocation": 0.5}, TypeError, "allocation is 0.5"),
         ({"output": 1.5}, TypeError, "output is 1.5"),
+        ({"bound": cp.bounds.Binomial(), "risk": cp.TokensChanged()}, ValueError, "bound is Binomial"),
         ({"bound": "betting"}, TypeError, "bound is 'betting'"),
     ],
 )
