@@ -12,6 +12,14 @@ from convexprune.allocate.rate_distortion import (
 )
 from convexprune.certify.held_out import Unseen, certify_unseen
 from convexprune.certify.input_region import WorstCase, worst_case
+from convexprune.certify.risks import (
+    AccuracyLost,
+    ExcessLogLoss,
+    OutputDivergence,
+    OutputError,
+    PredictionChanged,
+    TokensChanged,
+)
 from convexprune.curve import Curve
 from convexprune.distill import Distilled, distill
 from convexprune.evaluate import Estimate, Evaluation, evaluate
@@ -47,6 +55,7 @@ from convexprune.pruning.execution import Execution
 from convexprune.pruning.recipe import Recipe, Rule
 from convexprune.report import MergeReport, Report
 from convexprune.report.progress import Progress
+from convexprune.risk_goal import RiskGoal
 from convexprune.solution import Attempt, Certificate, Solution, Status
 from convexprune.solve import solve
 from convexprune.solvers import (
@@ -91,6 +100,7 @@ __all__ = [
     "KKT",
     "LAMP",
     "NM",
+    "AccuracyLost",
     "ActivationMagnitude",
     "Allocation",
     "Attempt",
@@ -115,6 +125,7 @@ __all__ = [
     "Estimate",
     "Evaluation",
     "ExactOBS",
+    "ExcessLogLoss",
     "Exchange",
     "Execution",
     "Fast",
@@ -139,8 +150,11 @@ __all__ = [
     "NeuronMerging",
     "OptimalBrainSurgeon",
     "OutputChange",
+    "OutputDivergence",
+    "OutputError",
     "Pattern",
     "PerRow",
+    "PredictionChanged",
     "Problem",
     "Progress",
     "Recipe",
@@ -148,6 +162,7 @@ __all__ = [
     "Refit",
     "Report",
     "RisingPenalty",
+    "RiskGoal",
     "Rule",
     "SecondOrder",
     "Solution",
@@ -158,6 +173,7 @@ __all__ = [
     "SwapSearch",
     "Task",
     "Then",
+    "TokensChanged",
     "Uniform",
     "UniformPlus",
     "Unseen",

@@ -1,8 +1,9 @@
-"""Prune to a given bound on the network's error: choose the layers' errors by the bound, which then holds.
+"""Prune to a goal: a given bound on the network's error (`Goal`), or on a risk on data not seen (`RiskGoal`).
 
-The network's error is at most  sum_l g_l e_l  (`certify.graph`, by spectral norms), so `ErrorBudget` says how large
-each e_l may be. The bound of the pruned network is sharper, since its weights are not the dense ones; it scales the
-budget of the next network, until a bound is just within the goal.
+For an error, the layers' errors are chosen by the bound, which then holds. The network's error is at most
+sum_l g_l e_l  (`certify.graph`, by spectral norms), so `ErrorBudget` says how large each e_l may be. The bound of the
+pruned network is sharper, since its weights are not the dense ones; it scales the budget of the next network, until a
+bound is just within the goal. For a risk see `risk_goal`.
 """
 
 from __future__ import annotations
@@ -21,12 +22,13 @@ from convexprune.network import Calibration
 from convexprune.network.compare import norms
 from convexprune.network.forward import check_model
 from convexprune.network.traversal import Traversal
-from convexprune.options import between, function, positive, whole
+from convexprune.options import between, function, optional, positive, whole
 from convexprune.problem import LayerProblem, Solver, check_solver
 from convexprune.problems import ErrorBudget, NetTrim
 from convexprune.prune import walked
 from convexprune.report import Report
 from convexprune.report.progress import Progress, Teller, check_watcher
+from convexprune.risk_goal import RiskGoal, search_by_risk
 from convexprune.solve import solve
 
 STRIDE = 30.0  # the most that one network's bound may change the budget by
@@ -56,29 +58,33 @@ class Goal:
 def prune_within(
     model: nn.Module,
     batches: Calibration | Iterable[Any],
-    goal: Goal | float,
-    build: Callable[[Layer, float], LayerProblem | None] = NetTrim,
+    goal: Goal | RiskGoal | float,
+    build: Callable[[Layer, Any], LayerProblem | None] | None = None,
     solver: Solver | None = None,
     *,
     names: Sequence[str] | str | None = None,
     progress: Callable[[Progress], None] | None = None,
 ) -> tuple[nn.Module, Report]:
-    """Search for the sparsest network whose guaranteed error is within the goal; parallel mode.
+    """Search for the sparsest network that is within the goal, an error or a risk; parallel mode.
 
     Args:
         model: the dense network; never changed.
         batches: as of `prune`. The layers are captured once for all the networks on the way.
-        goal: a `Goal`, or its `error`.
-        build: states a layer's problem from the layer and the relative error that it may have, ||.||_F over that of its
-            outputs behind the activation: NetTrim's epsilon.
-        solver, names, progress: as of `prune`.
+        goal: a `Goal`, or its `error`; or a `RiskGoal`, which has the path of networks that are tested.
+        build: states a layer's problem from the layer and a number. Of a `Goal` that is the relative error that the
+            layer may have, ||.||_F over that of its outputs behind the activation; of a `RiskGoal` the number of the
+            path, or the count that its allocation gives the layer. None: NetTrim, with an allocation Reconstruction.
+        solver, names, progress: as of `prune`. Along a path a solver that can begin from a start begins at the layer's
+            last point.
 
     Returns:
-        The pruned copy that keeps least of those within the goal, and its report.
+        The pruned copy that keeps least of those within the goal, or the last one of the path that is certified; and
+        its report, with the `path` that was tested.
 
     Raises:
         ValueError: where the network has no bound, naming what is not covered, and where no network of the rounds was
-            within the goal; else what `prune` raises.
+            within the goal. Of a `RiskGoal`: for a held-out sample that was used or is there twice, where there are too
+            few, and where the first level of the path is not certified. Else what `prune` raises.
 
     Example:
         >>> import torch, convexprune as cp
@@ -86,15 +92,33 @@ def prune_within(
         >>> pruned, report = cp.prune_within(model, [torch.rand(50, 8)], 0.2)
         >>> report.network.guaranteed <= report.network.wanted
         True
+        >>> goal = cp.RiskGoal(cp.PredictionChanged(), 0.3, [torch.rand(500, 8)], path=(0.9, 0.7, 0.5, 0.3))
+        >>> recipe = lambda layer, kept: cp.Reconstruction(layer, cp.Unstructured(kept))
+        >>> pruned, report = cp.prune_within(model, [torch.rand(50, 8)], goal, recipe)
+        >>> report.path.certified.bound <= 0.3
+        True
     """
     check_model(model)
     if solver is not None:
         check_solver(solver)
-    function("a function from a layer and its relative error to a problem, such as NetTrim")("build", build)
+    optional(function("a function from a layer and its relative error to a problem, such as NetTrim"))("build", build)
     check_watcher(progress)
-    goal = goal if isinstance(goal, Goal) else Goal(goal)
     calibration = Calibration.of(batches, names)
     tell = Teller(progress, calibration)
+    if isinstance(goal, RiskGoal):
+        return search_by_risk(model, calibration, goal, build, solver, tell)
+    goal = goal if isinstance(goal, Goal) else Goal(goal)
+    return _search_by_error(model, calibration, goal, NetTrim if build is None else build, solver, tell)
+
+
+def _search_by_error(
+    model: nn.Module,
+    calibration: Calibration,
+    goal: Goal,
+    build: Callable[[Layer, float], LayerProblem | None],
+    solver: Solver | None,
+    tell: Teller,
+) -> tuple[nn.Module, Report]:
     walk = Traversal(model, calibration, "parallel", tell.captured)
     sizes, whole = norms(model, calibration, walk.rectified, calibration.output)
     if whole is None or whole == 0:

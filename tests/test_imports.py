@@ -39,6 +39,7 @@ TOP = {
     "pruning",
     "prune_within",
     "report",
+    "risk_goal",
     "",
 }
 # what each part may import besides itself; a part that is not here is named in TOP, or the test says so

@@ -114,15 +114,7 @@ class Allocation:
 
         Raises ValueError, with the smallest budget that can be met, if even the cheapest levels exceed the budget.
         """
-        calibration = Calibration.of(calibration)
-        curves = self.curves
-        if curves is None:
-            curves = rate_distortion(
-                model, calibration if self.batches is None else replace(calibration, batches=self.batches),
-                levels=self.levels, measure=self.measure, solver=self.inner, damping=self.damping, cache=self.cache,
-                progress=progress,
-            )  # fmt: skip
-        problem = self.problem(curves)
+        problem = self.problem(self.measured(model, calibration, progress=progress).curves or ())
         solution = solve(problem, self.solver)
         if solution.status is Status.INFEASIBLE or solution.certificate.violation > 0:
             raise ValueError(f"no allocation: {solution.note or 'the solver exceeded the budget'}")
@@ -137,6 +129,24 @@ class Allocation:
         return Shares(
             shares, problem.budget, problem.cost(solution.x), solution.certificate, solution.solver, problem.dominated
         )
+
+    def measured(
+        self,
+        model: nn.Module,
+        calibration: Calibration | Iterable[Any],
+        *,
+        progress: Callable[[Progress], None] | None = None,
+    ) -> Allocation:
+        """The same with its curves measured, so that several budgets can be divided; arguments as in `prune`."""
+        if self.curves is not None:
+            return self
+        calibration = Calibration.of(calibration)
+        curves = rate_distortion(
+            model, calibration if self.batches is None else replace(calibration, batches=self.batches),
+            levels=self.levels, measure=self.measure, solver=self.inner, damping=self.damping, cache=self.cache,
+            progress=progress,
+        )  # fmt: skip
+        return replace(self, curves=curves)
 
     def problem(self, curves: Sequence[Curve]) -> SparsityAllocation:
         """The knapsack of these curves, with the prices, ties and limits of this allocation."""

@@ -13,6 +13,7 @@ from convexprune.bounds.difference import (
     sampled_difference,
 )
 from convexprune.bounds.input_sets import Ball, Box
+from convexprune.bounds.mean_loss import Betting, Binomial, Hoeffding, HoeffdingBentkus, MeanBound, ShorterOf
 from convexprune.bounds.merging_lemma import lemma_1
 from convexprune.bounds.net_trim_theorems import (
     LinkNormalised,
@@ -30,15 +31,21 @@ from convexprune.bounds.statement import Hypothesis, Statement
 __all__ = [
     "Additivity",
     "Ball",
+    "Betting",
+    "Binomial",
     "Box",
     "ChainBound",
     "ChainPair",
     "DifferenceBounds",
     "Exact",
+    "Hoeffding",
+    "HoeffdingBentkus",
     "Hypothesis",
     "IntervalPropagation",
     "LinearRelaxation",
     "LinkNormalised",
+    "MeanBound",
+    "ShorterOf",
     "Statement",
     "Uniqueness",
     "cannot_change",

@@ -24,7 +24,7 @@ def clopper_pearson(successes: int, trials: int, confidence: float) -> float:
     low, high, miss = successes / trials, 1.0, down(math.log(1 - confidence))
     for _ in range(HALVINGS):
         middle = (low + high) / 2
-        if _log_at_most(successes, trials, middle) > miss:
+        if log_binomial(successes, trials, middle) > miss:
             low = middle
         else:
             high = middle
@@ -61,7 +61,7 @@ def cannot_flip(logits: Tensor, error: float | Tensor) -> Tensor:
     return stays
 
 
-def _log_at_most(k: int, n: int, p: float) -> float:
+def log_binomial(k: int, n: int, p: float) -> float:
     """At least log P(Bin(n, p) <= k), summed downwards from its largest term; logarithms are good to 4 units."""
     if p >= 1:
         return -math.inf

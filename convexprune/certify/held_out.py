@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 from convexprune.bounds.confidence import clopper_pearson, empirical_bernstein
-from convexprune.network.calibration import Calibration, digests
+from convexprune.network.calibration import Calibration
 from convexprune.network.forward import check_batch, check_batches, check_model, numbered, run, undisturbed
+from convexprune.network.identity import identities
 from convexprune.network.outputs import sure_output
 from convexprune.network.predict import Rule, changed, check_rule, rule_name
 from convexprune.options import between, positive
@@ -100,14 +101,14 @@ def certify_unseen(
     known: set[bytes] = set()
     for index, batch in enumerate(used):
         check_batch(batch, f"used batch {index}")
-        known.update(digests(batch))
+        known.update(identities(batch))
     if not known:
         raise ValueError("no used samples; give the calibration data, so that none of it is among those held out")
     count, errors, rule = 0, [], ""
     with undisturbed(model, pruned):
         for index, batch in enumerate(held_out):
             check_batch(batch, f"held-out batch {index}")
-            samples = list(digests(batch))
+            samples = list(identities(batch))
             for row, digest in enumerate(samples):
                 if digest in known:
                     raise ValueError(

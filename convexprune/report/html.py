@@ -9,6 +9,7 @@ from html import escape
 from typing import TYPE_CHECKING, Any
 
 from convexprune.extras import extras
+from convexprune.report.risk_path import path_plot
 from convexprune.report.row import HEADINGS, LEGEND, WORDS, Row, literal
 from convexprune.report.shares import curves_plot
 
@@ -49,6 +50,7 @@ def page(report: Report) -> str:
     sections = [
         _section("Layers", _table(report.rows) + _list(LEGEND)),
         _section("The network", _network(report)),
+        _section("Risk on data not seen", _path(report)),
         _section("Guaranteed and measured, layer by layer", _links(report)),
         _section("Allocation", _allocation(report)),
         _section("Kept, and proven gap, by layer", image(_layers_plot(report.rows), "kept fraction and gap by layer")),
@@ -114,6 +116,15 @@ def _network(report: Report) -> str:
     axes.set_xlabel("change of the network's output, Frobenius norm over the calibration samples")
     axes.spines["left"].set_visible(True)
     return words + image(drawing, "guaranteed and measured error of the network")
+
+
+def _path(report: Report) -> str:
+    if report.path is None:
+        return ""
+    drawing = figure(2.8)
+    path_plot(drawing, report.path, (ACCENT, SECOND, INK))
+    words = "".join(f"<p>{escape(line)}</p>" for line in report.path.lines())
+    return words + image(drawing, "risk, its upper bound and the weights kept, along the path")
 
 
 def _links(report: Report) -> str:

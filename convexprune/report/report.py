@@ -13,6 +13,7 @@ from torch import Tensor
 from convexprune.layer import Layer
 from convexprune.network.coverage import Coverage
 from convexprune.report.plain import from_plain, to_plain
+from convexprune.report.risk_path import RiskPath
 from convexprune.report.row import HEADINGS, WORDS, Row, number, percent
 from convexprune.report.shares import Shares
 from convexprune.version import __version__
@@ -98,6 +99,7 @@ class Report:
     settings: Settings
     allocation: Shares | None = None
     coverage: Coverage | None = None  # which of the model's weights the layers have
+    path: RiskPath | None = None  # the levels that were tested, if a risk on data not seen was wanted
 
     @property
     def kept(self) -> int:
@@ -141,6 +143,7 @@ class Report:
             kept = f"{kept}, {of_model:.1%} of the model's"
         covered = () if self.coverage is None else self.coverage.lines()
         shares = () if self.allocation is None else self.allocation.lines(self.distortion)
+        path = () if self.path is None else self.path.lines()
         poor = [
             row.moments.line(row.name) for row in self.rows if row.moments and row.moments.rank < row.moments.inputs
         ]
@@ -150,7 +153,7 @@ class Report:
         ridges = ("damped Gram matrices: " + "; ".join(damped),) if damped else ()
         notes = dict.fromkeys(row.note for row in self.rows if row.note)
         said = (f"{note}: {', '.join(row.name for row in self.rows if row.note == note)}" for note in notes)
-        return (kept, *covered, *refused, *self.network.lines(), *shares, *singular, *ridges, *said)
+        return (kept, *covered, *refused, *self.network.lines(), *path, *shares, *singular, *ridges, *said)
 
     @property
     def distortion(self) -> float | None:
