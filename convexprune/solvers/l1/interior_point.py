@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 TRUST = 0.9  # how far down the shared multiplier goes in a step: the equations have products of it and the weights
-REFINE, EXACT = 2, 1e-10  # at most so many corrections of a Newton direction, up to a residual so small
+REFINE, EXACT = 2, 1e-12  # at most so many corrections of a Newton direction, up to a residual so small
 BACKOFF = 0.99  # how much of the way to the boundary a step goes
 DUST = 1e-7  # a zero weight is p = mu / a, some 1e-11 of a typical weight, when the gap is 1e-10
 RIDGE = 1e-13  # times the diagonal: keeps Cholesky defined on rank-deficient blocks; corrected afterwards
