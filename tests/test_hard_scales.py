@@ -97,6 +97,12 @@ def test_scales_from_a_millionth_to_a_million_are_solved(kind, turn):
     assert abs(solution.certificate.relative_gap) <= 1e-5
 
 
+@pytest.mark.parametrize("seed", [645, 741])
+def test_newton_directions_are_refined_to_the_last_digits(seed):
+    """Two of the thousand that fail where a residual of 1e-10 is left."""
+    assert solve(instance(seed)).status is Status.CONVERGED
+
+
 @pytest.mark.parametrize("seed", [13, 69, 109, 175, 237])
 def test_the_finish_needs_no_start(seed):
     """A bias beside inputs a million times as large; prices a million million times another; too little rank."""

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 TRUST = 0.9  # how far down the shared multiplier goes in a step: the equations have products of it and the weights
-REFINE, EXACT = 2, 1e-10  # at most so many corrections of a Newton direction, up to a residual so small
+REFINE = 2  # at most so many corrections of a Newton direction, up to `Bucket.exact`
 BACKOFF = 0.99  # how much of the way to the boundary a step goes
 DUST = 1e-7  # a zero weight is p = mu / a, some 1e-11 of a typical weight, when the gap is 1e-10
 RIDGE = 1e-13  # times the diagonal: keeps Cholesky defined on rank-deficient blocks; corrected afterwards
@@ -41,6 +41,7 @@ class Bucket:
     slopes: Tensor  # (B, r, w), R, its rows of height 1
     ceiling: Tensor  # (B, r), v; 1 in the padding
     heights: Tensor  # (B, r): what each row was divided by; 1 in the padding
+    exact: float = 1e-10  # the relative residual of a Newton direction that is not corrected
     p: Tensor = field(init=False)
     q: Tensor = field(init=False)
     a: Tensor = field(init=False)
@@ -101,7 +102,7 @@ class Bucket:
         found = _solve(self.factor, right)
         for _ in range(REFINE):
             rest = right - _times(self.matrix, found)
-            if float(rest.abs().max()) <= EXACT * float(right.abs().max()):
+            if float(rest.abs().max()) <= self.exact * float(right.abs().max()):
                 break
             found = found + _solve(self.factor, rest)
         return found

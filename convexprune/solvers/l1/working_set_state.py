@@ -22,6 +22,7 @@ LOST = 1e-3  # a restricted problem that ended with a larger gap has broken down
 RUNAWAY = 100  # a multiplier this many times the largest known one grows without limit
 LEAST = 8  # columns that a neuron gets at least when it gets more
 ROUGH = 1e-6  # how far |X^T z| may be from a price, relative, before z is corrected
+FINEST = 1e-12  # the residual of a Newton direction where coarser ones have led nowhere
 TIGHT = 1e-9  # how far a multiplier may pass its limit before its column counts as missed
 
 
@@ -122,7 +123,7 @@ class BallView:
         self.least = 0.5 * limits.eps_abs * math.sqrt(float(self.energies.sum()))
         self.changed = torch.ones(len(self.v), dtype=torch.bool, device=self.device)
         self.lost, self.pressed = False, torch.zeros_like(self.changed)
-        self.margin, self.begun = limits.margin, self.v.clone()
+        self.margin, self.begun, self.exact = limits.margin, self.v.clone(), Bucket.exact
         self.tau = self._first_tau()
         self._first_sets(witness is not None)
 
@@ -183,6 +184,7 @@ class BallView:
             return 0
         unit, mu, ratio = _typical(self.v), _centre(buckets, self.v * self.scaled.prices, gap), self._ratio()
         for bucket in buckets:
+            bucket.exact = self.exact
             u = torch.gather(self.v[bucket.neurons], 1, bucket.columns) * bucket.column_mask
             z = -torch.gather(self.z.T[bucket.neurons], 1, bucket.rows) * bucket.row_mask * bucket.heights
             bucket.begin(u, z.clamp(min=0), mu, ratio)
@@ -282,6 +284,7 @@ class BallView:
         if self._memory(columns, rows) > self.limits.memory:
             return False
         self.columns, self.rows, self.margin = columns, rows, self.limits.margin
+        self.exact = FINEST
         self.changed = torch.ones_like(self.changed)
         self.v, self.z = self.begun.clone(), torch.zeros_like(self.z)
         self.tau = self._first_tau()
