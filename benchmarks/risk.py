@@ -26,6 +26,7 @@ from convexprune.datasets import mnist, trained_lenet300
 BUDGETS = (0.5, 0.4, 0.3, 0.22, 0.16, 0.12, 0.09, 0.07, 0.05, 0.035)
 EPSILONS = (0.01, 0.02, 0.03, 0.05, 0.07, 0.1, 0.14, 0.2)
 WANTED = (0.01, 0.02, 0.05)
+GENTLE = (0.9, 0.8, 0.7, 0.6, 0.5, 0.42, 0.36, 0.3, 0.25, 0.2)  # for networks without much to spare
 BOUNDS = {
     "betting": Betting(),
     "Hoeffding-Bentkus": HoeffdingBentkus(),
@@ -64,6 +65,7 @@ class Experiment:
     names: str | None = None
     output: str | None = None
     risk: object = dataclasses.field(default_factory=cp.PredictionChanged)
+    budgets: tuple = BUDGETS
 
     def risk_on_rest(self, pruned):
         losses = []
@@ -82,8 +84,8 @@ def methods(experiment, small):
     fast = cp.Allocation(0.5, measure=cp.LayerError(), inner=cp.Magnitude(), solver=cp.GlobalMagnitude())
     curves = cp.Allocation(0.5, measure=cp.SecondOrder(), inner=cp.Fast())
     return {
-        "Balanced + allocation": ((experiment.calibration, None, Remembered(cp.Balanced())), BUDGETS, curves),
-        "magnitude": ((experiment.calibration, None, Remembered(cp.Magnitude())), BUDGETS, fast),
+        "Balanced + allocation": ((experiment.calibration, None, Remembered(cp.Balanced())), experiment.budgets, curves),
+        "magnitude": ((experiment.calibration, None, Remembered(cp.Magnitude())), experiment.budgets, fast),
         "Net-Trim": (
             (experiment.few, cp.NetTrim, Remembered(cp.ADMM(eps_rel=1e-2))), EPSILONS[2::2] if small else EPSILONS, None
         ),
@@ -139,7 +141,8 @@ def resnet(options):
     folder = data_folder(options.data)
     x, _ = cifar10(folder, "train", 256 if options.small else 1024)
     held_out, rest = halves(cifar10(folder, "test")[0], 700)
-    searched(Experiment(resnet20(folder), list(x.split(64)), list(x[:16].split(16)), held_out, rest, "*conv*"), options)
+    few = list(x[:16].split(16))
+    searched(Experiment(resnet20(folder), list(x.split(64)), few, held_out, rest, "*conv*", budgets=GENTLE), options)
 
 
 def stories(options):
@@ -154,7 +157,7 @@ def stories(options):
     batches = [{"input_ids": each} for each in windows.split(50)]
     parts = batches[:4], batches[4:18], batches[18:]
     risk = cp.TokensChanged()
-    experiment = Experiment(model, parts[0], parts[0][:1], parts[1], parts[2], "*proj*", "logits", risk)
+    experiment = Experiment(model, parts[0], parts[0][:1], parts[1], parts[2], "*proj*", "logits", risk, GENTLE)
     searched(experiment, options)
 
 

@@ -393,7 +393,7 @@ OPTIONS = [
     (lambda: within(NAN), V, "error is nan"),
     (lambda: within(-1), V, "error is -1"),
     (lambda: within(build=3), T, "build is 3"),
-    (lambda: within(build=None), T, "build is None"),
+    (lambda: within(build=0.5), T, "build is 0.5"),
     (lambda: within(solver="admm"), T, "'admm' is not a solver"),
     (lambda: within(progress=3), T, "progress is 3"),
     (lambda: cp.Goal(0.5, near="a"), T, "near is 'a'"),
