@@ -165,8 +165,10 @@ def test_a_language_model_with_several_outputs(risk):
     goal = cp.RiskGoal(risk, level, held_out, (0.95, 0.8, 0.6), output="logits")
     report = cp.prune_within(model, used, goal, SHARE, names="proj")[1]
     assert report.path.certified.bound <= level
-    with pytest.raises(ValueError, match="say which is meant: output='logits' or 'hidden'"):
-        cp.prune_within(model, used, cp.RiskGoal(risk, level, held_out, PATH), SHARE, names="proj")
+    unnamed = cp.RiskGoal(risk, level, held_out, (0.95, 0.8, 0.6))  # "logits" is the rule
+    assert cp.prune_within(model, used, unnamed, SHARE, names="proj")[1].path == report.path
+    with pytest.raises(ValueError, match="its keys are 'logits', 'hidden'"):
+        cp.prune_within(model, used, cp.RiskGoal(risk, level, held_out, PATH, output="words"), SHARE, names="proj")
 
 
 @pytest.mark.parametrize(
