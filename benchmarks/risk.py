@@ -84,7 +84,9 @@ def methods(experiment, small):
     fast = cp.Allocation(0.5, measure=cp.LayerError(), inner=cp.Magnitude(), solver=cp.GlobalMagnitude())
     curves = cp.Allocation(0.5, measure=cp.SecondOrder(), inner=cp.Fast())
     return {
-        "Balanced + allocation": ((experiment.calibration, None, Remembered(cp.Balanced())), experiment.budgets, curves),
+        "Balanced + allocation": (
+            (experiment.calibration, None, Remembered(cp.Balanced())), experiment.budgets, curves
+        ),
         "magnitude": ((experiment.calibration, None, Remembered(cp.Magnitude())), experiment.budgets, fast),
         "Net-Trim": (
             (experiment.few, cp.NetTrim, Remembered(cp.ADMM(eps_rel=1e-2))), EPSILONS[2::2] if small else EPSILONS, None

@@ -180,3 +180,12 @@ def test_a_pass_of_another_length_is_seen():
 def test_wrong_calls(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+def test_a_regular_expression_names_layers():
+    model = nn.Sequential(nn.Linear(3, 3), nn.ReLU(), nn.Linear(3, 3), nn.ReLU(), nn.Linear(3, 3))
+    layers = cp.capture(model, [x()[:, :3]], names="re:[02]")
+    assert [layer.name for layer in layers] == ["0", "2"]
+    for wrong, words in (("re:(", "no regular expression"), ("re:fc.*", "pattern matches no")):
+        with pytest.raises(ValueError, match=words):
+            cp.capture(model, [x()[:, :3]], names=wrong)

@@ -74,19 +74,25 @@ class Folder:
             except (SafetensorError, OSError) as error:
                 raise ValueError(f"{place} is no whole safetensors file: {error}; copy the model again") from error
 
+    def kind(self, name: str | None = None) -> Any:
+        """The class of transformers that is named, else the config's; raises ValueError where there is none."""
+        with extras():
+            import transformers
+
+        name = name or next(iter(self.config.get("architectures") or []), "AutoModel")
+        found = getattr(transformers, name, None)
+        if found is None:
+            raise ValueError(f"transformers {transformers.__version__} has no {name!r}; name a class with --class")
+        return found
+
     def model(self, kind: str | None = None) -> nn.Module:
         """The model, in the dtype that it is stored in; `kind` names a class of transformers, None: the config's.
 
         Raises ValueError, with transformers' words, where it cannot be made.
         """
-        with extras():
-            import transformers
-
         self.check_whole()
-        name = kind or next(iter(self.config.get("architectures") or []), None)
-        maker = getattr(transformers, name or "AutoModel", None)
-        if maker is None:
-            raise ValueError(f"transformers {transformers.__version__} has no {name!r}; name a class with --class")
+        maker = self.kind(kind)
+        name = maker.__name__
         with _offline():
             try:
                 model, said = maker.from_pretrained(self.path, dtype="auto", output_loading_info=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -19,8 +20,9 @@ from convexprune.command.show import check_writable, drawn, reported, show
 from convexprune.command.source import SAMPLES, Source, options
 from convexprune.extras import extras
 from convexprune.network import Calibration, save
+from convexprune.network.coverage import coverage
 from convexprune.network.memory import available
-from convexprune.network.names import choose, stacks
+from convexprune.network.names import REGEX, choose, stacks
 from convexprune.pruning.backends import Backend, InProcess, Joblib
 from convexprune.pruning.execution import Execution
 from convexprune.pruning.plan import Plan
@@ -120,11 +122,12 @@ def prune(
         place = Place(out)
         place.check()
         source = Source(model, kind, weights, tokenizer)
+        before = source.ready()
         dense = source.model()
         batches = source.samples(calibration, dense, Windows(windows, first, length, batch))
         budget = 1 - sparsity if allocate and sparsity is not None else None
-        job = Job(dense, batches, rules, mode, budget, seed, device)
-        click.echo(job.plan.text())
+        job = Job(dense, batches, rules, mode, budget, seed, device, before)
+        click.echo(job.text())
         job.plan.check(memory)
         if dry_run:
             return
@@ -168,6 +171,7 @@ class Job:
     budget: float | None
     seed: int
     device: str
+    process: int  # bytes that this process had before there was a model
 
     @cached_property
     def layers(self) -> list[str]:
@@ -185,7 +189,10 @@ class Job:
     @cached_property
     def calibration(self) -> Calibration:
         """The samples, where the model runs, for the layers that are pruned, and the head that is judged."""
-        names = list(dict.fromkeys([*self.layers, *self._head]))
+        alone = [*self._head, *(set(self.layers) & {rule.layers for rule in self.recipe.rules})]
+        others = [re.escape(name) for name in self.layers if name not in alone]
+        # one request: of what it names some may never be called
+        names = [*alone, *([f"{REGEX}{'|'.join(others)}"] if others else [])]
         return Calibration([_moved(batch, self.device) for batch in self.batches], names=names, seed=self.seed)
 
     @cached_property
@@ -200,7 +207,11 @@ class Job:
     @cached_property
     def plan(self) -> Plan:
         """What it takes, from shapes alone."""
-        return Plan.of(self.dense, self.calibration, self.recipe, self.mode)
+        return Plan.of(self.dense, self.calibration, self.recipe, self.mode, self.process)
+
+    def text(self) -> str:
+        """What is pruned and what that takes, and what stays as it is and why."""
+        return "\n".join([self.plan.text(), *coverage(self.dense, self.layers, self.layers).lines()])
 
     def run(self, execution: Execution, progress: Callable[[Progress], None] | None) -> tuple[nn.Module, Report]:
         """Prune."""

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 import click
 
+from convexprune.extras import extras
+
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
@@ -53,6 +55,16 @@ class Source:
         from convexprune.command.folder import Folder
 
         return None if not Path(self.name).exists() and ":" in self.name else Folder(Path(self.name))
+
+    def ready(self) -> int:
+        """Import what loads the model; returns the bytes that this process has then."""
+        from convexprune.network.memory import resident
+
+        with extras():
+            import matplotlib.figure  # noqa: F401   for the report's page
+        if self.folder is not None:
+            self.folder.kind(self.kind)
+        return resident()
 
     def model(self) -> nn.Module:
         """The model, in evaluation mode."""

@@ -63,7 +63,7 @@ class Calibration:
     Args:
         batches: tensors, or tuples and lists that begin with the input, or dicts of keyword arguments. They are gone
             through several times; an iterator is read into a list first.
-        names: names and fnmatch patterns of the layers that are meant; None: all.
+        names: names, fnmatch patterns, and regular expressions behind "re:", of the layers that are meant; None: all.
         mask: batch -> bool tensor (batch, tokens): only the rows where it is True count.
         positions: the largest number of output positions taken from each image of a convolution; None: all.
         seed: draws those positions.

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from functools import cached_property
+from typing import Final
 
 import torch
 from torch import nn
@@ -17,6 +19,8 @@ from convexprune.network.kinds import EMBEDDINGS
 from convexprune.network.matrices import Stack, kind_names
 from convexprune.network.projections import layer_stack, named_layers, projection
 from convexprune.network.weights import Place, check_stored
+
+REGEX: Final = "re:"  # in front of a regular expression, where an fnmatch pattern could stand
 
 
 def stacks(model: nn.Module) -> dict[str, Stack]:
@@ -74,6 +78,8 @@ def choose(model: nn.Module, names: Iterable[str] | str | None) -> Chosen:
     """
     check_eager(model)
     requests = ["*"] if names is None else [names] if isinstance(names, str) else list(names)
+    for request in requests:
+        check_regex("a name", request)
     if not requests:
         raise ValueError("names is empty; leave it out to capture every layer")
     known = stacks(model)
@@ -177,12 +183,28 @@ def _meant(model: nn.Module, request: str, layers: list[tuple[str, str]]) -> lis
             hint = f"; for the layers inside it use '{request}.*'" if list(modules[request].children()) else ""
             raise ValueError(f"{request!r} is a {kind}, not one of {kind_names()}{hint}")
         return exact
-    matched = [pair for pair in layers if any(fnmatchcase(name, request) for name in pair)]
+    matched = [pair for pair in layers if any(matches(name, request) for name in pair)]
     if not matched:
-        kind = "pattern matches" if any(c in request for c in "*?[") else "name is that of"
+        kind = "pattern matches" if request.startswith(REGEX) or any(c in request for c in "*?[") else "name is that of"
         names = [name for pair in layers for name in dict.fromkeys(pair)]
         raise ValueError(f"{request!r}: this {kind} no {kind_names()} of the model; {suggestion(request, names)}")
     return matched
+
+
+def matches(name: str, request: str) -> bool:
+    """Whether an fnmatch pattern, or a regular expression behind "re:", is about a name; it has to match all of it."""
+    if request.startswith(REGEX):
+        return re.fullmatch(request.removeprefix(REGEX), name) is not None
+    return fnmatchcase(name, request)
+
+
+def check_regex(name: str, request: str) -> None:
+    """Raise ValueError for a regular expression that is none."""
+    if request.startswith(REGEX):
+        try:
+            re.compile(request.removeprefix(REGEX))
+        except re.error as error:
+            raise ValueError(f"{name} is {request!r}, which is no regular expression: {error}") from error
 
 
 def _twice(layer: str, paths: Iterable[str]) -> str:

@@ -54,6 +54,7 @@ class LayerPlan:
 class Plan:
     """The layers, and bytes by phase.
 
+    process     that the process has without a model: Python, torch, transformers
     model       of the dense model and its copy
     samples     of the batches
     activations of a batch in a pass
@@ -61,6 +62,7 @@ class Plan:
     """
 
     layers: tuple[LayerPlan, ...]
+    process: int
     model: int
     samples: int
     activations: int
@@ -68,7 +70,7 @@ class Plan:
     capture: int
 
     @classmethod
-    def of(cls, model: nn.Module, calibration: Calibration, recipe: Recipe, mode: str) -> Plan:
+    def of(cls, model: nn.Module, calibration: Calibration, recipe: Recipe, mode: str, process: int = 0) -> Plan:
         """Of a recipe on a model; nothing is run."""
         chosen = choose(model, calibration.names)
         speed = flops_a_second()
@@ -86,6 +88,7 @@ class Plan:
         tensors = [each for batch in calibration.batches for each in tensors_in(batch)]
         return cls(
             tuple(layers),
+            process=process,
             model=2 * size,
             samples=sum(each.numel() * each.element_size() for each in tensors),
             activations=(sum(widths[:8]) + 4 * hidden) * rows * element,
@@ -95,8 +98,9 @@ class Plan:
 
     @property
     def peak(self) -> int:
-        """Bytes at the most, beside what Python and torch take themselves."""
-        return self.model + self.samples + self.streams + self.capture + max(self.activations, self.solving)
+        """Bytes at the most."""
+        kept = self.process + self.model + self.samples + self.streams + self.capture
+        return kept + max(self.activations, self.solving)
 
     @property
     def solving(self) -> int:
@@ -128,8 +132,8 @@ class Plan:
             names = layers[0].module + (", ..." if len(layers) > 1 else "")
             lines.append(f"  {len(layers)} of {what}, {_time(sum(layer.seconds for layer in layers))}: {names}")
         parts = {
-            "models": self.model, "samples": self.samples, "streams": self.streams, "Gram matrices": self.capture,
-            "a pass": self.activations, "a layer's solver": self.solving,
+            "Python": self.process, "models": self.model, "samples": self.samples, "streams": self.streams,
+            "Gram matrices": self.capture, "a pass": self.activations, "a layer's solver": self.solving,
         }  # fmt: skip
         shares = ", ".join(f"{key} {value / 1e9:.2f}" for key, value in parts.items())
         lines.append(f"memory: {self.peak / 1e9:.2f} GB at the peak; {shares}")

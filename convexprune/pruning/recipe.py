@@ -18,10 +18,10 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from fnmatch import fnmatchcase
 from typing import Any, Final
 
 from convexprune.layer import Layer
+from convexprune.network.names import check_regex, matches
 from convexprune.options import number, optional, text
 from convexprune.patterns import NM, Blocks, Channels, Pattern, PerRow, Unstructured
 from convexprune.problem import LayerProblem, Solver
@@ -48,7 +48,6 @@ SOLVERS: Final[Mapping[str, Callable[..., Solver]]] = {
 }  # fmt: skip
 PROBLEMS: Final = ("reconstruction", "net-trim", "dense")
 PATTERNS: Final = "unstructured, per-row, channels, N:M as 2:4, or blocks as 4x4"
-REGEX: Final = "re:"
 
 
 @dataclass(frozen=True)
@@ -111,11 +110,7 @@ class Rule:
             raise ValueError(f"pattern is {self.pattern!r}; it must be one of {PATTERNS}")
         if self.solver is not None and self.solver not in SOLVERS:
             raise ValueError(f"solver is {self.solver!r}; it must be one of {', '.join(SOLVERS)}")
-        if self.layers.startswith(REGEX):
-            try:
-                re.compile(self.layers.removeprefix(REGEX))
-            except re.error as error:
-                raise ValueError(f"layers is {self.layers!r}, which is no regular expression: {error}") from error
+        check_regex("layers", self.layers)
 
     @property
     def nm(self) -> tuple[int, int] | None:
@@ -131,9 +126,7 @@ class Rule:
 
     def matches(self, name: str) -> bool:
         """Whether the rule is about a layer of this name."""
-        if self.layers.startswith(REGEX):
-            return re.fullmatch(self.layers.removeprefix(REGEX), name) is not None
-        return fnmatchcase(name, self.layers)
+        return matches(name, self.layers)
 
     def states(self, layer: Layer, count: int | None = None) -> LayerProblem | None:
         """The layer's problem; of so many weights where an allocation says it."""
