@@ -29,14 +29,18 @@ SHAPES = {
 }  # fmt: skip
 
 
-def made(folder, shape):
+def made(folder, shape, weights=True):
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
     torch.set_default_dtype(torch.bfloat16)
     try:
         config = LlamaConfig(**SHAPES[shape], max_position_embeddings=2048, tie_word_embeddings=False)
-        LlamaForCausalLM(config).save_pretrained(folder, max_shard_size="500MB")
+        if weights:
+            LlamaForCausalLM(config).save_pretrained(folder, max_shard_size="500MB")
+        else:
+            config.architectures, config.dtype = ["LlamaForCausalLM"], torch.bfloat16
+            config.save_pretrained(folder)
     finally:
         torch.set_default_dtype(torch.float32)
 
@@ -75,13 +79,16 @@ def main():
     with tempfile.TemporaryDirectory() as temporary:
         folder = arguments.folder or Path(temporary) / "model"
         if not folder.exists():
-            made(folder, arguments.shape)
+            made(folder, arguments.shape, arguments.part != "plan")
         more = {"whole": [], "one-block": ["--only", "model.layers.10.*"], "plan": ["--dry-run"]}[arguments.part]
         for solver in arguments.solvers:
             words = command(folder, Path(temporary) / solver, solver, arguments, more)
             status, seconds, gigabytes, output = run(words)
             if status:
                 raise SystemExit(output)
+            if arguments.part == "plan":
+                print(output)
+                continue
             plan = next(line for line in output.splitlines() if "at the peak" in line)
             what = f"{arguments.shape} {arguments.part} {arguments.mode} {solver}"
             print(f"{what}: {seconds:.0f} s, peak {gigabytes:.2f} GB")

@@ -29,7 +29,7 @@ SHARD: Final = 50_000_000_000  # bytes of a file at the most, where the source i
 class Folder:
     """A folder that transformers' `from_pretrained` reads.
 
-    Raises ValueError where it is none: no folder, no config, no weights.
+    Raises ValueError where it is none: no folder, no config.
     """
 
     path: Path
@@ -39,8 +39,6 @@ class Folder:
             raise ValueError(f"{self.path} is no folder; give a transformers folder, or a module:function")
         if not (self.path / CONFIG).is_file():
             raise ValueError(f"{self.path} has no {CONFIG}, so it is no transformers folder")
-        if not self.files:
-            raise ValueError(f"{self.path} has no *.safetensors; save the model with save_pretrained first")
 
     @property
     def files(self) -> list[Path]:
@@ -60,6 +58,8 @@ class Folder:
 
     def check_whole(self) -> None:
         """Raise ValueError naming a file of weights that is cut off, or that an index names and is not there."""
+        if not self.files:
+            raise ValueError(f"{self.path} has no *.safetensors; save the model with save_pretrained first")
         with extras():
             from safetensors import SafetensorError, safe_open
 
@@ -105,6 +105,21 @@ class Folder:
                 "was saved with --class"
             )
         made: nn.Module = model.eval()
+        return made
+
+    def skeleton(self, kind: str | None = None) -> nn.Module:
+        """The model without its weights, of which only the config is read: enough for a plan."""
+        from transformers import AutoConfig
+
+        maker = self.kind(kind)
+        with _offline():
+            try:
+                config = AutoConfig.from_pretrained(self.path)
+                with torch.device("meta"):
+                    model = maker(config) if maker.__name__ != "AutoModel" else maker.from_config(config)
+            except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+                raise ValueError(f"{self.path}: transformers cannot make it: {_first(error)}") from error
+        made: nn.Module = model.to(getattr(config, "dtype", None) or torch.float32).eval()
         return made
 
     def tokenizer(self) -> Any:

@@ -123,7 +123,7 @@ def prune(
         place.check()
         source = Source(model, kind, weights, tokenizer)
         before = source.ready()
-        dense = source.model()
+        dense = source.skeleton() if dry_run and source.folder is not None else source.model()
         batches = source.samples(calibration, dense, Windows(windows, first, length, batch))
         budget = 1 - sparsity if allocate and sparsity is not None else None
         job = Job(dense, batches, rules, mode, budget, seed, device, before)

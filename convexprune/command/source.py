@@ -83,6 +83,11 @@ class Source:
             load(model, self.weights)
         return model.eval()
 
+    def skeleton(self) -> nn.Module:
+        """Of a folder the model without weights."""
+        assert self.folder is not None
+        return self.folder.skeleton(self.kind)
+
     def samples(self, source: str, model: nn.Module, windows: Windows) -> Iterable[Any]:
         """The batches of a text, an npz file or a function."""
         from convexprune.command.samples import samples
