@@ -119,6 +119,7 @@ def walked(
     if not run.used:
         raise ValueError("nothing was pruned: build(layer) returned None for every layer; return a problem for one")
     network = network_error(walk, rows, tell.measured)
+    walk.own()
     fingerprint, dtype = walk.calibration.fingerprint, next(walk.model.parameters()).dtype
     settings = Settings(
         walk.mode, "; ".join(run.used), fingerprint.samples, fingerprint.text, str(dtype).removeprefix("torch."),

@@ -798,7 +798,7 @@ def test_a_folder_that_cannot_be_written_is_refused_before_training(tmp_path, mo
     monkeypatch.setattr("convexprune.datasets.train", lambda *_: pytest.fail("it trains"))
     monkeypatch.setattr("tempfile.TemporaryFile", read_only)
     done = command("--out", tmp_path / inside)
-    assert done.exit_code == 1
+    assert done.exit_code == 2
     assert f"{tmp_path / inside}: Permission denied" in done.output
     assert not list(tmp_path.iterdir())
 
@@ -810,7 +810,7 @@ def test_labels_that_are_no_classes_are_named(tmp_path, labels):
     images = np.zeros((2, 4, 4), np.uint8)
     np.savez(tmp_path / "data.npz", x_train=images, y_train=np.array(labels), x_test=images, y_test=np.array([0, 1]))
     done = command("--data", tmp_path / "data.npz", "--out", tmp_path / "out")
-    assert done.exit_code == 1
+    assert done.exit_code == 2
     assert "y_train is" in done.output
     assert "expected whole numbers from 0 to 9" in done.output
 

@@ -509,7 +509,7 @@ def test_a_pass_ends_after_the_last_wanted_call():
     model, batches, late = Twice(), [torch.randn(5, 4), torch.randn(3, 4)], []
     model.c.register_forward_hook(lambda *_: late.append(1))
     stacks = choose(model, ["b"]).stacks
-    found = survey(model, Calibration(batches), choose(model, ["a", "b"]).stacks, lambda index: None)
+    found = survey(model, Calibration(batches), choose(model, ["a", "b"]).stacks, Blocks(model), lambda index: None)
     assert found.calls == {"a": 1, "b": 2}
     late.clear()
     (whole,) = capture(model, batches, ["b"], dense=model)

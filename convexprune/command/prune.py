@@ -202,7 +202,7 @@ class Job:
         names = [name for name, module in self.dense.named_modules() if module is head and name in stacks(self.dense)]
         there = available()
         fits = there is None or all(24 * stacks(self.dense)[name].weight.numel() < HEAD * there for name in names)
-        return names if self.mode != "parallel" and fits else []
+        return names if self.mode != "parallel" and self.budget is None and fits else []
 
     @cached_property
     def plan(self) -> Plan:

@@ -188,14 +188,14 @@ def differentiable(model: nn.Module) -> nn.Module:
     return copied(model) if made else model
 
 
-def copied(model: nn.Module) -> nn.Module:
-    """A copy whose weights can be trained, whatever mode the caller is in.
+def copied(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
+    """A copy whose weights can be trained, whatever mode the caller is in; `memo` is deepcopy's.
 
     Raises ValueError naming what keeps the model from being copied.
     """
     try:
         with _LOCK, torch.inference_mode(False):  # while another thread runs the model, its hooks are on it
-            return copy.deepcopy(model)
+            return copy.deepcopy(model, memo)
     except RuntimeError as error:
         for name, module in model.named_modules():
             for key, value in vars(module).items():

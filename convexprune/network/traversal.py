@@ -25,12 +25,12 @@ from convexprune.layer import Layer
 from convexprune.network.blocks import Blocks, Chain, Stash, Stream, streamed
 from convexprune.network.calibration import Calibration
 from convexprune.network.capture import Gathering, layers_of, told_activations
-from convexprune.network.forward import copied
 from convexprune.network.matrices import Stack
 from convexprune.network.memory import available, check_grams, check_rows
 from convexprune.network.moment_accumulator import Account
-from convexprune.network.names import choose
+from convexprune.network.names import choose, stacks
 from convexprune.network.residual import summed
+from convexprune.network.sharing import owned, sharing
 from convexprune.network.survey import Survey, survey
 
 MODES: Final = ("parallel", "cascade", "residual")
@@ -67,7 +67,8 @@ WHOLE: Final = Way(by_block=False)
 class Traversal:
     """The way through a network, layer by layer.
 
-    pruned  a copy of the model whose layers are written while it is walked: in a cascade the next reads what it makes
+    pruned  a copy of the model whose layers are written while it is walked: in a cascade the next reads what it makes.
+            It has the model's parameters until it is given its own (`own`)
 
     Raises ValueError for an unknown mode and for names that mean no layer that is called.
     """
@@ -81,7 +82,7 @@ class Traversal:
         self.chosen = choose(model, calibration.names)
         check_grams(self.chosen.stacks)
         self.told = told_activations(model, calibration)
-        self.pruned = copied(model)
+        self.pruned = sharing(model)
         self._tell = tell or (lambda module, batch: None)
         self._gathered: list[Account] = []  # of a parallel walk
         self._blocks = Blocks(model)
@@ -178,11 +179,19 @@ class Traversal:
         networks = {"dense": self.model, "pruned": self.pruned}
         return [Stream(network, self.chains, name, stash) for name, network in networks.items()]
 
+    def own(self, modules: Collection[str] | None = None) -> None:
+        """Give the copy its own parameters of these modules before they are written; of all of it in the end."""
+        if modules is None:
+            owned(self.pruned, self.model)
+        else:
+            known = stacks(self.pruned)
+            owned(self.pruned, self.model, [each for name in modules for each in known[name].parameters])
+
     def renewed(self) -> Traversal:
         """The same walk with a fresh copy to write: no further survey, and in parallel mode no further pass."""
         self.survey  # noqa: B018   made once, for both
         other = copy.copy(self)
-        other.pruned = copied(self.model)
+        other.pruned = sharing(self.model)
         for made in ("_pruned_stacks", "_streams"):
             other.__dict__.pop(made, None)
         return other

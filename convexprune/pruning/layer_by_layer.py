@@ -60,6 +60,7 @@ class LayerByLayer:
         if found is None:
             return
         stored, self.finished[module] = found
+        self.walk.own([module])
         for name, x in stored.items():
             write(self.walk.pruned, name, x.double())
         self.used.update({row.solver: None for row in self.finished[module] if row.solver})
@@ -96,6 +97,7 @@ class LayerByLayer:
 
     def _write(self, layers: list[Layer], problem: LayerProblem, solution: Solution | None) -> Row:
         assert solution is not None  # of a backend that gives one for each task
+        self.walk.own([layers[0].module])
         written, refusal = _written(self.walk.pruned, layers, problem, solution)
         self.used[written.solver] = None
         return row_of(layers, _stored(self.walk.pruned, layers), problem, written, refusal)

@@ -75,6 +75,8 @@ class Store:
             self._layers.mkdir(parents=True, exist_ok=True)
             write_whole(self.folder / RUN, json.dumps(run, indent=1) + "\n")
         else:
+            for left in self._layers.glob(".*.part"):  # of a run that was killed while it wrote
+                left.unlink()
             odd = [key for key in run if found.get(key) != json.loads(json.dumps(run[key]))]
             if odd:
                 why = "; ".join(WORDS.get(key, key) for key in odd)
