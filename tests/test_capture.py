@@ -10,6 +10,7 @@ from torch.nn import functional as F
 import convexprune.network.moment_accumulator as accumulate
 from convexprune.layer import Layer
 from convexprune.network import Calibration, capture, read, write
+from convexprune.network.blocks import Blocks
 from convexprune.network.capture import Gathering, layers_of
 from convexprune.network.names import choose
 from convexprune.network.survey import survey
