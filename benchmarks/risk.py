@@ -88,7 +88,7 @@ def methods(experiment, small):
         "Balanced + allocation": ((batches, None, Remembered(cp.Balanced())), path, curves),
         "magnitude": ((batches, None, Remembered(cp.Magnitude())), path, fast),
         "Net-Trim": (
-            (experiment.few, cp.NetTrim, Remembered(cp.ADMM(eps_rel=1e-2))), EPSILONS[2::2] if small else EPSILONS, None
+            (experiment.few, cp.NetTrim, Remembered(cp.ADMM(eps_rel=1e-2))), EPSILONS[::2] if small else EPSILONS, None
         ),
     }  # fmt: skip
 
