@@ -83,13 +83,12 @@ def methods(experiment, small):
     """name -> what prune_within takes besides the goal, and the goal's path and allocation."""
     fast = cp.Allocation(0.5, measure=cp.LayerError(), inner=cp.Magnitude(), solver=cp.GlobalMagnitude())
     curves = cp.Allocation(0.5, measure=cp.SecondOrder(), inner=cp.Fast())
+    batches, path = experiment.calibration, experiment.budgets
     return {
-        "Balanced + allocation": (
-            (experiment.calibration, None, Remembered(cp.Balanced())), experiment.budgets, curves
-        ),
-        "magnitude": ((experiment.calibration, None, Remembered(cp.Magnitude())), experiment.budgets, fast),
+        "Balanced + allocation": ((batches, None, Remembered(cp.Balanced())), path, curves),
+        "magnitude": ((batches, None, Remembered(cp.Magnitude())), path, fast),
         "Net-Trim": (
-            (experiment.few, cp.NetTrim, Remembered(cp.ADMM(eps_rel=1e-2))), EPSILONS[2::2] if small else EPSILONS, None
+            (experiment.few, cp.NetTrim, Remembered(cp.ADMM(eps_rel=1e-2))), EPSILONS[::2] if small else EPSILONS, None
         ),
     }  # fmt: skip
 
