@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from convexprune.rounding import down, gamma
+from convexprune.rounding import down, gamma, summed
 
 Array = NDArray[np.float64]
 Choice = NDArray[np.int64]
@@ -52,7 +52,7 @@ def dual(cost: Array, distortion: Array, budget: float, price: float) -> float:
     spent, lost = price * np.where(real, cost, 0), np.where(real, distortion, 0)
     # a sum of two terms, one of them a product
     paid = np.where(real, lost + spent - gamma(6) * (np.abs(lost) + spent), np.inf)
-    least, rent = math.fsum(paid.min(1).tolist()), price * budget
+    least, rent = summed(paid.min(1).tolist(), -math.inf), price * budget
     if not (math.isfinite(least) and math.isfinite(rent)):
         return -math.inf
     return down(least - rent, gamma(4) * (abs(least) + rent))

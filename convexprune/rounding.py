@@ -16,6 +16,7 @@ rounding errors), (3.3) to (3.5) (inner products), section 4.2 (sums), (3.13) (m
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Final
 
 import torch
@@ -52,6 +53,14 @@ def raised(sizes: Tensor, roundings: float = 4) -> Tensor:
 def lowered(sizes: Tensor, roundings: float = 4) -> Tensor:
     """Numbers >= 0 that took so many roundings, certainly not above their exact values."""
     return sizes * (1 - gamma(roundings + 1))
+
+
+def summed(values: Iterable[float], beyond: float) -> float:
+    """The sum, rounded once; `beyond` where it is beyond float64, or a partial sum is."""
+    try:
+        return math.fsum(values)
+    except OverflowError:
+        return beyond
 
 
 def total(values: Tensor) -> float:

@@ -230,3 +230,11 @@ def test_a_search_that_is_too_large_says_so(monkeypatch):
     assert solution.status is cp.Status.MAX_ITER
     assert solution.certificate.violation == 0
     assert 0 < solution.certificate.bound <= solution.certificate.value
+
+
+def test_sums_beyond_float64_bound_nothing():
+    kept, distortion = torch.tensor([1, 2]), torch.tensor([1.7e308, 1e308], dtype=torch.float64)
+    problem = cp.SparsityAllocation([Curve(name, kept=kept, distortion=distortion) for name in "abc"], 3)
+    x = torch.zeros(3, 1, dtype=torch.float64)
+    assert problem.value(x) == float("inf")
+    assert problem.lower_bound(0.0) == -float("inf")

@@ -23,7 +23,7 @@ from convexprune.extras import extras
 from convexprune.forms import KnapsackProblem
 from convexprune.options import number
 from convexprune.problem import Formulation
-from convexprune.rounding import UNIT, down, gamma, up
+from convexprune.rounding import UNIT, down, gamma, summed, up
 
 
 @dataclass(frozen=True, eq=False, init=False)
@@ -104,7 +104,7 @@ class SparsityAllocation(KnapsackProblem):
     def slack(self) -> float:
         """By how much two orders of summing the costs may differ, relative to the sum; 0 where they are integers."""
         whole = all(bool((curve.costs == curve.costs.round()).all()) for curve in self.curves)
-        exact = math.fsum(float(curve.costs.max()) for curve in self.curves) < EXACT
+        exact = summed((float(curve.costs.max()) for curve in self.curves), math.inf) < EXACT
         return 0.0 if whole and exact else gamma(4 * (len(self.curves) + 4))
 
     @property
@@ -115,7 +115,7 @@ class SparsityAllocation(KnapsackProblem):
     @property
     def cheapest(self) -> float:
         """The smallest budget that any choice fits: what the cheapest level of every layer costs together."""
-        return math.fsum(self.table[0][:, 0].tolist())
+        return summed(self.table[0][:, 0].tolist(), math.inf)
 
     def point(self, choice: knapsack.Choice) -> Tensor:
         """(L, 1): the point of a choice (G,) among `levels`."""
@@ -129,14 +129,14 @@ class SparsityAllocation(KnapsackProblem):
         chosen = self._chosen(x)
         if chosen is None:
             return math.inf
-        return math.fsum(float(curve.costs[k]) for curve, k in zip(self.curves, chosen, strict=True))
+        return summed((float(curve.costs[k]) for curve, k in zip(self.curves, chosen, strict=True)), math.inf)
 
     def value(self, x: Tensor) -> float:
         """sum_l d_l(k_l); inf where x names no levels."""
         chosen = self._chosen(x)
         if chosen is None:
             return math.inf
-        return math.fsum(float(curve.distortion[k]) for curve, k in zip(self.curves, chosen, strict=True))
+        return summed((float(curve.distortion[k]) for curve, k in zip(self.curves, chosen, strict=True)), math.inf)
 
     def rounding(self, x: Tensor) -> float:
         """By how much `value` may be off: it is rounded once."""
@@ -198,7 +198,7 @@ class SparsityAllocation(KnapsackProblem):
     def _summed(self, group: Sequence[int]) -> tuple[knapsack.Array, knapsack.Array]:
         members = [self.curves[index] for index in group]
         return tuple(  # type: ignore[return-value]
-            np.array([math.fsum(level) for level in zip(*each, strict=True)])
+            np.array([summed(level, math.inf) for level in zip(*each, strict=True)])
             for each in ([c.costs.tolist() for c in members], [c.distortion.tolist() for c in members])
         )
 
