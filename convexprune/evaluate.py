@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from convexprune.network import Calibration
-from convexprune.network.forward import check_model, numbered, run, tensors_in, undisturbed
+from convexprune.network.forward import check_model, numbered, run, undisturbed
+from convexprune.network.outputs import sure_output
 
 NORMAL: Final = 1.959963984540054  # 97.5% quantile of the normal distribution
 
@@ -112,7 +113,9 @@ def evaluate(
     with undisturbed(dense, pruned), torch.no_grad():
         for index, batch in enumerate(calibration):
             with numbered(index):
-                theirs, ours = _output(dense, batch), _output(pruned, batch)
+                theirs, ours = (
+                    sure_output(run(each, batch), calibration.output).detach().clone() for each in (dense, pruned)
+                )
             if theirs.shape != ours.shape:
                 raise ValueError(f"the outputs have shapes {tuple(theirs.shape)} and {tuple(ours.shape)}")
             tokens = _tokens(batch, theirs)
@@ -148,15 +151,6 @@ def _ratio(values: Tensor, sizes: Tensor) -> Estimate:
     count = len(values)
     spread = math.sqrt(count / max(count - 1, 1) * float(rest.square().sum())) / total if total else math.nan
     return Estimate(mean, mean - NORMAL * spread, mean + NORMAL * spread)
-
-
-def _output(model: nn.Module, batch: Any) -> Tensor:
-    made = run(model, batch)
-    chosen = getattr(made, "logits", None)
-    found = [chosen] if isinstance(chosen, Tensor) else [each for each in tensors_in(made) if each.is_floating_point()]
-    if not found:
-        raise ValueError(f"the model returns a {type(made).__name__} without a floating tensor: nothing to compare")
-    return found[0].detach().clone()
 
 
 def _tokens(batch: Any, output: Tensor) -> Tensor | None:
