@@ -56,3 +56,20 @@ def test_what_is_written_loads_and_is_what_the_report_says(name, tmp_path):
             assert torch.equal(value, own[key]), key
             assert held[key].why in done.output
     assert json.loads((out / "config.json").read_text())["architectures"] == [type(before).__name__]
+
+
+@pytest.mark.parametrize("name", FOLDERS)
+def test_block_by_block_finds_the_weights_of_the_plain_cascade(name):
+    architecture = ARCHITECTURES[name]
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model, batches = architecture.make(transformers).eval(), [architecture.batch() for _ in range(2)]
+
+    def build(layer):
+        return cp.Reconstruction(layer, cp.Unstructured(0.5))
+
+    one, other = (
+        cp.prune(model, batches, build, cp.Fast(), "residual", execution=cp.Execution(by_block=by_block))[0]
+        for by_block in (True, False)
+    )
+    assert all(torch.equal(value, other.state_dict()[key]) for key, value in one.state_dict().items())
