@@ -23,7 +23,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from convexprune.rounding import UNIT, gamma, product_minus, raised
+from convexprune.rounding import UNIT, definite, down, gamma, least_eigenvalue, lowered, product_minus, raised
+from convexprune.spectrum import LARGE, largest, smallest
 
 ROWS = 1024  # samples that are added at a time
 FIRST = 256  # rows whose mean is the centre
@@ -100,6 +101,91 @@ class Moments:
     def live(self) -> Tensor:
         """(N,) bool: inputs that vary; of one that certainly does not, the row and its doubt are exactly 0."""
         return (self.covariance.diagonal() != 0) | (self.doubt != 0)
+
+    @cached_property
+    def root(self) -> Tensor:
+        """(N,): roots of the diagonal of G, the covariance; 1 where it is 0."""
+        squares = self.covariance.diagonal()
+        return torch.where(squares > 0, squares, 1.0).sqrt()
+
+    @property
+    def unit(self) -> Tensor:
+        """(N, N): G with its diagonal scaled to 1, and the identity for inputs that do not vary. It is not kept."""
+        unit = self.covariance / (self.root[:, None] * self.root)
+        unit.diagonal()[~self.live] = 1.0
+        return unit
+
+    @cached_property
+    def spread(self) -> float:
+        """By how much eigenvalues of the exact G are off those of `unit` in its units: |E| <= e e^T, so ||E|| <= |e|^2.
+
+        The scaling rounds three times.
+        """
+        return float(raised((self.doubt / self.root).square().sum(), len(self.root))) + gamma(4) * len(self.root)
+
+    @property
+    def curvature(self) -> float:
+        """At most the smallest eigenvalue of the exact G in units of `root`; certain, so -inf where it may be 0."""
+        return self._least[0]
+
+    @cached_property
+    def level(self) -> Tensor:
+        """(N,): a d that is one number for all inputs that vary, with the exact G - diag(d) positive semidefinite."""
+        # a shade less than the smallest eigenvalue, so that a factorisation shows what is left to be definite
+        return self.shrunk((1 - 1e-6) * self._least[1] * self.live.double())
+
+    def shrunk(self, d: Tensor) -> Tensor:
+        """(N,): the largest t d, t <= 1, for which the exact G - diag(t d) is certain to be positive semidefinite.
+
+        d (N,) >= 0, and 0 where an input does not vary.
+        """
+        if not bool(d.any()):
+            return d
+        # G - t D = (1 - t) G + t (G - D), and the least eigenvalues of the two are known
+        whole, least = self.curvature, self._curvature_less(d)
+        share = 1.0 if least >= 0 else down(whole / (whole - least), 4 * UNIT) if whole > 0 else 0.0
+        return lowered(share * d)
+
+    def _curvature_less(self, d: Tensor) -> float:
+        """At most the smallest eigenvalue of the exact G - diag(d), in units of `root`."""
+        part = d / self.root.square()
+        less = self.unit
+        less.diagonal().sub_(part)
+        found = definite(less)  # what is definite needs no eigenvalue
+        found = found if found > -torch.inf else least_eigenvalue(less)
+        return found - self.spread - gamma(6) * (1 + float(part.max()))
+
+    @cached_property
+    def _least(self) -> tuple[float, float]:
+        """`curvature`, and the smallest eigenvalue of G among inputs that vary, at least 0; from one factorisation."""
+        unit, live = self.unit, self.live
+        factor, failed = torch.linalg.cholesky_ex(unit)
+        # no eigenvalue is above the square of a pivot
+        if bool(failed) or not float(factor.diagonal().min()) ** 2 > self.spread:
+            return -torch.inf, 0.0
+        found = least_eigenvalue(unit, smallest(unit, factor)) - self.spread
+        del unit
+        if not found > 0 or not bool(live.any()):
+            return found, 0.0
+        factor *= self.root[:, None]
+        if bool(live.all()):
+            return found, max(smallest(self.covariance, factor), 0.0)
+        return found, max(smallest(self.covariance[live][:, live], factor[live][:, live]), 0.0)
+
+    @cached_property
+    def conditioning(self) -> tuple[int, float]:
+        """Rank of E[x x^T], and its condition number (inf where it is singular), both at float64's rounding."""
+        matrix = self.covariance if self.mean is None else torch.addr(self.covariance, self.mean, self.mean)
+        size, least = len(matrix), len(matrix) * 2.0**-52
+        if size >= LARGE:
+            factor, failed = torch.linalg.cholesky_ex(matrix)
+            low, top = (0.0, 1.0) if bool(failed) else (smallest(matrix, factor), largest(matrix))
+            if low > least * top:
+                return size, top / low
+        values = torch.linalg.eigvalsh(matrix)
+        top = float(values[-1])
+        rank = int((values > least * top).sum())
+        return rank, top / float(values[0]) if rank == size else float("inf")
 
 
 @dataclass(frozen=True, eq=False)

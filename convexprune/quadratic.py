@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from convexprune.moments import CrossMoments, Moments
-from convexprune.rounding import definite, gamma, least_eigenvalue, raised
+from convexprune.rounding import gamma, raised
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,46 +56,12 @@ class Quadratic:
     def energies(self) -> Tensor:
         """(M,): q(0)."""
         if self.targets is None:
-            return ((self.origin @ self.gram) * self.origin).sum(1).clamp(min=0)
+            return (self.cross * self.origin).sum(1).clamp(min=0)
         return self.targets.variance
 
     def at(self, w: Tensor) -> Step:
         """What the judge needs at the weights w (M, N)."""
         return Step(self, w - self.origin)
-
-    @cached_property
-    def root(self) -> Tensor:
-        """(N,): roots of the diagonal of G, 1 where it is 0."""
-        squares = self.inputs.covariance.diagonal()
-        return torch.where(squares > 0, squares, 1.0).sqrt()
-
-    @cached_property
-    def unit(self) -> Tensor:
-        """(N, N): G with its diagonal scaled to 1, and the identity for inputs that do not vary."""
-        unit = self.inputs.covariance / (self.root[:, None] * self.root)
-        unit.diagonal()[~self.inputs.live] = 1.0
-        return unit
-
-    @cached_property
-    def spread(self) -> float:
-        """By how much eigenvalues of the exact G are off those of `unit` in its units: |E| <= e e^T, so ||E|| <= |e|^2.
-
-        The scaling rounds three times.
-        """
-        return float(raised((self.inputs.doubt / self.root).square().sum(), len(self.root))) + gamma(4) * len(self.root)
-
-    @cached_property
-    def curvature(self) -> float:
-        """At most the smallest eigenvalue of the exact G in units of `root`; certain, so -inf where nothing is."""
-        return least_eigenvalue(self.unit) - self.spread
-
-    def curvature_less(self, d: Tensor) -> float:
-        """At most the smallest eigenvalue of the exact G - diag(d), in the same units."""
-        part = d / self.root.square()
-        less = self.unit - torch.diag(part)
-        found = definite(less)  # what is definite needs no eigenvalue
-        found = found if found > -torch.inf else least_eigenvalue(less)
-        return found - self.spread - gamma(6) * (1 + float(part.max()))
 
 
 @dataclass(frozen=True, eq=False)

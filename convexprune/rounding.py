@@ -127,19 +127,24 @@ def affine_doubt(y: Tensor, off: Tensor, weight: Tensor, bias: Tensor | float = 
     return raised(off @ size.T + lost * ((y.abs() + off) @ size.T + shift), terms + 8)
 
 
-def least_eigenvalue(matrix: Tensor) -> float:
+def least_eigenvalue(matrix: Tensor, guess: float | None = None) -> float:
     """A number that the smallest eigenvalue of a symmetric matrix (n, n) is certainly not below.
 
     A shift s is certain where the Cholesky factorisation of A - s I comes to its end: its factor is exact for a matrix
     whose entries differ by at most gamma_{n+1} / (1 - gamma_{n+1}) sqrt(a_ii a_jj), so by Weyl the smallest eigenvalue
-    of A is at least s - gamma(n + 1) trace(A - s I). The eigenvalues of LAPACK are only a guess of s.
+    of A is at least s - gamma(n + 1) trace(A - s I). A `guess` of s, or the eigenvalues of LAPACK, need not be right.
     inf for an empty matrix, -inf where nothing is certain. Only the lower triangle is read.
     """
     if not len(matrix):
         return math.inf
     if not bool(torch.isfinite(matrix).all()):
         return -math.inf
-    guess = float(torch.linalg.eigvalsh(matrix)[0])
+    found = -math.inf if guess is None else _just_below(matrix, guess)
+    return found if found > -math.inf else _just_below(matrix, float(torch.linalg.eigvalsh(matrix)[0]))
+
+
+def _just_below(matrix: Tensor, guess: float) -> float:
+    """What `least_eigenvalue` finds at a guess."""
     size = max(float(matrix.diagonal().abs().max()), abs(guess))
     for wider in (4.0, 64.0, 1024.0):
         found = definite(matrix, guess - wider * len(matrix) * UNIT * size)

@@ -24,6 +24,7 @@ BOTTOM = {
     "quadratic",
     "rounding",
     "solution",
+    "spectrum",
 }
 TOP = {
     "allocate",
@@ -45,7 +46,8 @@ TOP = {
 # what each part may import besides itself; a part that is not here is named in TOP, or the test says so
 ALLOWED = {
     "rounding": set(),
-    "moments": {"rounding"},
+    "spectrum": set(),
+    "moments": {"rounding", "spectrum"},
     "quadratic": {"moments", "rounding"},
     "layer": {"moments", "options", "quadratic", "rounding"},
     "patterns": {"options"},

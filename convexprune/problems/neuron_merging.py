@@ -97,9 +97,9 @@ class NeuronMerging(MergingProblem):
         if self.gram is None:
             return self.incoming
         # in units of the diagonal, so that inputs of all sizes are treated alike
-        quadratic = self._quadratic
-        values, vectors = torch.linalg.eigh(quadratic.unit)
-        rows: Tensor = (self.incoming * quadratic.root) @ (vectors * values.clamp(min=0).sqrt())
+        inputs = self._quadratic.inputs
+        values, vectors = torch.linalg.eigh(inputs.unit)
+        rows: Tensor = (self.incoming * inputs.root) @ (vectors * values.clamp(min=0).sqrt())
         return rows
 
     def saliencies(self, x: Tensor) -> Tensor:

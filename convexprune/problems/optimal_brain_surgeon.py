@@ -187,10 +187,11 @@ def _below(quadratic: Quadratic, values: tuple[Tensor, Tensor], slopes: tuple[Te
     (value, doubt), (slope, blur) = values, slopes
     # with half the gradient h: value - sum h^2 / (mu G_ii)
     moves = torch.where(free, raised(slope.abs() + blur), 0.0)
-    stuck = ~quadratic.inputs.live
-    if bool(moves[:, stuck].any()) or not quadratic.curvature > 0:
+    inputs = quadratic.inputs
+    stuck = ~inputs.live
+    if bool(moves[:, stuck].any()) or not inputs.curvature > 0:
         return torch.zeros_like(value)
-    gain = (moves / quadratic.root)[:, ~stuck].square().sum(1) / quadratic.curvature
+    gain = (moves / inputs.root)[:, ~stuck].square().sum(1) / inputs.curvature
     return (value - raised(gain + doubt + gamma(4) * value, len(stuck) + 4)).clamp(min=0)
 
 
@@ -226,12 +227,12 @@ def _inverse(layer: Layer) -> tuple[Tensor, Tensor]:
 
     With a bias it is [C^-1, -C^-1 m; -m C^-1, 1 + m C^-1 m], m the mean: nothing is subtracted from a square of m.
     """
-    quadratic = layer.quadratic
-    live = quadratic.inputs.live
-    unit, root = quadratic.unit[live][:, live], quadratic.root[live]
+    inputs = layer.quadratic.inputs
+    live = inputs.live
+    unit, root = inputs.unit[live][:, live], inputs.root[live]
     factor, failed = torch.linalg.cholesky_ex(unit)
     # a pivot that small may be the rounding of a 0, and a constant input is a second bias
-    least = quadratic.spread + gamma(len(unit) + 4) * len(unit)
+    least = inputs.spread + gamma(len(unit) + 4) * len(unit)
     twice = layer.bias is not None and layer.mean is not None and bool(layer.mean[~live].any())
     if bool(failed) or twice or bool((factor.diagonal().square() <= least).any()):
         raise ValueError(f"layer {layer.name!r}: its Gram matrix is singular; use layer.damped(1e-6) or so")

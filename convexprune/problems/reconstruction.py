@@ -28,7 +28,7 @@ from convexprune.options import numbers, optional
 from convexprune.patterns import Pattern, excess, select
 from convexprune.problem import Formulation, Misfit
 from convexprune.quadratic import Quadratic, Step
-from convexprune.rounding import UNIT, down, gamma, lowered, raised, total, total_doubt, up
+from convexprune.rounding import down, gamma, lowered, raised, total, total_doubt, up
 
 if TYPE_CHECKING:
     import cvxpy as cp
@@ -181,7 +181,7 @@ class Reconstruction(PerspectiveProblem):
         certain to be semidefinite; d is also tried as the smallest eigenvalue of G, in units of its diagonal and not.
         At least 0, which is all there is where G is singular. Raises ValueError for other shapes.
         """
-        return strongest(self.minorants(witness), self)
+        return self._unaided if witness is None else strongest(self.minorants(witness), self)
 
     def minorants(self, witness: Tensor | tuple[Tensor, Tensor] | None) -> tuple[Minorant, ...]:
         """For each d that is tried, what the bound is made of: value >= constant - the scores (M, N) where W is not 0.
@@ -211,15 +211,15 @@ class Reconstruction(PerspectiveProblem):
         return Formulation(found.problem, found.x, lambda: found.witness()[0])
 
     @cached_property
+    def _unaided(self) -> float:
+        """The bound without a witness, whichever point is judged."""
+        return strongest(self.minorants(None), self)
+
+    @cached_property
     def _diagonals(self) -> tuple[Tensor, Tensor]:
         """Two choices of d (N,): the smallest eigenvalue of G for each input, and the same in units of G's diagonal."""
-        live = self._quadratic.inputs.live
-        scaled = max(self._quadratic.curvature, 0.0) * self._quadratic.root.square() * live
-        if not bool(scaled.any()):
-            return torch.zeros_like(scaled), torch.zeros_like(scaled)
-        plain = max(float(torch.linalg.eigvalsh(self.gram[live][:, live])[0]), 0.0)
-        # a shade less, so that a factorisation shows what is left to be definite
-        return self._repaired((1 - 1e-6) * plain * live), lowered(scaled)
+        inputs = self._quadratic.inputs
+        return inputs.level, lowered(max(inputs.curvature, 0.0) * inputs.root.square() * inputs.live)
 
     def _repaired(self, d: Tensor) -> Tensor:
         """(N,): the largest t d, t <= 1, for which G - diag(t d) is certain to be positive semidefinite."""
@@ -229,11 +229,7 @@ class Reconstruction(PerspectiveProblem):
         d = d.detach().cpu().double()
         if not bool(torch.isfinite(d).all()) or bool((d < 0).any()):
             return torch.zeros_like(d)
-        d = torch.where(live, d, 0.0)
-        # G - t D = (1 - t) G + t (G - D), and the least eigenvalues of the two are known
-        whole, least = self._quadratic.curvature, self._quadratic.curvature_less(d)
-        share = 1.0 if least >= 0 else down(whole / (whole - least), 4 * UNIT) if whole > 0 else 0.0
-        return lowered(share * d)
+        return self._quadratic.inputs.shrunk(torch.where(live, d, 0.0))
 
     @cached_property
     def _quadratic(self) -> Quadratic:

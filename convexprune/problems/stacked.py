@@ -205,7 +205,15 @@ class StackedReconstruction(Stacked, SharedPattern):
 
         A part for which this is below 0 is taken at 0, without scores. At least 0.
         """
-        each = [part.minorants(own) for part, own in zip(self.parts, self.witnesses(witness), strict=True)]
+        return self._unaided if witness is None else self._bounded(self.witnesses(witness))
+
+    @cached_property
+    def _unaided(self) -> float:
+        """The bound without a witness, whichever point is judged."""
+        return self._bounded(self.witnesses(None))
+
+    def _bounded(self, witness: tuple[Any, ...]) -> float:
+        each = [part.minorants(own) for part, own in zip(self.parts, witness, strict=True)]
         tried = max(map(len, each))
         return max(self._joint([found[min(turn, len(found) - 1)] for found in each]) for turn in range(tried))
 

@@ -52,7 +52,9 @@ class Moments:
         """Of a module's groups: their ranks add up, and the worst condition stands for all."""
         spectra = [layer.spectrum() for layer in layers]
         rank, condition = sum(rank for rank, _ in spectra), max(condition for _, condition in spectra)
-        return cls(max(layer.damping for layer in layers), rank, sum(len(layer.gram) for layer in layers), condition)
+        return cls(
+            max(layer.damping for layer in layers), rank, sum(layer.weight.shape[1] for layer in layers), condition
+        )
 
     def line(self, name: str) -> str:
         """A sentence."""

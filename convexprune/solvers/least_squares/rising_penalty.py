@@ -4,8 +4,9 @@
 
     W <- (C - V + rho D) (H + rho I)^-1       D <- projection of W + V / rho       V <- V + rho (W - D)
 
-in coordinates with unit diagonal H; one eigendecomposition of H serves every rho, which rises by how much the support
-still changes. Then least squares on the support.
+in coordinates with unit diagonal H; rho rises by how much the support still changes. One eigendecomposition of H serves
+every rho; a large H is inverted afresh for each, which takes no longer than to put its inverse together from
+eigenvectors. Then least squares on the support.
 Source: Meng, Behdin, Wang, Mazumder, NeurIPS 2024 (ALPS), Algorithm 1; its step rule for rho.
 """
 
@@ -14,6 +15,7 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import dataclass
+from functools import cached_property
 from typing import ClassVar
 
 import torch
@@ -25,8 +27,12 @@ from convexprune.solution import Attempt, Status
 from convexprune.solvers.least_squares.grams import Grams
 from convexprune.solvers.least_squares.on_support import refitted
 from convexprune.solvers.least_squares.scaling import Scaled
+from convexprune.solvers.least_squares.spd_inverse import spd_inverse
 
 CHANGED = (0.1, 0.005)  # of the support: above the first rho rises fastest, below the second slowest
+# inputs from which an inverse takes about as long as the product of two such matrices, and eigenvectors as long as six
+MANY, SIX = 512, 6
+FIRM = 0.01  # the least rho with which H + rho I, H semidefinite to rounding, is safe to invert in float32
 
 
 @dataclass(frozen=True)
@@ -69,7 +75,7 @@ class RisingPenalty:
     def descend(self, problem: GroupedLeastSquares, scaled: Scaled) -> tuple[Tensor, int, Status]:
         """The scaled weights (M, N) where ADMM settles, zero outside their support; the steps; why it stopped."""
         deadline = math.inf if self.time_limit is None else time.perf_counter() + self.time_limit
-        inverse = _Resolvent(scaled.grams, self.every)
+        inverse = _Resolvent(scaled.grams, self.every, self.max_iter, self.rho)
         rho, sparse = self.rho, scaled.dense
         price = torch.zeros_like(sparse)
         mask = seen = problem.select(sparse.square(), self.grow)
@@ -93,21 +99,39 @@ class RisingPenalty:
 
 
 class _Resolvent:
-    """(H + rho I)^-1 for changing rho: the inverse itself where many rows share it, else its eigenvectors."""
+    """(H + rho I)^-1 for rising rho, by what costs least: the inverse itself where many rows share it, else H's
+    eigenvectors; and no eigenvectors where so few inverses are formed that they cost more.
+    """
 
-    def __init__(self, grams: Grams, every: int) -> None:  # steps between two changes of rho
-        values, vectors = torch.linalg.eigh(grams.matrices)
-        self.values, self.vectors = values.clamp(min=0), vectors
-        self.shared = values.numel() < len(grams.owner) * every  # one N^3 for some steps of M N^2
-        self.rho, self.inverse = 0.0, grams.matrices
+    def __init__(self, grams: Grams, every: int, steps: int, rho: float) -> None:
+        """Every so many of the steps rho, which begins here, changes."""
+        self.matrices = grams.matrices
+        width, rows = self.matrices.shape[1], len(grams.owner) * every / len(self.matrices)
+        # an inverse is two N^3; a row between two changes takes two N^2 with it, and four with eigenvectors
+        self.direct = width >= MANY and rho >= FIRM and (width - rows) * steps / every < SIX * width
+        self.shared = self.direct or width < rows
+        self.rho, self.inverse = 0.0, self.matrices
 
     def apply(self, right: Tensor, rho: float) -> Tensor:
         """right (H + rho I)^-1."""
-        grouped = right.reshape(len(self.values), -1, right.shape[1])
-        lifted = self.values[:, None] + rho
+        grouped = right.reshape(len(self.matrices), -1, right.shape[1])
         if not self.shared:
-            out: Tensor = ((grouped @ self.vectors) / lifted) @ self.vectors.mT
+            values, vectors = self._eigenpairs
+            out: Tensor = ((grouped @ vectors) / (values[:, None] + rho)) @ vectors.mT
             return out.reshape(right.shape)
         if rho != self.rho:
-            self.rho, self.inverse = rho, (self.vectors / lifted) @ self.vectors.mT
+            self.rho, self.inverse = rho, self._inverted(rho)
         return (grouped @ self.inverse).reshape(right.shape)
+
+    def _inverted(self, rho: float) -> Tensor:
+        if self.direct:
+            lifted = self.matrices.clone()
+            lifted.diagonal(dim1=1, dim2=2).add_(rho)
+            return spd_inverse(lifted)
+        values, vectors = self._eigenpairs
+        return (vectors / (values[:, None] + rho)) @ vectors.mT
+
+    @cached_property
+    def _eigenpairs(self) -> tuple[Tensor, Tensor]:
+        values, vectors = torch.linalg.eigh(self.matrices)
+        return values.clamp(min=0), vectors

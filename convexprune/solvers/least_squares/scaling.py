@@ -151,8 +151,8 @@ class _Group(NamedTuple):
         dense = torch.where(live, part.target * scale, 0.0)
         cross = torch.where(live, part.cross / scale, 0.0)
         ridge = ridge_of(gram)
-        optimum = _least_squares(gram, cross, dense, ridge)
-        return cls(gram[None], scale[None], live[None], optimum, optimum @ gram, dense, ridge)
+        optimum, image = _least_squares(gram, cross, dense, ridge)
+        return cls(gram[None], scale[None], live[None], optimum, image, dense, ridge)
 
 
 def _unit(*weights: Tensor) -> float:
@@ -165,10 +165,13 @@ def _below(tensors: list[Tensor]) -> Tensor:
     return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
 
 
-def _least_squares(gram: Tensor, cross: Tensor, dense: Tensor, ridge: float) -> Tensor:
+def _least_squares(gram: Tensor, cross: Tensor, dense: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
+    """The optimum w (M, N), and w H."""
+    image = dense @ gram
     # no entry of H is beyond 1, so a row of dense H is known to that many roundings of the sum of its weights
-    settled = (dense @ gram - cross).abs().amax(1) <= gamma(4 * len(gram) + 16) * dense.abs().sum(1)
+    settled = (image - cross).abs().amax(1) <= gamma(4 * len(gram) + 16) * dense.abs().sum(1)
     if bool(settled.all()):
-        return dense
+        return dense, image
     factor = torch.linalg.cholesky(gram + ridge * torch.eye(len(gram), dtype=gram.dtype))
-    return torch.where(settled[:, None], dense, torch.cholesky_solve((cross + ridge * dense).T, factor).T)
+    found = torch.where(settled[:, None], dense, torch.cholesky_solve((cross + ridge * dense).T, factor).T)
+    return found, found @ gram
