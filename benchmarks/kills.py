@@ -1,4 +1,4 @@
-"""Kills a pruning at random moments, as often as asked, and goes on: the result is that of a run left alone, bit for bit.
+"""Kills a pruning at random moments and goes on: the result is that of a run left alone, bit for bit.
 
     python benchmarks/kills.py --model MODEL_FOLDER --text TEXT --kills 50
 
@@ -99,13 +99,10 @@ def main():
             odd = sorted(name for name in {*wanted, *found} if wanted.get(name) != found.get(name))
             if odd or untimed(out) != untimed(place / "whole"):
                 raise SystemExit(f"round {rounds}: other files than those of the whole run: {odd or 'the report'}")
-            if (left := [path.name for path in out.iterdir() if path.name.startswith(".")]):
+            if left := [path.name for path in out.iterdir() if path.name.startswith(".")]:
                 raise SystemExit(f"round {rounds}: left behind: {left}")
-        killed_, interrupted = counts[signal.SIGKILL], counts[signal.SIGINT]
-        print(
-            f"{killed_} SIGKILL and {interrupted} SIGINT in {rounds} runs of {whole:.1f} s: every file is the same, and "
-            "so is the report but for its seconds"
-        )
+        words = ", ".join(f"{count} {number.name}" for number, count in counts.items())
+        print(f"{words} in {rounds} runs of {whole:.1f} s: every file is the same, and the report but for its seconds")
 
 
 if __name__ == "__main__":
