@@ -9,7 +9,7 @@ The model is made here (22 blocks, width 2048, MLP 5632, bf16) and removed after
 
 import argparse
 import json
-import resource
+import os
 import subprocess
 import sys
 import tempfile
@@ -24,6 +24,10 @@ SHAPES = {
              "num_key_value_heads": 4, "vocab_size": 32000},
     "7B": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32,
            "num_key_value_heads": 32, "vocab_size": 32000},
+    "width-1024": {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 4, "num_attention_heads": 16,
+                   "num_key_value_heads": 4, "vocab_size": 8000},
+    "width-512": {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 6, "num_attention_heads": 8,
+                  "num_key_value_heads": 4, "vocab_size": 4000},
     "small": {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 4, "num_attention_heads": 8,
               "num_key_value_heads": 4, "vocab_size": 1000},
 }  # fmt: skip
@@ -59,10 +63,12 @@ def command(folder, out, solver, arguments, more=()):
 
 def run(words):
     begun = time.perf_counter()
-    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    output = process.communicate()[0]
-    _, status, usage = 0, process.returncode, resource.getrusage(resource.RUSAGE_CHILDREN)
-    return status, time.perf_counter() - begun, usage.ru_maxrss / 1e6, output
+    with tempfile.TemporaryFile("w+") as file:
+        process = subprocess.Popen(words, stdout=file, stderr=subprocess.STDOUT)
+        _, status, usage = os.wait4(process.pid, 0)  # of this process alone
+        process.returncode = os.waitstatus_to_exitcode(status)
+        file.seek(0)
+        return process.returncode, time.perf_counter() - begun, usage.ru_maxrss * 1024 / 1e9, file.read()
 
 
 def main():

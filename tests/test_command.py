@@ -235,6 +235,8 @@ def test_killed_and_interrupted_runs_go_on_to_the_same_bits(place, tmp_path):
     assert done.returncode == 0, done.stderr
     one, other = load(tmp_path / "whole").state_dict(), load(tmp_path / "out").state_dict()
     assert all(torch.equal(value, other[key]) for key, value in one.items())
+    for name in ("model.safetensors", "masks.safetensors", "config.json", "recipe.toml"):
+        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "out" / name).read_bytes(), name
 
 
 def test_another_run_in_the_folder_is_refused(place, tmp_path):

@@ -21,6 +21,7 @@ from convexprune.command.source import SAMPLES, Source, options
 from convexprune.extras import extras
 from convexprune.network import Calibration, save
 from convexprune.network.coverage import coverage
+from convexprune.network.files import serialised
 from convexprune.network.memory import available
 from convexprune.network.names import REGEX, choose, stacks
 from convexprune.pruning.backends import Backend, InProcess, Joblib
@@ -279,7 +280,6 @@ def packed_masks(model: nn.Module, modules: Iterable[str]) -> bytes:
     """Which weights are not zero, as safetensors: eight to a byte, shapes in the metadata."""
     import numpy as np
     import torch
-    from safetensors.torch import save as serialised
 
     known = stacks(model)
     packed, shapes = {}, {}
@@ -288,7 +288,7 @@ def packed_masks(model: nn.Module, modules: Iterable[str]) -> bytes:
         name = f"{module}.{known[module].weight_name}"
         packed[name] = torch.from_numpy(np.packbits((weight != 0).cpu().numpy().reshape(-1)))
         shapes[name] = list(weight.shape)
-    return bytes(serialised(packed, {"shapes": json.dumps(shapes), "packed": "numpy.packbits, row by row"}))
+    return serialised(packed, {"shapes": json.dumps(shapes), "packed": "numpy.packbits, row by row"})
 
 
 def _moved(value: Any, device: str) -> Any:

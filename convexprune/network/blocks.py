@@ -2,8 +2,11 @@
 
 A container (a ModuleList, a Sequential) whose children are called one after another, each once in a batch, is a chain;
 its children are the blocks. A run for a later layer then puts a stub in the place of every finished block. The stub of
-the last one gives what that block has made of the batch. Those before it give NaN of the right shape: should the code
-between the blocks read more of them than to hand it on, then NaN is seen and refused, never a wrong number.
+the last one gives what that block has made of the batch. Those before it give a tensor without numbers (`hollow`):
+should the code between the blocks read more of them than to hand it on, then that is seen, never a wrong number.
+
+A chain is tried on a batch first. Where the trial goes wrong the chain is none; where something is seen later, in
+another batch or in the pruned network, the walk goes on without chains.
 
 So the cost of a cascade is linear in the number of blocks. It holds one block's output of each batch for each
 network.
@@ -11,26 +14,28 @@ network.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import pairwise
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.hooks import RemovableHandle
 
 from convexprune.network.calibration import Calibration
 from convexprune.network.call import same
-from convexprune.network.forward import BatchError, Enough, numbered, run, tensors_in, undisturbed
+from convexprune.network.forward import BatchError, Enough, edits, numbered, run, tensors_in, undisturbed
+from convexprune.network.hollow import Hollow, Seen
 
 CONTAINERS: Final = (nn.ModuleList, nn.Sequential)
 FEWEST: Final = 2  # blocks with layers that a chain has at the least,
 INNER: Final = 5  # and one inside a block of another: a shorter one would cost more than it saves
+PLAIN: Final = (type(None), bool, int, float, str)  # besides tensors, what a block may return
 
 
 @dataclass(frozen=True)
@@ -61,6 +66,9 @@ class Blocks:
     model: nn.Module
     calls: list[list[str]] = field(default_factory=list)  # of each batch
     bytes: dict[str, int] = field(default_factory=dict)  # that a child makes of all batches
+    odd: set[str] = field(default_factory=set)  # children that return what cannot be kept
+    writing: set[str] = field(default_factory=set)  # children that change what they are given
+    _given: dict[str, list[tuple[Tensor, int | None]]] = field(default_factory=dict)  # and how often it was changed
 
     @contextmanager
     def watched(self) -> Iterator[None]:
@@ -68,8 +76,12 @@ class Blocks:
         self.calls.append([])
         with ExitStack() as handles:
             for name in _children(self.model):
+                module = self.model.get_submodule(name)
+                begun = module.register_forward_pre_hook(partial(self._begun, name), with_kwargs=True)
+                handles.callback(begun.remove)
                 handles.callback(_hooked(self.model, name, partial(self._made, name)).remove)
             yield
+        self._given.clear()
 
     def chains(self, groups: Sequence[Sequence[str]]) -> list[Chain]:
         """The chains, the outer before the inner.
@@ -89,10 +101,18 @@ class Blocks:
         """Bytes of what the blocks of a network make that are held at once, at the most."""
         return sum(max(self.bytes.get(block, 0) for block in chain.blocks) for chain in chains)
 
+    def _begun(self, name: str, _module: nn.Module, args: Any, kwargs: Any) -> None:
+        with torch._C.DisableTorchFunction():  # whoever records the pass is not to see this
+            self._given[name] = [(each, edits(each)) for each in tensors_in((args, kwargs))]
+
     def _made(self, name: str, _module: nn.Module, _args: Any, output: Any) -> None:
         self.calls[-1].append(name)
-        with torch._C.DisableTorchFunction():  # whoever records the pass is not to see this
+        with torch._C.DisableTorchFunction():
             made = sum(each.numel() * each.element_size() for each in tensors_in(output))
+            if not _keepable(output):
+                self.odd.add(name)
+            if any(edits(each) != before for each, before in self._given.pop(name, ())):
+                self.writing.add(name)
         self.bytes[name] = self.bytes.get(name, 0) + made
 
     def _chain(self, name: str, keys: Sequence[str], groups: Sequence[Sequence[str]]) -> Chain | None:
@@ -109,7 +129,12 @@ class Blocks:
         if holders != [child for child in blocks if child in holders]:
             return None
         once = all([child for child in calls if child in blocks] == blocks for calls in self.calls)
-        return Chain(name, tuple(blocks), tuple(holders)) if once else None
+        # only a Sequential holds nothing but what the last child made: elsewhere a change may be seen by others
+        closed = type(self.model.get_submodule(name)).forward is nn.Sequential.forward
+        writing = self.writing.intersection(blocks[:1] if closed else blocks)
+        return (
+            None if writing or not once or self.odd.intersection(blocks) else Chain(name, tuple(blocks), tuple(holders))
+        )
 
 
 class Stash:
@@ -144,7 +169,12 @@ class Stream:
     def __init__(self, model: nn.Module, chains: Sequence[Chain], name: str, stash: Stash) -> None:
         self.model, self.chains, self.name, self.stash = model, tuple(chains), name, stash
         self.done = {chain.name: 0 for chain in chains}  # how many blocks of each are finished
-        self._shapes: dict[tuple[str, int], Any] = {}  # (block, batch) -> NaN in the shape of what it has made
+        self._shapes: dict[tuple[str, int], Any] = {}  # (block, batch) -> what it has made, without its numbers
+
+    @property
+    def finished(self) -> list[str]:
+        """The blocks that do not run any more."""
+        return [block for chain in self.chains for block in chain.blocks[: self.done[chain.name]]]
 
     @contextmanager
     def at(self, index: int) -> Iterator[None]:
@@ -159,7 +189,10 @@ class Stream:
             yield
 
     def finish(self, chain: Chain, count: int, calibration: Calibration) -> None:
-        """Run the network as far as the end of the chain's first `count` blocks, and keep what the last has made."""
+        """Run the network as far as the end of the chain's first `count` blocks, and keep what the last has made.
+
+        Raises Seen where the network does not come to that end.
+        """
         if count > self.done[chain.name]:
             with undisturbed(self.model):
                 for index, batch in enumerate(calibration):
@@ -169,7 +202,9 @@ class Stream:
 
     def took(self, block: str, index: int, output: Any) -> None:
         """This is what a block has made of a batch."""
-        self._shapes[block, index] = tree_map(_nan, output)
+        if not _keepable(output):
+            raise Seen(block)
+        self._shapes[block, index] = tree_map(_hollow, output)
         self.stash.put(self._key(block, index), tree_map(_copied, output))
 
     def _pass(self, chain: Chain, count: int, index: int, batch: Any) -> None:
@@ -179,13 +214,16 @@ class Stream:
             if name == blocks[-1]:
                 self.took(name, index, output)
                 raise Enough
-            self._shapes[name, index] = tree_map(_nan, output)
+            self._shapes[name, index] = tree_map(_hollow, output)
 
         with ExitStack() as handles:
             for name in blocks:
                 handles.callback(_hooked(self.model, name, partial(after, name)).remove)
-            with suppress(Enough):
+            try:
                 run(self.model, batch)
+            except Enough:
+                return
+        raise Seen(blocks[-1])  # which this network does not call on this batch
 
     def _key(self, block: str, index: int) -> str:
         """One for a chain: what the block before has made is not needed any more."""
@@ -200,8 +238,8 @@ class _Stub(nn.Module):
         super().__init__()
         self.__dict__["made"], self.__dict__["block"] = made, None
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """A copy, since what comes next may write to it."""
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """A copy, since what comes next may write to it; no hook, since those have seen it already."""
         return tree_map(_copied, self.__dict__["made"])
 
     def __getattr__(self, name: str) -> Any:
@@ -223,87 +261,107 @@ def _replaced(model: nn.Module, name: str, stub: _Stub) -> Iterator[None]:
         parent._modules[key] = block
 
 
-def streamed(model: nn.Module, chains: Sequence[Chain], batch: Any) -> list[Chain]:
-    """Those chains behind whose finished blocks everything reads the same as if they ran: tried on a batch."""
-    line, read, made = _timeline(model, chains, batch)
+def streamed(model: nn.Module, chains: Sequence[Chain], calibration: Calibration) -> list[Chain]:
+    """Those chains behind whose finished blocks everything is the same as if they ran: tried on the first batch."""
+    batch, *others = islice(calibration.batches, 2)
+    other = others[0] if others else tree_map(_turned, batch)
+    course = _Course.of(model, chains, batch)
     kept = list(chains)
     while kept:
-        odd = _differs(model, kept, batch, line, read, made)
+        with undisturbed(model), suppress(BatchError):
+            run(model, other)  # if a block keeps something for those behind it, that is of this batch now
+        odd = _differs(model, kept, batch, course)
         if odd is None:
             break
         kept.remove(odd)
     return kept
 
 
-def _differs(
-    model: nn.Module,
-    chains: Sequence[Chain],
-    batch: Any,
-    line: Sequence[tuple[str, bool]],
-    read: Mapping[str, list[Tensor]],
-    made: Mapping[str, Any],
-) -> Chain | None:
-    """The chain whose stubs are seen by what comes behind them."""
-    stream = Stream(model, chains, "trial", Stash())
-    blocks = {block: chain for chain in chains for block in chain.blocks}
-    events = [(name, entered) for name, entered in line if name in blocks]
-    for place, (block, entered) in enumerate(events):
-        if entered:
-            continue
-        stream.took(block, 0, made[block])
-        stream.done[blocks[block].name] = blocks[block].blocks.index(block) + 1
-        target = events[place + 1][0] if place + 1 < len(events) else None
-        if target is not None and not events[place + 1][1]:
-            continue  # the end of an outer block, which is looked at next
-        if not _reads(stream, batch, target, None if target is None else read[target]):
-            return blocks[block]
+@dataclass
+class _Course:
+    """In which order the blocks begin (True) and end (False), what each reads and makes, and the model's output."""
+
+    line: list[tuple[str, bool]] = field(default_factory=list)
+    read: dict[str, list[Tensor]] = field(default_factory=dict)
+    made: dict[str, Any] = field(default_factory=dict)
+    output: list[Tensor] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, model: nn.Module, chains: Sequence[Chain], batch: Any) -> _Course:
+        """Of a batch."""
+        course = cls()
+        with undisturbed(model), ExitStack() as handles:
+            for name in dict.fromkeys(block for chain in chains for block in chain.blocks):
+                module = model.get_submodule(name)
+                begun = module.register_forward_pre_hook(partial(course._begun, name), with_kwargs=True)
+                handles.callback(begun.remove)
+                handles.callback(module.register_forward_hook(partial(course._ended, name)).remove)
+            course.output = [*tensors_in(run(model, batch))]
+        return course
+
+    def _begun(self, name: str, _module: nn.Module, args: Any, kwargs: Any) -> None:
+        self.line.append((name, True))
+        self.read[name] = [tensor.clone() for tensor in tensors_in((args, kwargs))]
+
+    def _ended(self, name: str, _module: nn.Module, _args: Any, output: Any) -> None:
+        self.line.append((name, False))
+        self.made[name] = tree_map(_copied, output)
+
+
+def _differs(model: nn.Module, chains: Sequence[Chain], batch: Any, course: _Course) -> Chain | None:
+    """The chain whose stubs are seen by what comes behind them.
+
+    The last block goes first: what runs here cannot refresh what an earlier block has kept somewhere.
+    """
+    owner = {block: chain for chain in chains for block in chain.blocks}
+    events = [(name, entered) for name, entered in course.line if name in owner]
+    for place in reversed(range(len(events))):
+        block, entered = events[place]
+        target = events[place + 1] if place + 1 < len(events) else ("", True)
+        if entered or not target[1]:
+            continue  # the end of an inner block, behind which an outer one ends
+        stream = Stream(model, chains, "trial", Stash())
+        for name, begun in events[: place + 1]:
+            if not begun:
+                stream.took(name, 0, course.made[name])
+                stream.done[owner[name].name] = owner[name].blocks.index(name) + 1
+        if not _runs(stream, batch, target[0], course):
+            return owner[block]
     return None
 
 
-def _reads(stream: Stream, batch: Any, target: str | None, wanted: list[Tensor] | None) -> bool:
-    """Whether a block reads what it is to read, with stubs before it; without a block: whether the output is finite."""
+def _runs(stream: Stream, batch: Any, target: str, course: _Course) -> bool:
+    """Whether a block, or without one the rest of the model, reads and makes the same with stubs before it."""
     seen: list[Tensor] = []
 
-    def enter(_module: nn.Module, args: Any, kwargs: Any) -> None:
+    def begun(_module: nn.Module, args: Any, kwargs: Any) -> None:
         seen.extend(tensor.clone() for tensor in tensors_in((args, kwargs)))
+
+    def ended(_module: nn.Module, _args: Any, output: Any) -> None:
+        seen.extend(tensors_in(output))
         raise Enough
 
-    with undisturbed(stream.model), stream.at(0), ExitStack() as handles:
-        if target is not None:
+    def called(_module: nn.Module, _args: Any) -> None:
+        raise Seen  # the model has another way to a finished block than by its container
+
+    wanted = [*course.read[target], *tensors_in(course.made[target])] if target else course.output
+    with undisturbed(stream.model), ExitStack() as handles:
+        for name in stream.finished:
+            handles.callback(stream.model.get_submodule(name).register_forward_pre_hook(called).remove)
+        handles.enter_context(stream.at(0))
+        if target:
             block = stream.model.get_submodule(target)
-            handles.callback(block.register_forward_pre_hook(enter, with_kwargs=True).remove)
+            handles.callback(block.register_forward_pre_hook(begun, with_kwargs=True).remove)
+            handles.callback(block.register_forward_hook(ended).remove)
         try:
             output = run(stream.model, batch)
         except Enough:
-            return same(seen, wanted)
-        except BatchError:
+            pass
+        except (BatchError, Seen):
             return False
-    return target is None and all(bool((each == each).all()) for each in tensors_in(output))
-
-
-def _timeline(
-    model: nn.Module, chains: Sequence[Chain], batch: Any
-) -> tuple[list[tuple[str, bool]], dict[str, list[Tensor]], dict[str, Any]]:
-    """In which order the blocks begin (True) and end (False), what each reads, and what each makes."""
-    line: list[tuple[str, bool]] = []
-    read: dict[str, list[Tensor]] = {}
-    made: dict[str, Any] = {}
-
-    def before(name: str, _module: nn.Module, args: Any, kwargs: Any) -> None:
-        line.append((name, True))
-        read[name] = [tensor.clone() for tensor in tensors_in((args, kwargs))]
-
-    def after(name: str, _module: nn.Module, _args: Any, output: Any) -> None:
-        line.append((name, False))
-        made[name] = tree_map(_copied, output)
-
-    with undisturbed(model), ExitStack() as handles:
-        for name in dict.fromkeys(block for chain in chains for block in chain.blocks):
-            module = model.get_submodule(name)
-            handles.callback(module.register_forward_pre_hook(partial(before, name), with_kwargs=True).remove)
-            handles.callback(module.register_forward_hook(partial(after, name)).remove)
-        run(model, batch)
-    return line, read, made
+        else:
+            seen = [] if target else [*tensors_in(output)]
+    return not any(isinstance(tensor, Hollow) for tensor in seen) and same(seen, wanted)
 
 
 def _hooked(model: nn.Module, name: str, hook: Any) -> RemovableHandle:
@@ -326,12 +384,27 @@ def _owner(module: str, blocks: Iterable[str]) -> str | None:
     return next((block for block in blocks if module == block or module.startswith(f"{block}.")), None)
 
 
-def _nan(value: Any) -> Any:
-    """NaN in the shape of a floating tensor, without memory; numbers of other kinds, such as positions, are kept."""
-    if not isinstance(value, Tensor) or not value.is_floating_point():
-        return value
-    return torch.full((), torch.nan, dtype=value.dtype, device=value.device).expand(value.shape)
+def _keepable(output: Any) -> bool:
+    """Whether copies can stand for what a block returns: tensors and numbers, and no two that share their memory."""
+    leaves = tree_leaves(output)
+    tensors = [each for each in leaves if type(each) in (Tensor, nn.Parameter)]
+    places = {each.untyped_storage().data_ptr() for each in tensors}
+    return len(places) == len(tensors) and all(
+        type(each) in (Tensor, nn.Parameter) or isinstance(each, PLAIN) for each in leaves
+    )
+
+
+def _hollow(value: Any) -> Any:
+    """Without the numbers of a floating tensor; those of other kinds, such as positions, are kept."""
+    return Hollow.like(value) if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
 def _copied(value: Any) -> Any:
-    return value.detach().clone() if isinstance(value, Tensor) else value
+    return value.detach().clone() if isinstance(value, Tensor) and not isinstance(value, Hollow) else value
+
+
+def _turned(value: Any) -> Any:
+    """Other samples, of the same shape and kind."""
+    if not isinstance(value, Tensor) or not value.ndim:
+        return value
+    return value.flip(0) if len(value) > 1 else value.flip(-1)

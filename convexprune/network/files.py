@@ -59,14 +59,25 @@ def save(model: nn.Module, path: str | os.PathLike[str], metadata: Mapping[str, 
         >>> metadata, torch.equal(model.weight, other.weight)
         ({'kept': 0.5}, True)
     """
-    with extras():
-        from safetensors.torch import save as serialised
-
     check_model(model)
     check_path("path", path)
     entries = _as_json({} if metadata is None else metadata)
     tensors, aliases = _stored(model)
     write_whole(path, serialised(tensors, {"format": "pt", **entries, _ALIASES: json.dumps(aliases)}))
+
+
+def serialised(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
+    """Tensors as a safetensors file, whose metadata are in order: the same content has the same bytes."""
+    with extras():
+        from safetensors.torch import save as unordered
+
+    made = bytes(unordered(dict(tensors), dict(metadata)))
+    begin = 8 + int.from_bytes(made[:8], "little")
+    head = json.loads(made[8:begin])
+    head["__metadata__"] = dict(sorted(head["__metadata__"].items()))
+    text = json.dumps(head, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # the tensors begin at a multiple of 8
+    return len(text).to_bytes(8, "little") + text + made[begin:]
 
 
 def load(model: nn.Module, path: str | os.PathLike[str]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Final
@@ -25,6 +25,7 @@ from convexprune.layer import Layer
 from convexprune.network.blocks import Blocks, Chain, Stash, Stream, streamed
 from convexprune.network.calibration import Calibration
 from convexprune.network.capture import Gathering, layers_of, told_activations
+from convexprune.network.hollow import Seen
 from convexprune.network.matrices import Stack
 from convexprune.network.memory import available, check_grams, check_rows
 from convexprune.network.moment_accumulator import Account
@@ -165,13 +166,16 @@ class Traversal:
         there = available()
         if self.way.scratch is None and there is not None and 2 * self._blocks.held(chains) > there / 2:
             return []
-        return streamed(self.model, chains, self.calibration.first) if chains else []
+        return streamed(self.model, chains, self.calibration) if chains else []
 
     def _advance(self, number: int) -> None:
-        """Finish the blocks that are behind when the walk comes to this group."""
-        for chain in reversed(self.chains):  # the inner before the outer that they are in
-            for stream in self._streams:
-                stream.finish(chain, chain.count(self.survey.groups, number), self.calibration)
+        """Finish the blocks that are behind when the walk comes to this group; leave the chains where that fails."""
+        try:
+            for chain in reversed(self.chains):  # the inner before the outer that they are in
+                for stream in self._streams:
+                    stream.finish(chain, chain.count(self.survey.groups, number), self.calibration)
+        except (Seen, ValueError):
+            self.chains = []
 
     @cached_property
     def _streams(self) -> list[Stream]:
@@ -215,7 +219,14 @@ class Traversal:
             yield module, layers_of(module, stacks[module], account, self.chosen.layers, self._behind, residual)
 
     def _run(self, gathering: Gathering, told: str | None) -> Account:
-        return gathering.run(tell=lambda index: self._tell(told, index))
+        """Make a pass; where it fails behind finished blocks, without chains: it is right, or fails by itself."""
+        try:
+            return gathering.run(tell=lambda index: self._tell(told, index))
+        except (Seen, ValueError):
+            if not gathering.streams:
+                raise
+            self.chains = []
+            return self._run(replace(gathering, streams=()), told)
 
     def _run_once(self, gathering: Gathering, keep: Collection[str]) -> Account:
         """A parallel walk's pass, which `renewed` walks share."""
