@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Final
 
 import torch
 from torch import nn
@@ -22,6 +23,8 @@ from convexprune.report.progress import Teller
 from convexprune.report.shares import Shares
 from convexprune.solution import Solution
 from convexprune.solve import Proposal
+
+UNSTEADY: Final = "`build` stated another problem when it was asked again; let it state the same"
 
 
 @dataclass
@@ -69,9 +72,7 @@ class Level:
         """Raise ValueError where another network does not have this one's weights."""
         for name in (name for names in self.walk.names.values() for name in names):
             if not torch.equal(read(pruned, name), read(self.walk.pruned, name)):
-                raise ValueError(
-                    f"layer {name!r}: `build` stated another problem when it was asked again; let it state the same"
-                )
+                raise ValueError(f"layer {name!r}: {UNSTEADY}")
 
 
 @dataclass(frozen=True)
@@ -82,5 +83,9 @@ class Known:
 
     def solutions(self, tasks: Iterable[Task]) -> Iterator[Solution]:
         """Each judged by its task's problem."""
-        for task, found in zip(tasks, self.proposals, strict=True):
+        known = iter(self.proposals)
+        for task in tasks:
+            found = next(known, None)
+            if found is None:
+                raise ValueError(f"layer {task.layer!r}: {UNSTEADY}")
             yield found.certified(task.problem)
