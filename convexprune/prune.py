@@ -16,7 +16,6 @@ from convexprune.allocate import Allocation
 from convexprune.certify.network_error import network_error
 from convexprune.layer import Layer
 from convexprune.network import Calibration
-from convexprune.network.coverage import check_counted
 from convexprune.network.forward import check_model
 from convexprune.network.traversal import Traversal
 from convexprune.patterns import Unstructured
@@ -25,7 +24,7 @@ from convexprune.problems import Reconstruction
 from convexprune.pruning.execution import Execution
 from convexprune.pruning.layer_by_layer import LayerByLayer, run_of
 from convexprune.pruning.recipe import Recipe
-from convexprune.pruning.stated import Choose, State, Stated
+from convexprune.pruning.stated import Choose, State, check_any, planned
 from convexprune.report import Report, Settings
 from convexprune.report.progress import Progress, Teller, check_watcher
 from convexprune.report.shares import Shares
@@ -109,15 +108,11 @@ def walked(
     Raises what `prune` raises.
     """
     execution = execution or Execution()
-    plan = Stated.of(walk, state, choose)
-    if shares is not None:
-        check_counted(shares.counts, [module for module, names in walk.names.items() if not {*names} <= {*plan.left}])
-    tell.planned(plan.coverage, len(walk.modules))
+    plan = planned(walk, state, choose, tell, shares)
     store = None if execution.kept is None else execution.kept.opened(run_of(walk, plan), walk.modules)
     run = LayerByLayer(walk, state, choose, tell, execution.backend, store, list(plan.pruned))
     rows = run.rows(plan.keep)
-    if not run.used:
-        raise ValueError("nothing was pruned: build(layer) returned None for every layer; return a problem for one")
+    check_any(run.used)
     network = network_error(walk, rows, tell.measured)
     walk.own()
     fingerprint, dtype = walk.calibration.fingerprint, next(walk.model.parameters()).dtype

@@ -73,7 +73,8 @@ def prune_within(
         goal: a `Goal`, or its `error`; or a `RiskGoal`, which has the path of networks that are tested.
         build: states a layer's problem from the layer and a number. Of a `Goal` that is the relative error that the
             layer may have, ||.||_F over that of its outputs behind the activation; of a `RiskGoal` the number of the
-            path, or the count that its allocation gives the layer. None: NetTrim, with an allocation Reconstruction.
+            path, or the count that its allocation gives the layer; it is asked again for the report, and has to state
+            the same. None: NetTrim, with an allocation Reconstruction.
         solver, names, progress: as of `prune`. Along a path a solver that can begin from a start begins at the layer's
             last point.
 
@@ -84,7 +85,8 @@ def prune_within(
     Raises:
         ValueError: where the network has no bound, naming what is not covered, and where no network of the rounds was
             within the goal. Of a `RiskGoal`: for a held-out sample that was used or is there twice, where there are too
-            few, and where the first level of the path is not certified. Else what `prune` raises.
+            few, where the first level of the path is not certified, and where `build` states another problem when it
+            is asked again. Else what `prune` raises.
 
     Example:
         >>> import torch, convexprune as cp

@@ -33,6 +33,8 @@ from convexprune.patterns import Unstructured
 from convexprune.problem import LayerProblem, Solver
 from convexprune.problems import NetTrim, Reconstruction
 from convexprune.prune import walked
+from convexprune.pruning.execution import Execution
+from convexprune.pruning.level import Known, Level
 from convexprune.pruning.stated import State
 from convexprune.report import Report
 from convexprune.report.progress import Teller
@@ -126,20 +128,21 @@ def search_by_risk(
     walk = Traversal(model, calibration, "parallel", tell.captured)
     stating = _Stating(walk, goal, build, tell)
     continued = None if solver is None else WarmStart.of(solver)
-    best: tuple[nn.Module, Report] | None = None
+    best: Level | None = None
     levels: list[PathLevel] = []
     for setting in goal.path:
         state, shares = stating.of(setting)
-        report = walked(walk, state, lambda layer: continued, tell, shares)
+        level = Level(walk, state, lambda layer: continued, shares)
+        level.write(tell)
         if calibration.unsteady:
             raise ValueError(f"{calibration.unsteady}, and so that no held-out sample can be among those drawn later")
         losses = held.losses(model, walk.pruned, goal.risk)
         found = held.statement(losses, goal.risk, goal.confidence, goal.level, goal.rule)
         certified = found.applies and found.guaranteed <= goal.level
-        levels.append(PathLevel(float(setting), report.kept, report.total, found.measured, found.guaranteed, certified))
+        levels.append(PathLevel(float(setting), level.kept, level.total, found.measured, found.guaranteed, certified))
         if not certified:
             break
-        best = walk.pruned, report
+        best = level
         walk = walk.renewed()
     path = RiskPath(
         goal.risk.name, float(goal.level), float(goal.confidence), held.samples, type(goal.rule).__name__,
@@ -152,7 +155,10 @@ def search_by_risk(
             f"over {held.samples} held-out samples, at most {first.bound:.3g}, wanted {goal.level:g}; begin with a "
             "denser one, or hold out more samples, for another search on samples not seen yet"
         )
-    return best[0], replace(best[1], path=path)
+    walk = best.walk.renewed()
+    report = walked(walk, best.state, best.choose, tell, best.shares, Execution(backend=Known(best.proposals)))
+    best.check_same(walk.pruned)
+    return walk.pruned, replace(report, path=path)
 
 
 @dataclass

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from convexprune.forms import LassoProblem, adapted, declared, undeclared
 from convexprune.problem import Problem, Solver, can_start, check_point, check_problem, judge
-from convexprune.solution import Attempt, Certificate, Solution, Status
+from convexprune.solution import Attempt, Solution, Status, TracePoint
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -60,6 +60,38 @@ def solve(problem: Problem, solver: Solver | None = None, *, start: Tensor | Non
         >>> solution.status.name, round(solution.certificate.value, 3), solution.certificate.violation
         ('CONVERGED', 1.667, 0.0)
     """
+    return proposed(problem, solver, start=start).certified(problem)
+
+
+@dataclass(frozen=True, eq=False)
+class Proposal:
+    """What a solver proposed and how long it took, before the problem has judged it.
+
+    x       (M, P), float64 on the CPU
+    status  NUMERICAL where the point is not finite
+    """
+
+    x: Tensor
+    witness: Any
+    status: Status
+    seconds: float
+    iterations: int
+    solver: str
+    trace: tuple[TracePoint, ...] = ()
+    note: str = ""
+
+    def certified(self, problem: Problem) -> Solution:
+        """With the problem's verdict, which also says whether no point is feasible."""
+        certificate, status, note = judge(problem, self.x, self.witness), self.status, self.note
+        if status is Status.INFEASIBLE and certificate.bound < math.inf:
+            status, note = Status.NUMERICAL, f"{note}; {UNPROVEN}" if note else UNPROVEN
+        return Solution(
+            self.x, self.witness, status, certificate, self.seconds, self.iterations, self.solver, self.trace, note
+        )
+
+
+def proposed(problem: Problem, solver: Solver | None = None, *, start: Tensor | None = None) -> Proposal:
+    """Run the solver, without a certificate; arguments and errors as of `solve`."""
     check_problem(problem)
     shape = (problem.shape[0], problem.shape[1])
     solver = adapted(default_solver(problem) if solver is None else solver, problem)
@@ -77,18 +109,9 @@ def solve(problem: Problem, solver: Solver | None = None, *, start: Tensor | Non
         kind = f"an Attempt of a {type(attempt.x).__name__}" if isinstance(attempt, Attempt) else type(attempt).__name__
         raise TypeError(f"{type(solver).__name__} returned {kind}; return Attempt(x, witness, status, iterations)")
     check_point(f"the point that {type(solver).__name__} returned", attempt.x, shape)
-    x, status = attempt.x.detach().cpu().double(), attempt.status
-    if bool(torch.isfinite(x).all()):
-        certificate = judge(problem, x, attempt.witness)
-    else:
-        status = Status.NUMERICAL
-        certificate = Certificate(math.inf, problem.lower_bound(attempt.witness), math.inf)
-    note = attempt.note
-    if status is Status.INFEASIBLE and certificate.bound < math.inf:
-        status, note = Status.NUMERICAL, f"{note}; {UNPROVEN}" if note else UNPROVEN
-    return Solution(
-        x, attempt.witness, status, certificate, seconds, attempt.iterations, repr(solver), attempt.trace, note
-    )
+    x = attempt.x.detach().cpu().double()
+    status = attempt.status if bool(torch.isfinite(x).all()) else Status.NUMERICAL
+    return Proposal(x, attempt.witness, status, seconds, attempt.iterations, repr(solver), attempt.trace, attempt.note)
 
 
 def rejudged(solution: Solution, problem: Problem, x: Tensor) -> Solution:

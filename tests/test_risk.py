@@ -1,6 +1,7 @@
 """A risk on data not seen: the losses, the samples that are refused, and the rate at which a path goes too far."""
 
 import copy
+import itertools
 import math
 from collections import OrderedDict
 from dataclasses import dataclass, field
@@ -11,6 +12,7 @@ from torch import nn
 
 import convexprune as cp
 from convexprune.certify.held_out_risk import HeldOut, bounded
+from convexprune.forms import PerspectiveProblem
 from convexprune.report import Report
 from convexprune.solution import Attempt
 from convexprune.solvers.warm_start import WarmStart
@@ -319,3 +321,85 @@ def test_wrong_goals(fields, error, message):
 def test_losses_that_cannot_be_computed(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+@dataclass(frozen=True)
+class Halved:
+    """Proposes half of the dense weights, whatever the problem allows."""
+
+    def solve(self, problem, start=None):
+        return Attempt(problem.dense * 0.5, None, cp.Status.CONVERGED, 1)
+
+
+class Grouped(nn.Module):
+    """A convolution of two groups, a layer for which no problem is stated, and a linear layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.middle, self.head = nn.Conv2d(4, 6, 3, groups=2), nn.Linear(6, 6), nn.Linear(6, 3)
+
+    def forward(self, x):
+        return self.head(torch.relu(self.middle(torch.relu(self.conv(x)).amax((2, 3)))))
+
+
+@pytest.mark.parametrize(
+    ("build", "solver", "path"),
+    [
+        (SHARE, cp.Magnitude(), (0.9, 0.8)),
+        (SHARE, cp.Balanced(), (0.9, 0.8)),
+        (SHARE, None, (0.9, 0.8)),
+        (cp.NetTrim, Halved(), (0.01, 0.02)),  # its points are refused: the layers stay dense
+        (lambda layer, kept: None if layer.name == "middle" else SHARE(layer, kept), cp.Fast(), (0.9, 0.8)),
+    ],
+)
+def test_the_report_of_a_level_is_the_one_that_prune_makes(build, solver, path):
+    torch.manual_seed(0)
+    model, draw = Grouped(), lambda n: torch.randn(n, 4, 5, 5)
+    used, held_out = [draw(40)], [draw(300)]
+    goal = cp.RiskGoal(cp.PredictionChanged(), 0.99, held_out, path)
+    pruned, report = cp.prune_within(model, used, goal, build, solver)
+    alone, expected = cp.prune(model, used, lambda layer: build(layer, path[-1]), solver)
+    for key, value in pruned.state_dict().items():
+        assert torch.equal(value, alone.state_dict()[key]), key
+    for row, other in zip(report.rows, expected.rows, strict=True):
+        assert (row.name, row.kept, row.certificate, row.error) == (
+            other.name, other.kept, other.certificate, other.error
+        )  # fmt: skip
+        assert (row.refusal, row.status) == (other.refusal, other.status)
+    assert report.network.guaranteed == expected.network.guaranteed
+    level = report.path.certified
+    assert (level.kept, level.total) == (report.kept, report.total)
+    before = {id(each) for each in model.parameters()}
+    assert before.isdisjoint(id(each) for each in pruned.parameters())
+
+
+@dataclass(frozen=True, eq=False)
+class Counted(cp.Reconstruction, PerspectiveProblem):
+    """Notes for which number of weights a bound was asked."""
+
+    asked: list = field(default_factory=list)
+
+    def lower_bound(self, witness):
+        self.asked.append(self.pattern.keep)
+        return super().lower_bound(witness)
+
+
+def test_only_the_level_that_is_returned_is_certified():
+    model, used, held_out = network()
+    asked = []
+    goal = cp.RiskGoal(cp.PredictionChanged(), 0.1, [held_out], PATH)
+    build = lambda layer, kept: Counted(layer, cp.Unstructured(kept), asked=asked)  # noqa: E731
+    path = cp.prune_within(model, used, goal, build, cp.Magnitude())[1].path
+    assert len(path.levels) > 1
+    assert set(asked) == {path.certified.setting}
+
+
+@pytest.mark.parametrize("silent", [(3, 5), (7,)])
+def test_a_recipe_that_changes_its_mind_is_refused(silent):
+    """It is asked of two outlines and two layers, and of both again for the report."""
+    model, used, held_out = network()
+    calls = itertools.count()
+    build = lambda layer, kept: None if next(calls) in silent else SHARE(layer, kept)  # noqa: E731
+    goal = cp.RiskGoal(cp.PredictionChanged(), 0.99, [held_out], (0.5,))
+    with pytest.raises(ValueError, match="'2': `build` stated another problem when it was asked again"):
+        cp.prune_within(model, used, goal, build, cp.Magnitude())

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, Final, Protocol, runtime_checkable
@@ -19,7 +20,7 @@ from convexprune.extras import extras
 from convexprune.options import text, whole
 from convexprune.problem import LayerProblem, Solver
 from convexprune.solution import Solution
-from convexprune.solve import solve
+from convexprune.solve import Proposal, proposed, solve
 
 AHEAD: Final = 2  # tasks for each worker that are held in memory at once
 TRIES: Final = 3  # how often a task is begun, where its worker dies
@@ -40,8 +41,18 @@ class Task:
 
     def run(self) -> Solution:
         """Solve it; an error says whose problem it was."""
-        try:
+        with self._named():
             return solve(self.problem, self.solver)
+
+    def proposed(self) -> Proposal:
+        """Run the solver, without a certificate; an error says whose problem it was."""
+        with self._named():
+            return proposed(self.problem, self.solver)
+
+    @contextmanager
+    def _named(self) -> Iterator[None]:
+        try:
+            yield
         except (TypeError, ValueError, MemoryError) as error:
             error.add_note(f"This was layer {self.layer!r}.")
             raise

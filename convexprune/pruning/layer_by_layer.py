@@ -23,7 +23,7 @@ from convexprune.report.progress import Teller
 from convexprune.report.row import TOLERANCE, Row, small
 from convexprune.report.row_of import row_of
 from convexprune.solution import Solution, Status
-from convexprune.solve import rejudged
+from convexprune.solve import Proposal, rejudged
 
 UNSOLVED: Final = (Status.INFEASIBLE, Status.NUMERICAL)  # no point worth writing: the layer stays as it was
 
@@ -74,7 +74,7 @@ class LayerByLayer:
             while waiting and (waiting[0].problem is None or solution is not None):
                 asked = waiting.popleft()
                 if asked.problem is None:
-                    rows.append(row_of(asked.layers, _stored(self.walk.pruned, asked.layers), None, None))
+                    rows.append(row_of(asked.layers, stored_in(self.walk.pruned, asked.layers), None, None))
                 else:
                     rows.append(self._write(asked.layers, asked.problem, solution))
                     solution = None
@@ -98,9 +98,10 @@ class LayerByLayer:
     def _write(self, layers: list[Layer], problem: LayerProblem, solution: Solution | None) -> Row:
         assert solution is not None  # of a backend that gives one for each task
         self.walk.own([layers[0].module])
-        written, refusal = _written(self.walk.pruned, layers, problem, solution)
-        self.used[written.solver] = None
-        return row_of(layers, _stored(self.walk.pruned, layers), problem, written, refusal)
+        self.used[solution.solver] = None
+        refusal = put(self.walk.pruned, layers, problem, solution, solution.certificate.violation)
+        stored = stored_in(self.walk.pruned, layers)
+        return row_of(layers, stored, problem, rejudged(solution, problem, stored), refusal)
 
     def _finish(self, module: str, rows: list[Row]) -> None:
         self.finished[module] = tuple(rows)
@@ -126,21 +127,22 @@ def run_of(walk: Traversal, stated: Stated) -> dict[str, Any]:
     }
 
 
-def _written(
-    pruned: nn.Module, layers: Sequence[Layer], problem: LayerProblem, solution: Solution
-) -> tuple[Solution, str]:
-    """Write the weights, and let the problem judge what is in the model now; and why nothing was written."""
-    refusal = "" if solution.status not in UNSOLVED else "the solver found no point"
-    if not refusal and solution.certificate.violation > TOLERANCE:
-        dense = problem.violation(_stored(pruned, layers))
-        if dense <= TOLERANCE:
-            refusal = f"its point is off by {small(solution.certificate.violation)}, and the dense weights are feasible"
-    if not refusal:
-        for layer, x in zip(layers, torch.split(solution.x, len(solution.x) // len(layers)), strict=True):
-            write(pruned, layer.name, x)
-    return rejudged(solution, problem, _stored(pruned, layers)), refusal
+def put(
+    pruned: nn.Module, layers: Sequence[Layer], problem: LayerProblem, found: Solution | Proposal, violation: float
+) -> str:
+    """Write the weights that were found into the model; or why they are not written.
+
+    violation  of the point that was found
+    """
+    if found.status in UNSOLVED:
+        return "the solver found no point"
+    if violation > TOLERANCE and problem.violation(stored_in(pruned, layers)) <= TOLERANCE:
+        return f"its point is off by {small(violation)}, and the dense weights are feasible"
+    for layer, x in zip(layers, torch.split(found.x, len(found.x) // len(layers)), strict=True):
+        write(pruned, layer.name, x)
+    return ""
 
 
-def _stored(pruned: nn.Module, layers: Sequence[Layer]) -> Tensor:
+def stored_in(pruned: nn.Module, layers: Sequence[Layer]) -> Tensor:
     """(M, P): the weights of a module's groups as they are in the model now."""
     return torch.cat([read(pruned, layer.name) for layer in layers])

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from convexprune.forms import adapted
 from convexprune.layer import Layer
-from convexprune.network.coverage import Coverage, coverage
+from convexprune.network.coverage import Coverage, check_counted, coverage
 from convexprune.network.names import check_untied
 from convexprune.network.traversal import Traversal
 from convexprune.problem import LayerProblem, Misfit, Solver, check_problem
 from convexprune.problems import Stacked, StackedReconstruction, stacked
 from convexprune.pruning.store import content, text_hash
+from convexprune.report.progress import Teller
+from convexprune.report.shares import Shares
 from convexprune.solve import default_solver
 from convexprune.solvers import Groupwise
 
@@ -89,6 +91,26 @@ class Stated:
         covered = coverage(walk.model, walk.modules, walk.chosen.stacks, walk.survey.record.parameters)
         recipe = text_hash("\n".join(texts))
         return cls(tuple(pruned), frozenset(keep), covered, tuple(left), recipe, "; ".join(solvers))
+
+
+def planned(walk: Traversal, state: State, choose: Choose, tell: Teller, shares: Shares | None) -> Stated:
+    """What is stated of the layers; whoever watches is told.
+
+    shares  that a budget gave the layers, if there was one
+
+    Raises ValueError where one of these is not pruned, and what `Stated.of` raises.
+    """
+    plan = Stated.of(walk, state, choose)
+    if shares is not None:
+        check_counted(shares.counts, [module for module, names in walk.names.items() if not {*names} <= {*plan.left}])
+    tell.planned(plan.coverage, len(walk.modules))
+    return plan
+
+
+def check_any(used: Collection[str]) -> None:
+    """Raise ValueError where no solver was used."""
+    if not used:
+        raise ValueError("nothing was pruned: build(layer) returned None for every layer; return a problem for one")
 
 
 def checked(problem: Any, name: str) -> LayerProblem:
