@@ -24,7 +24,7 @@ from convexprune.bounds import Betting, Binomial, Hoeffding, HoeffdingBentkus, S
 from convexprune.datasets import mnist, trained_lenet300
 
 BUDGETS = (0.5, 0.4, 0.3, 0.22, 0.16, 0.12, 0.09, 0.07, 0.05, 0.035)
-EPSILONS = (0.01, 0.02, 0.03, 0.05, 0.07, 0.1, 0.14, 0.2)
+EPSILONS = (0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.07, 0.1, 0.14, 0.2)
 WANTED = (0.01, 0.02, 0.05)
 CAREFUL = (  # for networks without much to spare
     0.99, 0.98, 0.97, 0.96, 0.95, 0.93, 0.9, 0.87, 0.84, 0.8, 0.75, 0.7, 0.65, 0.6, 0.55, 0.5, 0.45, 0.4,
