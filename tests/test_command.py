@@ -137,7 +137,8 @@ def test_a_dry_run_writes_nothing(place, tmp_path):
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="only Linux says what a process takes")
 def test_the_plan_is_near_the_measured_peak(place, tmp_path):
     words = [sys.executable, "-m", "convexprune", "prune", place / "model", "--calibration", place / "text.txt",
-             "--out", tmp_path, "--windows", "8", "--length", "16", "--sparsity", "0.5", "--solver", "magnitude"]  # fmt: skip
+             "--out", tmp_path, "--windows", "8", "--length", "16", "--sparsity", "0.5",
+             "--solver", "magnitude"]  # fmt: skip
     with (tmp_path / "said").open("w+") as output:
         process = subprocess.Popen([*map(str, words)], stdout=output, stderr=subprocess.STDOUT)
         _, status, usage = os.wait4(process.pid, 0)
