@@ -6,7 +6,6 @@ A shape is one of `large_model.py`, made here of random weights; a folder needs 
 """
 
 import argparse
-import json
 import os
 import subprocess
 import sys

@@ -22,7 +22,7 @@ from convexprune.extras import extras
 from convexprune.network import Calibration, save
 from convexprune.network.coverage import coverage
 from convexprune.network.files import serialised
-from convexprune.network.memory import available
+from convexprune.network.memory import available, highest, resident
 from convexprune.network.names import REGEX, choose, stacks
 from convexprune.pruning.backends import Backend, InProcess, Joblib
 from convexprune.pruning.execution import Execution
@@ -125,9 +125,11 @@ def prune(
         source = Source(model, kind, weights, tokenizer)
         before = source.ready()
         dense = source.skeleton() if dry_run and source.folder is not None else source.model()
+        loaded = resident()
         batches = source.samples(calibration, dense, Windows(windows, first, length, batch))
+        here = resident()
         budget = 1 - sparsity if allocate and sparsity is not None else None
-        job = Job(dense, batches, rules, mode, budget, seed, device, before)
+        job = Job(dense, batches, rules, mode, budget, seed, device, before + here - loaded, max(0, highest() - here))
         click.echo(job.text())
         job.plan.check(memory)
         if dry_run:
@@ -172,7 +174,8 @@ class Job:
     budget: float | None
     seed: int
     device: str
-    process: int  # bytes that this process had before there was a model
+    process: int  # bytes that this process has besides the model
+    reading: int  # bytes that it had for a moment beyond those
 
     @cached_property
     def layers(self) -> list[str]:
@@ -208,7 +211,7 @@ class Job:
     @cached_property
     def plan(self) -> Plan:
         """What it takes, from shapes alone."""
-        return Plan.of(self.dense, self.calibration, self.recipe, self.mode, self.process)
+        return Plan.of(self.dense, self.calibration, self.recipe, self.mode, self.process, self.reading)
 
     def text(self) -> str:
         """What is pruned and what that takes, and what stays as it is and why."""

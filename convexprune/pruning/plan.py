@@ -25,7 +25,10 @@ COST: Final[Mapping[str, tuple[float, float, float]]] = {
     "magnitude": (0, 1, 0), "activation-magnitude": (0, 1, 0), "column-sweep": (4, 4, 0), "fast": (40, 60, 0),
     "rising-penalty": (40, 60, 0), "admm": (40, 300, 0), "balanced": (40, 100, 1.5), "best": (40, 400, 6),
 }  # fmt: skip
-WORK: Final = 6  # arrays (M, n) in float64 that a problem and its solver hold at once
+# arrays in float64 that a layer's moments, problem and solver hold at once, fitted to measured peaks: moments come with
+# bounds of what rounding did to them, which are made of products of absolute values
+WORK: Final = 20  # of (M, n)
+SQUARES: Final = 10  # of (n, n)
 
 
 @dataclass(frozen=True)
@@ -47,14 +50,15 @@ class LayerPlan:
     @property
     def solving(self) -> int:
         """Bytes of its weights, moments and the solver's arrays, all in float64."""
-        return 8 * self.groups * (WORK * self.outputs * self.inputs + 2 * self.inputs**2)
+        return 8 * self.groups * (WORK * self.outputs * self.inputs + SQUARES * self.inputs**2)
 
 
 @dataclass(frozen=True)
 class Plan:
     """The layers, and bytes by phase.
 
-    process     that the process has without a model: Python, torch, transformers
+    process     that the process has without a model and with the samples read: Python, torch, transformers, a tokenizer
+    reading     that reading the samples took for a moment beyond that
     model       of the dense model and its copy
     samples     of the batches
     activations of a batch in a pass
@@ -63,6 +67,7 @@ class Plan:
 
     layers: tuple[LayerPlan, ...]
     process: int
+    reading: int
     model: int
     samples: int
     activations: int
@@ -70,7 +75,9 @@ class Plan:
     capture: int
 
     @classmethod
-    def of(cls, model: nn.Module, calibration: Calibration, recipe: Recipe, mode: str, process: int = 0) -> Plan:
+    def of(
+        cls, model: nn.Module, calibration: Calibration, recipe: Recipe, mode: str, process: int = 0, reading: int = 0
+    ) -> Plan:
         """Of a recipe on a model; nothing is run."""
         chosen = choose(model, calibration.names)
         speed = flops_a_second()
@@ -89,6 +96,7 @@ class Plan:
         return cls(
             tuple(layers),
             process=process,
+            reading=reading,
             model=2 * size,
             samples=sum(each.numel() * each.element_size() for each in tensors),
             activations=(sum(widths[:8]) + 4 * hidden) * rows * element,
@@ -100,7 +108,7 @@ class Plan:
     def peak(self) -> int:
         """Bytes at the most."""
         kept = self.process + self.model + self.samples + self.streams + self.capture
-        return kept + max(self.activations, self.solving)
+        return max(kept + max(self.activations, self.solving), self.process + self.model // 2 + self.reading)
 
     @property
     def solving(self) -> int:
