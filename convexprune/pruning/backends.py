@@ -23,7 +23,7 @@ from convexprune.solution import Solution
 from convexprune.solve import Proposal, proposed, solve
 
 AHEAD: Final = 2  # tasks for each worker that are held in memory at once
-TRIES: Final = 3  # how often a task is begun, where its worker dies
+TRIES: Final = 3  # how often each task is begun, where workers die
 
 ORDERLY: Final = ("loky", "threading", "sequential")  # give each result when it is there; the others all at the end
 
@@ -95,7 +95,7 @@ class Joblib:
     """Tasks in several processes, or on several machines, by joblib.
 
     torch's threads are divided among the workers of this machine. A worker that dies (killed, out of memory) loses its
-    task alone: that and what was not begun is given to fresh workers, three times at the most.
+    task alone: that and what was beside it is given to fresh workers, as often as three times for each task.
 
     Args:
         jobs: How many tasks run at once; -1 for one on each core.
@@ -138,7 +138,7 @@ class Joblib:
         threads = self.threads or max(1, torch.get_num_threads() // self.workers)
         waiting = iter(tasks)
         while wave := list(islice(waiting, AHEAD * self.workers)):
-            for _ in range(TRIES):
+            for _ in range(TRIES * len(wave)):  # a worker that dies takes those beside it along
                 solved = 0
                 try:
                     for solution in self._run(wave, threads):
@@ -149,7 +149,7 @@ class Joblib:
                     wave = wave[solved:]
             else:
                 raise RuntimeError(
-                    f"layer {wave[0].layer!r}: {TRIES} workers have died of it or beside it; is there memory for "
+                    f"layer {wave[0].layer!r}: workers die of it, or beside it, again and again; is there memory for "
                     f"{self.workers} at once? Use fewer jobs"
                 )
 
