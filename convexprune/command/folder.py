@@ -136,7 +136,6 @@ class Folder:
         with tempfile.TemporaryDirectory(prefix=".convexprune-", dir=out) as beside:
             with _offline():
                 model.save_pretrained(beside, max_shard_size=shard)
-            made = sorted(Path(beside).iterdir())
             for place in self.path.iterdir():
                 if place.is_file() and not place.name.endswith(WEIGHTS) and not (Path(beside) / place.name).exists():
                     shutil.copyfile(place, Path(beside) / place.name)
@@ -148,7 +147,6 @@ class Folder:
                 if target.is_dir():
                     shutil.rmtree(target)
                 os.replace(place, target)
-        assert made
 
 
 def tokenizer_in(path: Path) -> Any:
@@ -195,8 +193,3 @@ def _offline() -> Iterator[None]:
                 os.environ.pop(key, None)
             else:
                 os.environ[key] = value
-
-
-def dtype_of(model: nn.Module) -> torch.dtype:
-    """Of the model's first floating parameter."""
-    return next(each.dtype for each in model.parameters() if each.is_floating_point())
