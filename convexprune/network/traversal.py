@@ -68,7 +68,8 @@ WHOLE: Final = Way(by_block=False)
 class Traversal:
     """The way through a network, layer by layer.
 
-    pruned  a copy of the model whose layers are written while it is walked: in a cascade the next reads what it makes.
+    model   a copy of the dense network that has its parameters: the walk's hooks and stubs are in nobody's way
+    pruned  another one, whose layers are written while it is walked: in a cascade the next reads what it makes.
             It has the model's parameters until it is given its own (`own`)
 
     Raises ValueError for an unknown mode and for names that mean no layer that is called.
@@ -79,7 +80,8 @@ class Traversal:
     ) -> None:
         if mode not in MODES:
             raise ValueError(f"mode is {mode!r}; it must be one of {MODES}")
-        self.model, self.calibration, self.mode, self.way = model, calibration, mode, way
+        self.model = model = sharing(model)
+        self.calibration, self.mode, self.way = calibration, mode, way
         self.chosen = choose(model, calibration.names)
         check_grams(self.chosen.stacks)
         self.told = told_activations(model, calibration)
