@@ -80,6 +80,7 @@ class Traversal:
     ) -> None:
         if mode not in MODES:
             raise ValueError(f"mode is {mode!r}; it must be one of {MODES}")
+        choose(model, calibration.names)  # refuses what a copy would hide, such as compiled modules
         self.model = model = sharing(model)
         self.calibration, self.mode, self.way = calibration, mode, way
         self.chosen = choose(model, calibration.names)
