@@ -8,6 +8,7 @@ bound is just within the goal. For a risk see `risk_goal`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -159,6 +160,8 @@ def _budget(walk: Traversal, sizes: Mapping[str, float], goal: float) -> ErrorBu
         found = network.bound({name: Spread(1.0)}, Spectral())
         if found.total is None:
             raise ValueError(f"the network has no bound: {found.obstacle}")
+        if not math.isfinite(found.total):
+            raise ValueError("the network has no bound: it divides by a norm without an eps; give the norm an eps")
         gains.append(found.total)
     weights = [float(walk.chosen.stacks[name].weight.numel()) for name in walk.modules]
     caps = [max(sizes[name], 1e-30) for name in walk.modules]

@@ -11,7 +11,8 @@ from torch import nn
 from torch.nn import functional as F
 
 import convexprune as cp
-from convexprune.bounds.gains import ConvolutionOperator, LinearOperator, pooling_gain
+from convexprune.bounds.gains import ConvolutionOperator, LinearOperator
+from convexprune.bounds.pooling import Windows, average_pool_gain, max_pool_gain
 from convexprune.bounds.propagation import ByChannel, Frobenius, Spectral, Spread
 from convexprune.certify.side_by_side import _Sums
 from convexprune.solution import Attempt
@@ -96,10 +97,10 @@ def test_gains_of_groups_and_pools():
     weight = torch.randn(4, 1, 3)
     each = max(ConvolutionOperator(weight[i : i + 1], (10,), (1,)).spectral for i in range(4))
     assert ConvolutionOperator(weight, (10,), (1,), 4).spectral == pytest.approx(each)
-    assert pooling_gain((2, 2), (2, 2), (1, 1), average=False) == 1
-    assert pooling_gain((3, 3), (2, 2), (1, 1), average=False) == 2
-    assert pooling_gain((3,), (2,), (2,), average=False) == pytest.approx(3**0.5)
-    assert pooling_gain((2, 2), (2, 2), (1, 1), average=True) == 0.5
+    assert max_pool_gain([Windows.sliding(8, 4, 2, 2, 0)] * 2) == 1
+    assert max_pool_gain([Windows.sliding(9, 4, 3, 2, 0)] * 2) == 2
+    assert max_pool_gain([Windows.sliding(9, 3, 3, 2, 0, 2)]) == pytest.approx(3**0.5)
+    assert average_pool_gain([Windows.sliding(8, 4, 2, 2, 0)] * 2) == pytest.approx(0.5)
     matrix = torch.randn(5, 7)
     assert LinearOperator(matrix).spectral == pytest.approx(float(torch.linalg.matrix_norm(matrix.double(), 2)))
     with pytest.raises(ValueError, match="must hold the dilated kernel"):

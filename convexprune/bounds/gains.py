@@ -11,14 +11,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from fractions import Fraction
 from functools import cached_property
 from typing import Final, Protocol
 
 import torch
 from torch import Tensor
 
-from convexprune.rounding import UNIT, gamma, norm_above, raised, spectral_norm, up
+from convexprune.rounding import gamma, norm_above, raised, spectral_norm, up
 
 SCALE: Final = 6  # roundings of a norm's scale w / sqrt(var + eps), and of a weight that it multiplies
 
@@ -191,14 +190,3 @@ def _norms(rows: Tensor, dim: int) -> Tensor:
 def _scaled(weight: Tensor, scale: Tensor) -> Tensor:
     kernel = weight.detach().cpu().double()
     return kernel * scale.detach().cpu().double().reshape(-1, *[1] * (kernel.ndim - 1))
-
-
-def pooling_gain(kernel: Sequence[int], stride: Sequence[int], dilation: Sequence[int], average: bool) -> float:
-    """sqrt(max windows covering one input), divided by sqrt(window size) for average pooling.
-
-    Along an axis at most ceil(k / (s / gcd(s, d))) windows cover an input: its taps lie a multiple of the stride apart.
-    """
-    overlap = math.prod(math.ceil(k * math.gcd(s, d) / s) for k, s, d in zip(kernel, stride, dilation, strict=True))
-    size = math.prod(kernel) if average else 1
-    root = math.sqrt(overlap / size)
-    return root if Fraction(root) ** 2 * size >= overlap else up(root, 2 * UNIT * root)

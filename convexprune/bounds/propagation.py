@@ -12,7 +12,7 @@ entry by entry, before and after a 1-Lipschitz activation; docs/theory has the p
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Protocol
@@ -87,6 +87,31 @@ class Spread:
     def activated(self) -> Spread:
         """The bounds behind a 1-Lipschitz function of each entry: no column grows, but D^T D may."""
         return Spread(self.total, self.channels, self.gram if self.rectified else None)
+
+    @classmethod
+    def beside(cls, parts: Sequence[Spread], widths: Sequence[int]) -> Spread:
+        """The bounds of tensors joined along their channels, of which each has so many: [D_1 D_2 ...]."""
+        total = norm_above(torch.tensor([part.total for part in parts], dtype=torch.float64))
+        found, left = cls(0.0), 0
+        for part, width in zip(parts, widths, strict=True):
+            if part.total and (part.channels is None or len(part.channels) != width):
+                return cls(total)
+            # a sum of tensors that are 0 beside their own channels
+            found, left = found.plus(part.padded(left, sum(widths) - left - width)), left + width
+        return replace(found, total=min(found.total, total))
+
+    @classmethod
+    def below(cls, parts: Sequence[Spread]) -> Spread:
+        """The bounds of tensors joined along another axis, one under the other."""
+        changed = [part for part in parts if part.total]
+        total = norm_above(torch.tensor([part.total for part in changed], dtype=torch.float64))
+        channels = [part.channels for part in changed if part.channels is not None]
+        if len(channels) < len(changed) or len({len(each) for each in channels}) != 1:
+            return cls(total)
+        grams = [part.gram for part in changed if part.gram is not None]
+        gram = _covered(torch.stack(grams).sum(0), len(grams)) if len(grams) == len(changed) else None
+        norms = torch.linalg.vector_norm(torch.stack(channels), dim=0)
+        return _tight(total, raised(norms, len(channels) + 4), gram)
 
     def padded(self, left: int, right: int) -> Spread:
         """Add channels of zeros on both sides."""

@@ -8,7 +8,10 @@ Every tensor D that a forward pass made carries bounds of its change over the ca
     batch norm        e_out <= max |s| e_in
     a sum             e_out <= e_1 + e_2    residual mode, if one of the two repairs the other:  its E alone
     1-Lipschitz       e_out <= e_in       activations, reshapings, slices, padding
-    a mean over P     e_out <= e_in / sqrt(P)      also over each of many disjoint windows
+    f, pools          e_out <= g e_in      g: the Lipschitz constant of f, of the windows; a factor
+    a mean over P     e_out <= e_in / sqrt(P)
+    tensors joined    e_out <= sqrt(e_1^2 + e_2^2 + ...)
+    LayerNorm, ...    e_out <= 2 sqrt(N) max |gamma| / min (s(u) + s(v)) e_in     see `certify.normalisations`
 
 `bounds.propagation` has the rules for layers and norms: by Frobenius norms, by spectral norms, channel by channel.
 What is not in this list leaves a tensor without a bound, by name; behind it a judged layer of a cascade has one again.
@@ -28,10 +31,10 @@ from torch import Tensor, nn
 
 from convexprune.bounds.gains import Operator
 from convexprune.bounds.propagation import ByChannel, Rule, Spread
-from convexprune.certify.operations import COPIES, Uncovered, carried, changed, norm_scale
+from convexprune.certify.normalisations import Normalisation, normalisations
+from convexprune.certify.operations import COPIES, EVEN, Uncovered, carried, changed, norm_scale
 from convexprune.certify.side_by_side import Seen
-from convexprune.network.kinds import NONEXPANSIVE, SUMS
-from convexprune.network.matrices import Stack
+from convexprune.network.kinds import SUMS
 from convexprune.network.names import stacks
 from convexprune.network.projections import owner_path
 from convexprune.network.recording import Record, Step
@@ -61,6 +64,8 @@ class Propagation:
         self.modules, self.stacks = dict(pruned.named_modules()), stacks(pruned)
         held = (parameter for module in pruned.modules() for parameter in module._parameters.values())
         self.holders = Counter(id(parameter) for parameter in held if parameter is not None)
+        self.known = record.parameter_of(pruned)
+        self.norms = normalisations(record, self.known)
         self.operators: dict[Any, Operator] = {}  # they remember their norms, which are the work
 
     def bound(
@@ -71,7 +76,7 @@ class Propagation:
         seen  what the networks were seen to do; None: the bound is that of exact arithmetic, and of these steps
         """
         rule, cascade = rule or ByChannel(), self.mode != "parallel"
-        walk = _Walk(self.modules, self.stacks, self.operators, own, cascade, rule, seen or {})
+        walk = _Walk(self, own, cascade, rule, seen)
         try:
             for step in self.record.steps:
                 walk.take(step)
@@ -106,13 +111,11 @@ class Propagation:
 class _Walk:
     """Along the steps: what is known of each tensor by its number."""
 
-    modules: Mapping[str, Any]
-    stacks: Mapping[str, Stack]
-    operators: dict[Any, Operator]
+    network: Propagation
     own: Mapping[str, Spread]
     cascade: bool
     rule: Rule
-    seen: Mapping[int, Seen]
+    seen: Mapping[int, Seen] | None
     spreads: dict[int, Spread] = field(default_factory=dict)
     unknown: dict[int, str] = field(default_factory=dict)  # why there is no bound
     latest: dict[int, int] = field(default_factory=dict)  # of the layers that it depends on, in the order of pruning
@@ -144,6 +147,9 @@ class _Walk:
         return self.spreads.get(output, Spread(0.0)).total
 
     def _made(self, step: Step) -> Spread:
+        norm = self.network.norms.get(step.makes[0]) if step.makes else None
+        if norm is not None:
+            return self.normalised(step, norm)
         unknown = [self.unknown[number] for number in step.reads if number in self.unknown]
         judged = self.cascade and step.layer in self.own  # by what it makes, whatever it reads
         if unknown and not judged:
@@ -157,10 +163,32 @@ class _Walk:
         if not any(map(changed, reads)):
             return Spread(0.0)
         shapes = zip(step.reads, step.shaped, strict=False)
-        even = SUMS | NONEXPANSIVE  # a tensor that is stretched over another is read several times
-        if step.operation in even and any(not fits and changed(self.spreads.get(number)) for number, fits in shapes):
+        if step.operation in EVEN and any(not fits and changed(self.spreads.get(number)) for number, fits in shapes):
             raise Uncovered(f"{step.place} stretches a tensor over another, and is not covered")
-        return carried(step, self.modules[step.module], reads, self.rule)
+        if any(self.seen[number].varies for number in step.makes if self.seen and number in self.seen):
+            raise Uncovered(f"{step.place} is not called alike on all batches, and is not covered")
+        each = [self.spreads.get(number, Spread(0.0)) for number in step.reads]
+        return carried(step, self.network.modules[step.module], each, self.rule, self.network.known)
+
+    def normalised(self, step: Step, norm: Normalisation) -> Spread:
+        """Rows over their norms; only they may have changed, and what is computed from them."""
+        for number in set(step.reads) - {norm.beside}:
+            if number in self.unknown:
+                raise Uncovered(self.unknown[number])
+            if number != norm.source and changed(self.spreads.get(number)):
+                raise Uncovered(f"{step.place} has a scale or a shift that has changed, and is not covered")
+        before = self.spreads.get(norm.source, Spread(0.0))
+        if before.repair is not None:
+            raise Uncovered(f"{step.place} reads a layer that was judged by a residual sum, and is no such sum")
+        if not changed(before):
+            return Spread(0.0)
+        seen = None if self.seen is None else self.seen.get(step.makes[0])
+        if seen is not None and seen.varies:
+            raise Uncovered(f"{step.place} is not called alike on all batches, and is not covered")
+        gain = norm.gain(0.0 if seen is None else seen.sizes)
+        if self.seen is not None and math.isinf(gain):
+            raise Uncovered(f"{step.place}: a row has a norm of 0, and is not covered")
+        return before.plain().times(gain)
 
     def _order(self, layer: str | None) -> int:
         return list(self.own).index(layer) if layer is not None and layer in self.own else -1
@@ -170,7 +198,7 @@ class _Walk:
 
         A tensor whose change a later layer is to repair has no bound of its own.
         """
-        if number not in self.seen or made.repair is not None:
+        if self.seen is None or number not in self.seen or made.repair is not None:
             return made
         seen = self.seen[number]
         over = seen.change.excess(made)
@@ -181,7 +209,7 @@ class _Walk:
 
     def layer(self, name: str, step: Step, before: Spread) -> Spread:
         """A whole Linear or convolution, or a module of another kind that is a matrix."""
-        own, stack = self.own.get(name, Spread(0.0)), self.stacks[name]
+        own, stack = self.own.get(name, Spread(0.0)), self.network.stacks[name]
         if stack.module._forward_hooks:
             raise Uncovered(f"{step.place} has forward hooks, and is not covered")
         if own.channels is not None and len(own.channels) < stack.outputs:
@@ -195,12 +223,12 @@ class _Walk:
             return own
         if before.total == 0:
             return own
-        if name not in self.operators:
+        if name not in self.network.operators:
             operator = stack.operator(step.sizes[0])
             if operator is None:
                 raise Uncovered(f"{step.place}: no gain is known of this layer")
-            self.operators[name] = operator
-        through = self.rule.through(self.operators[name], before)
+            self.network.operators[name] = operator
+        through = self.rule.through(self.network.operators[name], before)
         if not batched:
             return own.plus(through).plain()
         if own.rectified:  # a Gram matrix of what the ReLU reads says nothing of what it makes
@@ -209,9 +237,9 @@ class _Walk:
         def folded(scale: Tensor) -> Spread:
             """diag(s) W together is smaller than the largest scale times W."""
             key = name, tuple(scale.tolist())
-            if key not in self.operators:
-                self.operators[key] = self.operators[name].scaled(scale)
-            return self.rule.scaled(scale, own).plus(self.rule.through(self.operators[key], before))
+            if key not in self.network.operators:
+                self.network.operators[key] = self.network.operators[name].scaled(scale)
+            return self.rule.scaled(scale, own).plus(self.rule.through(self.network.operators[key], before))
 
         return replace(own.plus(through), folded=folded)
 
@@ -226,7 +254,7 @@ class _Walk:
         first, *others = sorted(reads, key=age, reverse=True)
         assert first.repair is not None
         if step.operation == "batch_norm" and not others:
-            scale = norm_scale(self.modules[step.module], step)
+            scale = norm_scale(self.network.modules[step.module], step)
             passed = scale if first.repair.scale is None else scale * first.repair.scale
             return replace(self.rule.scaled(scale, first), repair=replace(first.repair, scale=passed))
         if step.operation in COPIES:

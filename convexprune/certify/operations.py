@@ -2,26 +2,32 @@
 
 from __future__ import annotations
 
+import inspect
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, Final
 
+import torch
 from torch import Tensor
 
-from convexprune.bounds.gains import pooling_gain
+from convexprune.bounds.lipschitz import LIPSCHITZ, softmax
 from convexprune.bounds.propagation import Rule, Spread
+from convexprune.certify.pools import pool_gain
+from convexprune.network.call import Reference, replaced
 from convexprune.network.kinds import (
-    AVERAGE_POOLS,
     BATCH_NORMS,
+    CASTS,
+    CATS,
     DROPOUT,
     DUPLICATES,
-    MEANS,
+    JOINS,
     NONEXPANSIVE,
     ORDERED,
     PARTS,
     POOLED_AXES,
-    POOLS,
+    PRODUCTS,
+    QUOTIENTS,
     RESHAPING,
     SUMS,
     batch_norm_scale,
@@ -32,15 +38,23 @@ from convexprune.rounding import UNIT, up
 
 COPIES: Final = DROPOUT | DUPLICATES
 MOVES: Final = RESHAPING | DROPOUT | PARTS
+FACTORS: Final = PRODUCTS | QUOTIENTS
+EVEN: Final = SUMS | NONEXPANSIVE | FACTORS | LIPSCHITZ.keys()
+"""A tensor that one of these stretches over another is read several times."""
+ARGUED: Final = FACTORS | LIPSCHITZ.keys() | POOLED_AXES.keys() | CASTS | {"log_softmax"}
+"""Of these the bound depends on arguments that a `Step` does not tell."""
 _BASIC: Final = (int, slice, type(None), type(...))
+
+Known = Callable[[int], Tensor | None]
+"""The parameter of this number, if the tensor is one."""
 
 
 class Uncovered(Exception):
     """A step for which no bound is known."""
 
 
-def carried(step: Step, module: Any, reads: Sequence[Spread], rule: Rule) -> Spread:
-    """The change of what an operation makes, from those of what it reads; unchanged tensors among them or left out.
+def carried(step: Step, module: Any, reads: Sequence[Spread], rule: Rule, known: Known) -> Spread:
+    """The change of what an operation makes, from those of what it reads, one for each number; 0 where none is known.
 
     module  the one that it happened in
     """
@@ -48,6 +62,8 @@ def carried(step: Step, module: Any, reads: Sequence[Spread], rule: Rule) -> Spr
     before = max(reads, key=lambda each: each.total)
     if name in SUMS:
         return _sum(reads)
+    if name in JOINS:
+        return _joined(step, reads)
     if sum(map(changed, reads)) > 1:
         raise Uncovered(f"{step.place} reads two tensors that have changed, and is not covered")
     if name in NONEXPANSIVE:
@@ -57,12 +73,13 @@ def carried(step: Step, module: Any, reads: Sequence[Spread], rule: Rule) -> Spr
     if name == "batch_norm":
         scale = norm_scale(module, step)
         return before.folded(scale) if before.folded else rule.scaled(scale, before)
-    if name in POOLED_AXES and computes(module, POOLS):
-        through = before.times(_pooling(module, step))
-        return through if _batched(step) else through.plain()
-    if name in MEANS and len(step.sizes) == 2:
+    if name == "mean" and len(step.sizes) == 2:
         return _mean(step, before)
-    raise Uncovered(f"{step.place} is not covered by the bound")
+    number = step.reads[list(map(changed, reads)).index(True)]
+    try:
+        return _by_arguments(step, before, number, known)
+    except (TypeError, ValueError) as error:
+        raise Uncovered(f"{step.place} is called with arguments that are not covered: {error}") from error
 
 
 def changed(spread: Spread | None) -> bool:
@@ -78,38 +95,96 @@ def norm_scale(module: Any, step: Step) -> Tensor:
     return scale
 
 
-def _batched(step: Step) -> bool:
-    """Whether a pool has read (samples, channels, ...); torch takes a tensor of one axis less for a single image."""
-    return len(step.sizes[0]) == POOLED_AXES[step.operation] + 2
+def arguments(step: Step, function: Callable[..., Any], known: Known) -> dict[str, Any]:
+    """The arguments of a call by their names in a function of the same signature, parameters in their places.
+
+    Raises TypeError where the function takes no such arguments.
+    """
+    assert step.call is not None  # of all steps but a change in place
+    given = replaced((step.call.args, step.call.kwargs), Reference, lambda each: _or(known(each.number), each))
+    found = inspect.signature(function).bind(*given[0], **given[1])
+    found.apply_defaults()
+    return dict(found.arguments)
 
 
-def _pooling(module: Any, step: Step) -> float:
-    """The gain of a pooling module."""
-    planes = POOLED_AXES[step.operation]
-    sizes = {key: getattr(module, key, 1) for key in ("kernel_size", "stride", "dilation")}
-    kernel, stride, dilation = ((size,) * planes if isinstance(size, int) else size for size in sizes.values())
-    if getattr(module, "divisor_override", None):
-        raise Uncovered(f"{step.place} divides by its divisor_override, and is not covered")
-    average = isinstance(module, AVERAGE_POOLS)
-    # a window that hangs over the edge may divide by fewer entries than it has
-    whole = not module.ceil_mode and (getattr(module, "count_include_pad", True) or not _any(module.padding))
-    return pooling_gain(kernel, stride, dilation, average and whole)
+def _or(value: Tensor | None, other: Reference) -> Any:
+    return other if value is None else value
 
 
-def _any(padding: int | Sequence[int]) -> bool:
-    return bool(padding) if isinstance(padding, int) else any(padding)
+def _by_arguments(step: Step, before: Spread, number: int, known: Known) -> Spread:
+    """An operation whose gain depends on how it was called. Raises TypeError, ValueError for arguments not covered."""
+    name = step.operation
+    if name in LIPSCHITZ:
+        given = arguments(step, LIPSCHITZ[name], known)
+        _only(step, given["input"], number)
+        gain = LIPSCHITZ[name](**given)
+        through = before.activated() if gain == 1 else before.times(gain)
+        return through.plain() if name == "softmax" else through
+    if name == "log_softmax":
+        return before.plain().times(_row_root(step, arguments(step, softmax, known)["dim"]))
+    if name in FACTORS:
+        return before.times(_factor(step, number, known))
+    if name in CASTS and casts(step):
+        return before
+    if name in POOLED_AXES:
+        through = before.times(pool_gain(step, lambda function: arguments(step, function, known)))
+        # torch takes a tensor of one axis less for a single image
+        return through if len(step.sizes[0]) == POOLED_AXES[name] + 2 else through.plain()
+    raise Uncovered(f"{step.place} is not covered by the bound")
+
+
+def _only(step: Step, given: Any, number: int) -> None:
+    if not (isinstance(given, Reference) and given.number == number):
+        raise ValueError("what has changed is not its input")
+
+
+def _row_root(step: Step, axis: Any) -> float:
+    """sqrt(N) for rows of N entries: the Jacobian of log_softmax is the projection I - 1 p^T, of norm sqrt(N) |p|."""
+    size = step.sizes[0]
+    return up(math.sqrt(size[axis] if isinstance(axis, int) else max(size, default=1)))
+
+
+def _factor(step: Step, number: int, known: Known) -> float:
+    """By how much a product with a number or a parameter, or a quotient of them, enlarges an entry."""
+    quotient = step.operation in QUOTIENTS
+    given = arguments(step, _quotient if quotient else _product, known)
+    if given.get("rounding_mode") is not None:
+        raise ValueError(f"rounding_mode is {given['rounding_mode']!r}")
+    ours, other = given["input"], given["other"]
+    if not quotient and isinstance(other, Reference) and other.number == number:
+        ours, other = other, ours
+    _only(step, ours, number)
+    if isinstance(other, Tensor):
+        sizes = other.detach().double().abs()
+        least, most = float(sizes.min()), float(sizes.max())
+    elif isinstance(other, (int, float)):
+        least = most = abs(float(other))
+    else:
+        raise ValueError("its other factor is no number and no parameter of the model")
+    if not (math.isfinite(most) and (least > 0 or not quotient)):
+        raise ValueError("its other factor is not finite, or is zero")
+    return up(1 / least) if quotient else most
+
+
+def _product(input: Any, other: Any) -> None: ...
+
+
+def _quotient(input: Any, other: Any, *, rounding_mode: Any = None) -> None: ...
+
+
+def casts(step: Step) -> bool:
+    """Whether it makes floating-point numbers of the same values, but for rounding."""
+    assert step.call is not None
+    given = (*step.call.args[1:], *step.call.kwargs.values())
+    if any(isinstance(each, Reference) for each in given):
+        return False
+    return all(each.is_floating_point for each in given if isinstance(each, torch.dtype))
 
 
 def _mean(step: Step, before: Spread) -> Spread:
     """An average over axes other than the samples'; the channels stay if their axis does."""
     many, few = (math.prod(size) for size in step.sizes)
     share = up(1 / math.sqrt(many / max(few, 1)), 4 * UNIT)
-    if step.operation != "mean":
-        maps = slice(-POOLED_AXES[step.operation], None)
-        wide, narrow = (size[maps] for size in step.sizes)
-        if 0 in narrow or any(a % b for a, b in zip(wide, narrow, strict=True)):
-            raise Uncovered(f"{step.place} averages windows that overlap, and is not covered")
-        return before.times(share) if _batched(step) else before.plain().times(share)
     planes = len(step.sizes[0])
     given = (step.detail,) if isinstance(step.detail, int) else step.detail
     axes = {axis % planes for axis in given} if isinstance(given, (tuple, list)) and given else {0}  # (): over all
@@ -124,6 +199,17 @@ def _sum(reads: Sequence[Spread]) -> Spread:
     for each in reads:
         total = total.plus(each)
     return total
+
+
+def _joined(step: Step, reads: Sequence[Spread]) -> Spread:
+    """The entries of several tensors, each once: the squares of their changes add."""
+    if step.operation in CATS and step.detail and len(step.sizes[0]) > 1:
+        axis, *widths = step.detail
+        if axis != 1:
+            return Spread.below(reads)
+        if len(widths) == len(reads):
+            return Spread.beside(reads, widths)
+    return Spread.below([each.plain() for each in reads])
 
 
 def _moved(step: Step, before: Spread) -> Spread:

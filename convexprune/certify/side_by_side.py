@@ -11,7 +11,7 @@ as the networks' own arithmetic makes them, in float64 and rounded up.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
@@ -19,6 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from convexprune.bounds.propagation import Spread
+from convexprune.certify.normalisations import normalisations
+from convexprune.certify.operations import ARGUED
 from convexprune.network.call import same
 from convexprune.network.compare import behind, columns
 from convexprune.network.recording import Record, Step, record
@@ -40,10 +42,16 @@ MEMORY: Final = 1e9  # bytes of a layer's matrix D^T D; of a layer with more out
 
 @dataclass(frozen=True, eq=False)
 class Seen:
-    """Of one tensor: its change as it was, and how much of it may be rounding."""
+    """Of one tensor: its change as it was, and how much of it may be rounding.
+
+    sizes   of what a norm makes of rows u and v: the least s(u) + s(v), see `Normalisation`
+    varies  whether it was made by other arguments in another batch
+    """
 
     change: Spread
     tolerance: float
+    sizes: float = 0.0
+    varies: bool = False
 
 
 class SideBySide:
@@ -72,6 +80,9 @@ class SideBySide:
         self._sums: dict[int, _Sums] = {}
         self._alone: dict[str, _Sums] = {}
         self._behind = _behind(first, rectified)
+        self._norms = normalisations(first, first.parameter_of(pruned))
+        self._sizes: dict[int, float] = {}
+        self._varying: set[int] = set()
 
     def add(self, batch: Any, theirs: Tensor, ours: Tensor) -> str:
         """A batch and what the dense and the pruned network made of it; why no bound can say it, or nothing."""
@@ -82,6 +93,7 @@ class SideBySide:
         # batches may come in another order
         apart = difference(self.first, dense) if same(self.first.batch, dense.batch) else ""
         apart = apart or difference(dense, pruned)
+        self._varying.update(self._called_otherwise(dense))
         if apart:
             return f"the model does not do the same in every pass: {apart}"
         try:
@@ -93,6 +105,8 @@ class SideBySide:
         one, two = Replay(dense, self.model), Replay(dense, self.pruned)
         for step in in_step(dense, one, two):
             for number in step.makes:
+                if number in self._norms:
+                    self._measure(number, one, two)
                 if one[number] is not two[number]:
                     self._compare(step, number, one[number], two[number])
                     if self.parallel and step.layer in self.judged:
@@ -110,6 +124,21 @@ class SideBySide:
             self.apart[index] = up(apart) if apart else 0.0  # nothing was rounded
             self.unit = torch.finfo(real.dtype).eps / 2 if real.is_floating_point() else 0.0
         return ""
+
+    def _called_otherwise(self, dense: Record) -> Iterator[int]:
+        """What is made by other arguments than in the first pass, where a rule reads them."""
+        norms = normalisations(dense, dense.parameter_of(self.pruned))
+        for mine, its in zip(self.first.steps, dense.steps, strict=True):
+            read = mine.operation in ARGUED and mine.call and its.call
+            other = bool(read and mine.call and its.call and not mine.call.like(its.call))
+            yield from (number for number in mine.makes if other or self._norms.get(number) != norms.get(number))
+
+    def _measure(self, number: int, one: Replay, two: Replay) -> None:
+        """The rows that a norm reads."""
+        norm = self._norms[number]
+        u, v = one[norm.source], two[norm.source]
+        least = math.inf if u is v else norm.sizes(u, v)
+        self._sizes[number] = min(self._sizes.get(number, math.inf), least)
 
     def _compare(self, step: Step, number: int, y: Tensor, yhat: Tensor) -> None:
         if y.is_nested or y.layout is not torch.strided:
@@ -155,8 +184,12 @@ class SideBySide:
         return ""
 
     def seen(self) -> dict[int, Seen]:
-        """By the numbers of the first record; a tensor that is the same in both networks is not there."""
-        return {number: Seen(sums.spread(), sums.tolerance) for number, sums in self._sums.items()}
+        """By the numbers of the first record; a tensor that is the same in both networks has no change."""
+        found = {number: Seen(sums.spread(), sums.tolerance) for number, sums in self._sums.items()}
+        for number in (*self._sizes, *self._varying):
+            sizes, varies = self._sizes.get(number, 0.0), number in self._varying
+            found[number] = replace(found.get(number, Seen(Spread(0.0), 0.0)), sizes=sizes, varies=varies)
+        return found
 
 
 @dataclass

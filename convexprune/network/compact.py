@@ -20,6 +20,7 @@ from convexprune.network.channels import ChannelGraph, Channels, LayerTracer, un
 from convexprune.network.forward import check_model, copied, numbered, run, undisturbed
 from convexprune.network.kinds import CONVOLUTIONS, FX_ENTRYWISE, LINEARS
 from convexprune.network.names import check_layers
+from convexprune.network.sizes import mark
 from convexprune.options import whole
 
 
@@ -97,6 +98,7 @@ def compact(
                 break  # all later constants have changed
         if not progress:
             break
+    mark(small, model)
     counts = tuple(sum(p.numel() for p in each.parameters()) for each in (model, small))
     return small, Compaction(removed, tuple(left), (counts[0], counts[1]))
 

@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from convexprune.extras import extras
 from convexprune.network.forward import check_model
 from convexprune.network.names import find
+from convexprune.network.sizes import Resizing, changes
 from convexprune.options import path as check_path
 from convexprune.whole_file import write_whole
 
-_ALIASES, _FORMAT = "aliases", "format"
+_ALIASES, _FORMAT, _COMPACTED = "aliases", "format", "compacted"
 
 
 def read(model: nn.Module, name: str) -> Tensor:
@@ -37,7 +38,9 @@ def write(model: nn.Module, name: str, x: Tensor) -> None:
 def save(model: nn.Module, path: str | os.PathLike[str], metadata: Mapping[str, Any] | None = None) -> None:
     """Write the model's state to one safetensors file, whole or not at all.
 
-    A tensor with several names (tied weights) is stored once; its other names are in the metadata as "aliases".
+    A tensor with several names (tied weights) is stored once; its other names are in the metadata as "aliases". Of a
+    network that `compact` or `merge` made smaller, the metadata say under "compacted" which modules are smaller than
+    they were, and by how much; so `load` takes the dense network.
 
     Args:
         model: The network.
@@ -47,7 +50,7 @@ def save(model: nn.Module, path: str | os.PathLike[str], metadata: Mapping[str, 
     Raises:
         OSError: If the file cannot be written, for example on a full disk. No partial file is left, and an existing
             file stays as it was.
-        ValueError: If the metadata has the key "aliases" or "format", or numbers that JSON cannot hold.
+        ValueError: If the metadata has the key "aliases", "format" or "compacted", or numbers that JSON cannot hold.
         TypeError: If the state holds something other than dense tensors, or the metadata something that JSON cannot.
 
     Example:
@@ -63,6 +66,9 @@ def save(model: nn.Module, path: str | os.PathLike[str], metadata: Mapping[str, 
     check_path("path", path)
     entries = _as_json({} if metadata is None else metadata)
     tensors, aliases = _stored(model)
+    smaller = changes(model)
+    if smaller:
+        entries[_COMPACTED] = json.dumps(smaller)
     write_whole(path, serialised(tensors, {"format": "pt", **entries, _ALIASES: json.dumps(aliases)}))
 
 
@@ -83,6 +89,9 @@ def serialised(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> by
 def load(model: nn.Module, path: str | os.PathLike[str]) -> dict[str, Any]:
     """Load the state that `save` wrote into a model of the same structure.
 
+    Where the file holds a network that `compact` or `merge` made smaller, the model may be the dense network: the
+    modules that are smaller in the file get the file's sizes, and new parameters (so make optimizers afterwards).
+
     Args:
         model: The network; its parameters and buffers are overwritten.
         path: The file.
@@ -92,8 +101,8 @@ def load(model: nn.Module, path: str | os.PathLike[str]) -> dict[str, Any]:
 
     Raises:
         OSError: If the file cannot be read.
-        ValueError: Naming the file, if it is no whole safetensors file, or if names, shapes or dtypes differ; the
-            model is then as it was.
+        ValueError: Naming the file, if it is no whole safetensors file, or if names, shapes or dtypes differ, or if
+            the file holds a smaller network of another dense one; the model is then as it was.
 
     Example:
         >>> import tempfile, torch, convexprune as cp
@@ -116,9 +125,11 @@ def load(model: nn.Module, path: str | os.PathLike[str]) -> dict[str, Any]:
         raise ValueError(f"{path}: its {_ALIASES!r} name the tensor {odd[0]!r}, which is not in it")
     tensors |= {alias: tensors[name] for alias, name in aliases.items()}
     try:
-        _check_fit(model, tensors)
+        resizing = Resizing(model, metadata.pop(_COMPACTED, {}))
+        _check_fit(resizing.state(), tensors)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
+    resizing.apply()
     model.load_state_dict(tensors)
     return metadata
 
@@ -147,7 +158,7 @@ def _parsed(path: str | os.PathLike[str], key: str, value: str) -> Any:
 def _as_json(metadata: Mapping[str, Any]) -> dict[str, str]:
     if not isinstance(metadata, Mapping) or not all(isinstance(key, str) for key in metadata):
         raise TypeError(f"metadata is {metadata!r}; give a mapping from strings to values that JSON can hold")
-    for key in (_ALIASES, _FORMAT):
+    for key in (_ALIASES, _FORMAT, _COMPACTED):
         if key in metadata:
             raise ValueError(f"metadata: {key!r} is a key of the file format; use another")
     entries = {}
@@ -181,8 +192,7 @@ def _stored(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
     return tensors, aliases
 
 
-def _check_fit(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    own = model.state_dict()
+def _check_fit(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
     odd = sorted(own.keys() ^ tensors.keys())
     if odd:
         where = "the file" if odd[0] in own else "the model"

@@ -21,12 +21,20 @@ MOVED_AXES: Final = frozenset(("permute", "transpose", "movedim", "swapaxes", "s
 DUPLICATES: Final = frozenset(("contiguous", "clone", "detach", "alias"))
 RESHAPING: Final = ORDERED | MOVED_AXES | DUPLICATES | {"unflatten"}
 """Reshapings of a tensor that keep every entry, and copies of it."""
-PARTS: Final = frozenset(("getitem", "pad", "narrow", "select", "chunk"))
-"""Some of the entries, or the entries and zeros."""
+PARTS: Final = frozenset(
+    ("getitem", "pad", "narrow", "select", "chunk", "split", "tensor_split", "unbind", "flip", "roll")
+)
+"""Some of the entries, or the entries and zeros, each once."""
+CATS: Final = frozenset(("cat", "concat", "concatenate"))
+JOINS: Final = CATS | {"stack", "hstack", "vstack", "dstack", "column_stack", "row_stack"}
+"""All entries of several tensors, each once."""
+CASTS: Final = frozenset(("to", "float", "double", "half", "bfloat16"))
 DROPOUT: Final = frozenset(("dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_alpha_dropout"))
 """Dropout that is off; one that is on is recorded as "dropout in training"."""
 ADDITIONS: Final = frozenset(("add", "iadd", "radd"))
 SUMS: Final = ADDITIONS | {"sub", "isub"}
+PRODUCTS: Final = frozenset(("mul", "imul", "rmul", "multiply"))
+QUOTIENTS: Final = frozenset(("div", "idiv", "truediv", "itruediv", "divide", "true_divide"))
 POOLED_AXES: Final = {
     f"{pool}{axes}d": axes
     for pool in ("max_pool", "avg_pool", "adaptive_max_pool", "adaptive_avg_pool")
@@ -34,10 +42,10 @@ POOLED_AXES: Final = {
 }
 """Over how many of the last axes a pool works."""
 MAXIMA: Final = frozenset(name for name in POOLED_AXES if "max" in name)
-MEANS: Final = frozenset(("mean", *(name for name in POOLED_AXES if "adaptive_avg" in name)))
 NONEXPANSIVE: Final = frozenset(
-    ("relu", "relu6", "tanh", "sigmoid", "hardtanh", "hardsigmoid", "softplus", "softsign", "abs")
-)
+    ("relu", "relu6", "tanh", "hardtanh", "softplus", "softsign", "softshrink", "tanhshrink", "log_sigmoid", "abs",
+     "neg", "negative", "clamp", "clip")
+)  # fmt: skip
 """|f(a) - f(b)| <= |a - b|, entry by entry."""
 COMMUTING_WITH_RELU: Final = (
     RESHAPING | DROPOUT | MAXIMA | {"dropout in training", "dropout1d in training", "dropout2d in training",

@@ -18,7 +18,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from convexprune.network.call import Call
 from convexprune.network.expansion import expanded
 from convexprune.network.forward import BatchError, edits, run, tensors_in
-from convexprune.network.kinds import DROPOUT, LOOKS
+from convexprune.network.kinds import CATS, DROPOUT, LOOKS
 from convexprune.network.outputs import Which, output_of
 from convexprune.network.projections import layer_stack, named_layers
 
@@ -36,7 +36,8 @@ class Step:
     place      where it happened, as "bn1 (BatchNorm2d)"
     sizes      the shapes of the first tensor that it read and of the first that it made, where there are both
     shaped     of each tensor that it read, whether it has the shape of the first that it made
-    detail     the index of a getitem, the amounts of a pad, the axes of a mean
+    detail     the index of a getitem, the amounts of a pad, the axes of a mean; of a cat its axis and,
+               where that is the channels', how many each tensor has
     module     the name of the module that it happened in
     call       what it takes to do it again; None of a change in place
     """
@@ -284,6 +285,12 @@ class Record:
         """The modules that are whole steps, with the number that each of them made last."""
         return {step.layer: step.makes[0] for step in self.steps if step.layer is not None}
 
+    def parameter_of(self, model: nn.Module) -> Callable[[int], Tensor | None]:
+        """The model's parameter of a number; None where the tensor is none."""
+        held = dict(model.named_parameters(remove_duplicate=False))
+        names = {number: leaf for number, leaf in self.leaves.items() if isinstance(leaf, str)}
+        return lambda number: held.get(names.get(number, ""))
+
     @property
     def batch(self) -> list[str | Tensor | None]:
         """A copy of the batch's tensors."""
@@ -348,11 +355,24 @@ def _detail(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, A
         return kwargs.get("pad", args[1] if len(args) > 1 else None)
     if name == "mean":
         return kwargs.get("dim", args[1] if len(args) > 1 else None)
+    if name in CATS:
+        return _joint(args, kwargs)
     if name != "getitem":
         return None
     if isinstance(args[1], tuple):
         return tuple(map(_basic, args[1]))
     return _basic(args[1])
+
+
+def _joint(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, ...] | None:
+    """Along which axis tensors are joined, from the front, and if it is the channels' how many each has."""
+    axis = kwargs.get("dim", kwargs.get("axis", args[1] if len(args) > 1 else 0))
+    sizes = _sizes(args[:1] or list(kwargs.values()))
+    dimensions = max(map(len, sizes), default=0)
+    if not isinstance(axis, int) or not dimensions:
+        return None
+    axis %= dimensions
+    return (axis, *(size[1] if len(size) == dimensions else 0 for size in sizes)) if axis == 1 else (axis,)
 
 
 def _basic(index: Any) -> Any:
