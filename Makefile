@@ -7,12 +7,13 @@ EXTRAS_demo := report
 EXTRAS_dev := cvxpy,report,dev
 EXTRAS_docs := cvxpy,report,docs
 EXTRAS_bench := cvxpy,report,bench
+EXTRAS_papers := cvxpy,report
 
 # a look at every room in under 30 seconds; `make test` runs all files
 QUICK := activation calibration capture coverage imports layer patterns predict printing report solve traversal \
          whole_file write_back
 
-.PHONY: demo test test-quick fuzz scales lint docs bench clean
+.PHONY: demo test test-quick fuzz scales lint docs bench papers clean
 
 demo: .venv/demo.stamp
 	$(BIN)/convexprune demo $(ARGS)
@@ -42,6 +43,13 @@ bench: .venv/bench.stamp
 	$(BIN)/benchopt run benchmarks/reconstruction --config benchmarks/reconstruction/small.yml --no-display $(ARGS)
 	$(BIN)/benchopt run benchmarks/allocation --config benchmarks/allocation/small.yml --no-display $(ARGS)
 	$(BIN)/python benchmarks/gpu.py --small
+
+# the tables of docs/papers.md; DATA is the folder with mnist.npz, cifar10.npz, lenet300.npz and resnet20.npz
+papers: export CONVEXPRUNE_DATA := $(or $(DATA),$(CONVEXPRUNE_DATA))
+papers: export PYTHONPATH := benchmarks
+papers: export OMP_NUM_THREADS := 1
+papers: .venv/papers.stamp
+	for paper in net_trim lobs joint_allocation merging; do $(BIN)/python -m papers.$$paper $(ARGS) || exit 1; done
 
 clean:
 	rm -rf .venv docs/_build docs/auto_gallery

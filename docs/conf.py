@@ -21,7 +21,7 @@ html_show_sourcelink = False
 html_static_path = ["_static"]
 html_css_files = ["custom.css"]
 smartquotes = False
-exclude_patterns = ["_build", "gallery"]
+exclude_patterns = ["_build", "gallery", "papers"]
 
 myst_enable_extensions = ["dollarmath", "amsmath"]
 myst_heading_anchors = 3
