@@ -66,6 +66,7 @@ ALLOWED = {
     "bounds": BOTTOM,
     "network": {"layer", "moments", "rounding", "whole_file", "bounds", "options", "extras"},
     "solve": {"forms", "problem", "solution"},
+    "testing": {"forms", "layer", "options", "problem", "solution", "solve"},
     "datasets": {"extras"},
 }
 HEAVY = {
