@@ -16,10 +16,10 @@ from torch import Tensor, fx, nn
 from convexprune.network import Calibration, capture, compact, write
 from convexprune.network.calibration import listed
 from convexprune.network.channels import ChannelGraph, Channels
-from convexprune.network.forward import check_model, copied, numbered, run, undisturbed
+from convexprune.network.compare import output_change
+from convexprune.network.forward import check_model, copied
 from convexprune.network.kinds import FX_MONOTONE_NAMES, LINEARS, MONOTONE_NONEXPANSIVE
 from convexprune.network.names import check_layers
-from convexprune.network.outputs import output_of
 from convexprune.options import flag, number, optional
 from convexprune.problem import Solver, check_solver
 from convexprune.problems import NeuronMerging, OptimalBrainSurgeon
@@ -102,7 +102,7 @@ def merge(
     for junction in junctions:
         if junction.maker in wanted:
             rows.append(_merged(small, model, junction, keep, max_saliency, data, refit, solver))
-    measured, size = (None, None) if data is None else _measured(model, small, data)
+    measured, size = (None, None) if data is None else output_change(model, small, data)
     small, compaction = compact(small)
     return small, MergeReport(tuple(rows), compaction, measured, size)
 
@@ -230,20 +230,3 @@ def _covered(graph: ChannelGraph, node: fx.Node) -> bool:
     if name == "softplus":
         return len(node.args) + len(node.kwargs) == 1
     return name in FX_MONOTONE_NAMES and (name != "leaky_relu" or (len(node.args) == 1 and 0 <= float(slope) <= 1))  # type: ignore[arg-type]
-
-
-def _measured(model: nn.Module, small: nn.Module, data: list[Any]) -> tuple[float, float]:
-    """Mean square change of the outputs, and their mean square, over samples and outputs."""
-    change = size = 0.0
-    count = 0
-    with undisturbed(model, small):
-        for index, batch in enumerate(data):
-            with numbered(index):
-                found = [output_of(run(each, batch)) for each in (model, small)]
-            if any(output is None for output in found):
-                raise ValueError("the model returns no tensor; leave `batches` out, or let it return its outputs")
-            dense, merged = (output.double() for output in found if output is not None)
-            change += float((dense - merged).square().sum())
-            size += float(dense.square().sum())
-            count += dense.numel()
-    return change / count, size / count

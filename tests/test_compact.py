@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import convexprune as cp
+from convexprune.network.parts import traceable
 
 
 class ConvNet(nn.Module):
@@ -310,3 +311,82 @@ def test_a_network_whose_forward_was_set_on_it_is_refused():
     model.forward = lambda x: x
     with pytest.raises(ValueError, match="a forward was set on it"):
         cp.compact(model)
+
+
+class Gated(nn.Module):
+    """The MLP of today's language models."""
+
+    def __init__(self, bias=False):
+        super().__init__()
+        self.gate, self.up, self.down = nn.Linear(5, 8, bias), nn.Linear(5, 8, bias), nn.Linear(8, 5, bias)
+
+    def forward(self, x):
+        return self.down(F.silu(self.gate(x)) * self.up(x))
+
+
+class Walked(nn.Module):
+    """Blocks that torch.fx cannot trace around parts that it can."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList(Gated(bias) for bias in (True, False))
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = x + block(x) if x.sum() > 0 else x - block(x)
+        return x
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_product_is_constant_where_a_factor_is_zero_or_both_are_constant(bias):
+    torch.manual_seed(0)
+    model, x = Gated(bias), torch.randn(3, 7, 5)
+    with torch.no_grad():
+        model.down.weight[:, 0] = 0  # nobody reads it
+    kill(model.up, [1], 0.0)  # zero, whatever the gate says
+    kill(model.up, [2], 0.5)  # with a bias no constant: the gate goes on
+    kill(model.gate, [3], 0.5)
+    kill(model.gate, [4], 0.5)
+    kill(model.up, [4], 0.5)  # silu(0.5) 0.5
+    small, done = cp.compact(model)
+    same(small, model, x)
+    gone = {False: 5, True: 3}[bias]
+    assert done.removed == {"gate": gone, "up": gone}
+    assert small.down.in_features == 8 - gone
+
+
+def test_parts_of_a_model_that_cannot_be_traced_get_smaller():
+    torch.manual_seed(0)
+    model, x = Walked(), torch.randn(6, 5)
+    with torch.no_grad():
+        model.blocks[0].down.weight[:, :3] = 0
+        model.blocks[1].up.weight[2:4] = 0
+    with pytest.raises(ValueError, match="cannot be traced"):
+        cp.compact(model)
+    small, done = cp.compact(model, parts=["blocks.0", "blocks.1"])
+    same(small, model, x)
+    same(small, model, -x)
+    assert done.removed == {"blocks.0.gate": 3, "blocks.0.up": 3, "blocks.1.gate": 2, "blocks.1.up": 2}
+    assert cp.compact(model, parts="blocks.1")[1].removed == {"blocks.1.gate": 2, "blocks.1.up": 2}
+    assert traceable(model) == ("blocks.0", "blocks.1")
+    assert traceable(Gated()) == ("",)
+
+
+def tied():
+    model = Walked()
+    model.blocks[1].up.weight = model.blocks[0].up.weight
+    return model
+
+
+@pytest.mark.parametrize(
+    ("make", "options", "words"),
+    [
+        (Walked, {"parts": "blocks.7"}, "'blocks.7' is not in the model"),
+        (Walked, {"parts": "blocks"}, "cannot be traced"),
+        (Walked, {"parts": "blocks.0", "batches": [torch.ones(1, 5)]}, "not both"),
+        (tied, {"parts": "blocks.0"}, "shares a weight with blocks.1.up.weight"),
+    ],
+)
+def test_wrong_parts_are_refused(make, options, words):
+    with pytest.raises(ValueError, match=words):
+        cp.compact(make(), **options)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import io
 import json
 import logging
@@ -19,6 +20,7 @@ import torch
 from torch import nn
 
 from convexprune.extras import extras
+from convexprune.network.sizes import changes
 
 CONFIG: Final = "config.json"
 WEIGHTS: Final = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".onnx", ".gguf", ".index.json")
@@ -122,6 +124,23 @@ class Folder:
         made: nn.Module = model.to(getattr(config, "dtype", None) or torch.float32).eval()
         return made
 
+    def config_of(self, model: Any) -> Any:
+        """The config with which transformers makes a model of the given one's shapes; None where there is none.
+
+        Tried are the model's own config, and those with one number changed that was the width of layers and, where the
+        layers agree, is now another.
+        """
+        widths: dict[int, set[int]] = {}
+        for change in changes(model).values():
+            for key, before in change["dense"].items():
+                widths.setdefault(before, set()).add(change["now"][key])
+        tried = [copy.deepcopy(model.config)]
+        for key, value in vars(model.config).items():
+            if type(value) is int and len(widths.get(value, ())) == 1:
+                tried.append(copy.deepcopy(model.config))
+                setattr(tried[-1], key, *widths[value])
+        return next((config for config in tried if _shapes(_made(type(model), config)) == _shapes(model)), None)
+
     def tokenizer(self) -> Any:
         """Its tokenizer; raises ValueError where there is none."""
         return tokenizer_in(self.path)
@@ -164,6 +183,20 @@ def tokenizer_in(path: Path) -> Any:
                 f"{path} has no tokenizer that transformers can load ({_first(error)}); calibrate on an npz file, or "
                 "give --tokenizer FOLDER"
             ) from error
+
+
+def _made(kind: Any, config: Any) -> nn.Module | None:
+    """The model of a config, without weights; None where transformers makes none."""
+    with _offline(), torch.device("meta"):
+        try:
+            made: nn.Module = kind(config)
+        except (ValueError, KeyError, TypeError, RuntimeError, AttributeError):
+            return None
+        return made
+
+
+def _shapes(model: nn.Module | None) -> dict[str, torch.Size]:
+    return {} if model is None else {key: value.shape for key, value in model.state_dict().items()}
 
 
 def _first(error: BaseException) -> str:

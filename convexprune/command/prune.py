@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Final
 import click
 
 from convexprune.command.folder import CONFIG
-from convexprune.command.samples import Windows
+from convexprune.command.samples import Windows, moved
 from convexprune.command.show import check_writable, drawn, reported, show
 from convexprune.command.source import SAMPLES, Source, options
 from convexprune.extras import extras
@@ -123,6 +123,8 @@ def prune(
         place = Place(out)
         place.check()
         source = Source(model, kind, weights, tokenizer)
+        if weights is not None and source.folder is not None:
+            raise ValueError(f"--weights is for a model of a function; {model} has weights of its own")
         before = source.ready()
         dense = source.skeleton() if dry_run and source.folder is not None else source.model()
         loaded = resident()
@@ -197,7 +199,7 @@ class Job:
         others = [re.escape(name) for name in self.layers if name not in alone]
         # one request: of what it names some may never be called
         names = [*alone, *([f"{REGEX}{'|'.join(others)}"] if others else [])]
-        return Calibration([_moved(batch, self.device) for batch in self.batches], names=names, seed=self.seed)
+        return Calibration([moved(batch, self.device) for batch in self.batches], names=names, seed=self.seed)
 
     @cached_property
     def _head(self) -> list[str]:
@@ -292,12 +294,3 @@ def packed_masks(model: nn.Module, modules: Iterable[str]) -> bytes:
         packed[name] = torch.from_numpy(np.packbits((weight != 0).cpu().numpy().reshape(-1)))
         shapes[name] = list(weight.shape)
     return serialised(packed, {"shapes": json.dumps(shapes), "packed": "numpy.packbits, row by row"})
-
-
-def _moved(value: Any, device: str) -> Any:
-    """Tensors in nested mappings and sequences, on a device."""
-    if isinstance(value, dict):
-        return {key: _moved(part, device) for key, part in value.items()}
-    if isinstance(value, (tuple, list)):
-        return type(value)(_moved(part, device) for part in value)
-    return value.to(device) if hasattr(value, "to") else value

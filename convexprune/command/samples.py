@@ -160,3 +160,12 @@ def _text(place: Path) -> str:
     if not text.strip():
         raise ValueError(f"{place} is empty")
     return text
+
+
+def moved(value: Any, device: str) -> Any:
+    """Tensors in nested mappings and sequences, on a device."""
+    if isinstance(value, dict):
+        return {key: moved(part, device) for key, part in value.items()}
+    if isinstance(value, (tuple, list)):
+        return type(value)(moved(part, device) for part in value)
+    return value.to(device) if hasattr(value, "to") else value

@@ -40,7 +40,7 @@ class Source:
     """A transformers folder, or module:function that returns a model.
 
     kind       a class of transformers
-    weights    a safetensors file for the model of a function
+    weights    a safetensors file that goes into the model
     tokenizer  folder of another tokenizer
     """
 
@@ -72,16 +72,21 @@ class Source:
         from convexprune.network import load
         from convexprune.network.forward import check_model
 
-        if self.folder is not None:
-            if self.weights is not None:
-                raise ValueError(f"--weights is for a model of a function; {self.name} has weights of its own")
-            return self.folder.model(self.kind)
-        made = called(self.name)
+        made = called(self.name) if self.folder is None else self.folder.model(self.kind)
         check_model(made, f"what {self.name} returns")
         model: nn.Module = made
         if self.weights is not None:
             load(model, self.weights)
         return model.eval()
+
+    def on(self, device: str) -> nn.Module:
+        """The model on a device; raises ValueError where there is no such device."""
+        self.ready()
+        model = self.model()
+        try:
+            return model.to(device)
+        except (RuntimeError, AssertionError) as error:
+            raise ValueError(f"the model cannot go to --device {device}: {str(error).splitlines()[0]}") from error
 
     def skeleton(self) -> nn.Module:
         """Of a folder the model without weights."""
@@ -93,6 +98,12 @@ class Source:
         from convexprune.command.samples import samples
 
         return samples(source, model, self._tokenizer, windows)
+
+    def moved(self, source: str | None, model: nn.Module, windows: Windows, device: str) -> list[Any] | None:
+        """The batches on a device; None of no source."""
+        from convexprune.command.samples import moved
+
+        return None if source is None else [moved(batch, device) for batch in self.samples(source, model, windows)]
 
     def labelled(self, source: str, model: nn.Module, windows: Windows) -> tuple[Iterable[Any], list[Tensor] | None]:
         """The batches, and the labels where an npz file has them."""

@@ -2,7 +2,7 @@
 
 Every tensor has its channels in the second axis (the last one behind a Flatten or in a plain matrix). A Linear or a
 convolution makes new channels; activations, norms, pooling, dropout and depthwise convolutions pass each channel on; a
-sum joins two sets of channels into one. Any other operation that reads channels freezes them.
+sum or a product joins two sets of channels into one. Any other operation that reads channels freezes them.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from convexprune.network.kinds import (
     FX_ENTRYWISE,
     FX_ENTRYWISE_METHODS,
     FX_POOLS,
+    FX_PRODUCTS,
     FX_SUMS,
     LINEARS,
     POOLS,
@@ -194,7 +195,9 @@ class ChannelGraph:
     def _function(self, node: fx.Node, inputs: list[Value | None]) -> Value | None:
         function: Any = node.target
         if function in FX_SUMS and len(node.args) == 2 and not node.kwargs:
-            return self._summed(inputs) if len(inputs) == 2 else None
+            return self._joined(inputs, torch.add) if len(inputs) == 2 else None
+        if function in FX_PRODUCTS and len(node.args) == 2 and not node.kwargs:
+            return self._joined(inputs, _product) if len(inputs) == 2 else None
         value = inputs[0] if len(inputs) == 1 else None
         if value is None:
             return None
@@ -276,7 +279,8 @@ class ChannelGraph:
         )
         return Value(value.channels, 1, torch.where(silent, bias, through), value.planes)
 
-    def _summed(self, inputs: list[Value | None]) -> Value | None:
+    def _joined(self, inputs: list[Value | None], combine: Callable[[Tensor, Tensor], Tensor]) -> Value | None:
+        """What combines two tensors entry by entry; they have the same channels from then on."""
         left, right = inputs
         if left is None or right is None or left.repeat != right.repeat or left.planes != right.planes:
             return None
@@ -289,7 +293,7 @@ class ChannelGraph:
             one.passers += other.passers
             one.readers += other.readers
             self._merged[id(other)] = one
-        return Value(one, left.repeat, left.constant + right.constant, left.planes)
+        return Value(one, left.repeat, combine(left.constant, right.constant), left.planes)
 
     def _pass_on(self, name: str, module: Any, value: Value) -> None:
         self.find(value.channels).passers.append(name)
@@ -322,6 +326,11 @@ def unpadded(module: Any) -> bool:
     padding = module.padding
     none = padding == "valid" or (not isinstance(padding, str) and not any(padding))
     return bool(none or module.padding_mode != "zeros")
+
+
+def _product(one: Tensor, other: Tensor) -> Tensor:
+    """Of constants: 0 where either is 0, whatever the other."""
+    return torch.where((one == 0) | (other == 0), 0.0, one * other)
 
 
 def _applied(function: Callable[[Tensor], Tensor], constant: Tensor) -> Tensor:

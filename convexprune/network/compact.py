@@ -15,11 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from convexprune.network.calibration import Calibration
+from convexprune.network.calibration import Calibration, listed
 from convexprune.network.channels import ChannelGraph, Channels, LayerTracer, unpadded
 from convexprune.network.forward import check_model, copied, numbered, run, undisturbed
 from convexprune.network.kinds import CONVOLUTIONS, FX_ENTRYWISE, LINEARS
 from convexprune.network.names import check_layers
+from convexprune.network.parts import check_part
 from convexprune.network.sizes import mark
 from convexprune.options import whole
 
@@ -49,23 +50,28 @@ class Compaction:
 
 @torch.inference_mode(False)  # of the caller's: what is made here can be trained
 def compact(
-    model: nn.Module, *, batches: Iterable[Any] | None = None, round_to: int = 1
+    model: nn.Module, *, batches: Iterable[Any] | None = None, round_to: int = 1, parts: Iterable[str] | None = None
 ) -> tuple[nn.Module, Compaction]:
     """Remove the channels that carry nothing, and return a smaller copy that computes the same function.
 
-    The function is the same in evaluation mode. The model itself is not changed.
+    The function is the same in evaluation mode. The model itself is not changed. `save` keeps the copy, and `load`
+    takes the dense network for it.
 
     Args:
-        model: The network; torch.fx must be able to trace it.
+        model: The network; torch.fx must be able to trace it, or its `parts`.
         batches: Calibration data, optional. With them a channel whose ReLU is 0 on all batches also counts as
             constant: the copy is then exact on these batches only.
         round_to: Leave a multiple of this number of channels in each module.
+        parts: Names of submodules, such as the blocks' MLPs, each of which is traced by itself where the model cannot
+            be. What lies between their layers gets smaller. Nothing outside may call these layers or read their
+            weights; this is not checked.
 
     Returns:
         The smaller model, and a `convexprune.network.compact.Compaction` that lists the removed channels.
 
     Raises:
-        ValueError: If the model cannot be traced, or `round_to` is below 1.
+        ValueError: If the model, or a part, cannot be traced, if a part is not there or shares weights with what is
+            outside of it, for `batches` together with `parts`, or if `round_to` is below 1.
 
     Example:
         >>> import torch, convexprune as cp
@@ -80,11 +86,29 @@ def compact(
     whole(1)("round_to", round_to)
     check_model(model)
     check_layers(model)
+    named = [parts] if isinstance(parts, str) else listed(parts)
+    if named is not None and batches is not None:
+        raise ValueError("give batches or parts, not both: a part is not run by itself")
     data = None if batches is None else list(Calibration.of(batches))
     small = copied(model)
     removed: dict[str, int] = {}
+    left: list[str] = []
+    for name in [""] if named is None else named:
+        if named is not None:
+            check_part(small, name)
+        gone, stuck = _shrunk(small.get_submodule(name), data, round_to)
+        removed |= {".".join(filter(None, (name, module))): count for module, count in gone.items()}
+        left += [f"{name}: {why}" if name else why for why in stuck]
+    mark(small, model)
+    counts = tuple(sum(p.numel() for p in each.parameters()) for each in (model, small))
+    return small, Compaction(removed, tuple(left), (counts[0], counts[1]))
+
+
+def _shrunk(model: nn.Module, data: list[Any] | None, round_to: int) -> tuple[dict[str, int], list[str]]:
+    """Remove channels in place: how many of each module, and why others had to stay."""
+    removed: dict[str, int] = {}
     while True:  # a neuron that loses its last input becomes a constant
-        graph = ChannelGraph(small, None if data is None else _silent(small, data))
+        graph = ChannelGraph(model, None if data is None else _silent(model, data))
         progress, left = False, list(graph.unfollowed.values())
         for channels in graph.groups:
             gone, why = _removable(graph, channels, round_to)
@@ -97,10 +121,7 @@ def compact(
                 progress = True
                 break  # all later constants have changed
         if not progress:
-            break
-    mark(small, model)
-    counts = tuple(sum(p.numel() for p in each.parameters()) for each in (model, small))
-    return small, Compaction(removed, tuple(left), (counts[0], counts[1]))
+            return removed, left
 
 
 def _removable(graph: ChannelGraph, channels: Channels, round_to: int) -> tuple[Tensor, str]:

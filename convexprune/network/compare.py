@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from convexprune.layer import Layer
 from convexprune.network.expansion import expanded
-from convexprune.network.forward import check_untransformed, run, undisturbed
+from convexprune.network.forward import check_untransformed, numbered, run, undisturbed
 from convexprune.network.outputs import Which, output_of
 from convexprune.network.projections import named_layers
 
@@ -38,6 +38,23 @@ def norms(
             output = output_of(run(model, batch), which)
             whole = whole + _square(output.double()) if whole is not None and output is not None else None
     return {name: each**0.5 for name, each in squares.items()}, None if whole is None else whole**0.5
+
+
+def output_change(model: nn.Module, other: nn.Module, batches: Iterable[Any]) -> tuple[float, float]:
+    """Mean square difference of two models' outputs, and the mean square of the first's, over samples and outputs."""
+    change = size = 0.0
+    count = 0
+    with undisturbed(model, other):
+        for index, batch in enumerate(batches):
+            with numbered(index):
+                found = [output_of(run(each, batch)) for each in (model, other)]
+            if any(output is None for output in found):
+                raise ValueError("the model returns no tensor; leave `batches` out, or let it return its outputs")
+            one, two = (output.double() for output in found if output is not None)
+            change += float((one - two).square().sum())
+            size += float(one.square().sum())
+            count += one.numel()
+    return change / count, size / count
 
 
 @contextmanager

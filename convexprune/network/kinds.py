@@ -85,6 +85,7 @@ ENTRYWISE: Final = (
 # ---- by the target of a torch.fx node ----
 
 FX_SUMS: Final = frozenset((operator.add, operator.iadd, torch.add))
+FX_PRODUCTS: Final = frozenset((operator.mul, operator.imul, torch.mul))
 FX_POOLS: Final = frozenset(
     (F.max_pool1d, F.max_pool2d, F.max_pool3d, F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d)
 )
