@@ -338,7 +338,8 @@ def _operation(func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, 
     mode = kwargs.get("mode", args[2] if len(args) > 2 else "constant")
     if name == "pad" and mode != "constant":
         return f"pad by {mode}"
-    if kwargs.get("alpha", 1) != 1 or (name in ("add", "sub") and len(args) > 2):  # torch.add(x, alpha, y)
+    factor = kwargs.get("alpha", 1) != 1 and name not in ("elu", "celu")
+    if factor or (name in ("add", "sub") and len(args) > 2):  # torch.add(x, alpha, y)
         return f"{name} with alpha"
     if name == "view" and any(isinstance(each, torch.dtype) for each in (*args, *kwargs.values())):
         return "view as another dtype"
