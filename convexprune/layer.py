@@ -9,7 +9,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from convexprune.moments import CrossMoments, InputMoments, Moments, TargetMoments, affine, check_moments
+from convexprune.moments import CrossMoments, InputMoments, Moments, TargetMoments, affine, check_moments, spans
 from convexprune.options import number, numbers, optional, text, whole
 from convexprune.quadratic import Quadratic, Residual
 from convexprune.rounding import gamma, raised
@@ -330,7 +330,12 @@ class Layer:
 
     def residual(self, x: Tensor) -> Residual:
         """What the weights x (out, P) leave of the targets, y - x u, by its moments."""
-        return Residual(self.centred, None if self.bias is None else self._origin[1], _double(x))
+        return self._residual(x, slice(None))
+
+    def _residual(self, x: Tensor, some: slice) -> Residual:
+        """Of some outputs."""
+        start = None if self.bias is None else self._origin[1][some]
+        return Residual(self.centred.rows(some), start, _double(x[some]))
 
     def best_bias(self, weight: Tensor) -> Tensor:
         """(out,): the bias with which weights (out, in) err least, E[y] - W' E[x]; of a layer that has one."""
@@ -339,12 +344,20 @@ class Layer:
 
     def squared_errors(self, x: Tensor) -> Tensor:
         """(out,), float64: E (x_m u - y_m)^2 for each output m of the weights x (out, P), by the moments; nearest."""
-        return self.residual(x).errors
+        return self.doubted_errors(x)[0]
+
+    def doubted_errors(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(out,), (out,): the squared errors, and by how much each may be off."""
+        errors, doubts = torch.zeros(2, len(self.weight), dtype=torch.float64)
+        for some in spans(*self.weight.shape):
+            left = self._residual(x, some)
+            errors[some], doubts[some] = left.errors, left.error_doubts
+        return errors, doubts
 
     def error_norms(self, x: Tensor) -> Tensor:
         """(out,), float64: at least || X x_m - Y_m || over the samples, with what rounding may hide."""
-        left = self.residual(x)
-        return raised((self.samples * (left.errors + left.error_doubts)).sqrt())
+        errors, doubts = self.doubted_errors(x)
+        return raised((self.samples * (errors + doubts)).sqrt())
 
     def damped(self, fraction: float) -> Layer:
         """The layer with a ridge lambda |W' - W|^2, lambda = fraction * mean diagonal of the Gram matrix.
@@ -369,7 +382,7 @@ class Layer:
         """Weights and bias that errors are measured from: those that make the targets, else none."""
         none = torch.zeros(len(self.weight), dtype=torch.float64)
         if self.aimed is not None:
-            return torch.zeros_like(self.weight), none
+            return none.new_zeros(1, 1).expand(self.weight.shape), none
         return self.weight, none if self.bias is None else self.bias
 
     def spectrum(self) -> tuple[int, float]:
@@ -399,8 +412,13 @@ def _check_array(name: str, key: str, value: Tensor | None, shape: tuple[int, ..
         return
     if tuple(value.shape) != shape:
         raise ValueError(f"layer {name!r}: {key} has shape {tuple(value.shape)}, expected {shape}")
-    if not bool(torch.isfinite(value).all()):
+    if not _finite(value):
         raise ValueError(f"layer {name!r}: {key} holds NaN or inf; check the calibration data")
+
+
+def _finite(value: Tensor) -> bool:
+    """Whether all are finite: their extremes are, and NaN is one. isfinite would make arrays of the value's size."""
+    return not value.numel() or all(bool(torch.isfinite(end)) for end in torch.aminmax(value))
 
 
 def _check_possible(name: str, *moments: Tensor | None) -> None:
@@ -419,7 +437,7 @@ def _check_weight(name: str, weight: Tensor, bias: Tensor | None) -> None:
             continue
         if not value.is_floating_point():
             raise TypeError(f"layer {name!r}: {key} is {value.dtype}; convert it to a floating-point dtype first")
-        if not bool(torch.isfinite(value).all()):
+        if not _finite(value):
             raise ValueError(f"layer {name!r}: {key} holds NaN or inf; nothing can be pruned from it")
     if weight.ndim != 2 or 0 in weight.shape:
         raise ValueError(f"layer {name!r}: weight has shape {tuple(weight.shape)}, expected (out, in), both > 0")

@@ -17,7 +17,8 @@ Source: Chan, Golub, LeVeque, The American Statistician 1983 (shifted sums, and 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -29,6 +30,7 @@ from convexprune.spectrum import LARGE, largest, smallest
 ROWS = 1024  # samples that are added at a time
 FIRST = 256  # rows whose mean is the centre
 BEYOND = 1e-4  # relative: moments that are further than this from those of any data are no rounding of float32 sums
+SPAN = 2**21  # numbers of a large matrix that are worked on at a time: in float64 16 MB
 APART = 128  # from so many rows on a batch's products are formed apart: the sums before then round once, not row by row
 
 
@@ -111,7 +113,8 @@ class Moments:
     @property
     def unit(self) -> Tensor:
         """(N, N): G with its diagonal scaled to 1, and the identity for inputs that do not vary. It is not kept."""
-        unit = self.covariance / (self.root[:, None] * self.root)
+        unit = torch.outer(self.root, self.root)
+        torch.div(self.covariance, unit, out=unit)
         unit.diagonal()[~self.live] = 1.0
         return unit
 
@@ -220,6 +223,14 @@ class CrossMoments:
         variance = product_minus(mean, mean, energies)
         doubt, input_doubt = raised(2 * UNIT * mean.abs()), raised(2 * UNIT * inputs.mean.abs() * inputs.live)
         return cls(mean, variance, central, doubt, input_doubt, none, gamma(3))
+
+    def rows(self, some: slice) -> CrossMoments:
+        """Of some of the targets."""
+        mean = None if self.mean is None else self.mean[some]
+        return replace(
+            self, mean=mean, variance=self.variance[some], covariance=self.covariance[some], doubt=self.doubt[some],
+            mean_doubt=self.mean_doubt[some],
+        )  # fmt: skip
 
     def raw(self, inputs: Moments) -> CrossMoments:
         """The same about 0."""
@@ -446,10 +457,17 @@ def _centre(x: Tensor) -> Tensor:
 
 
 def _gather(products: Tensor, left: Tensor, right: Tensor) -> None:
-    if len(left) >= APART:
-        products += left.T @ right
-    else:
-        products.addmm_(left.T, right)
+    for some in spans(*products.shape):
+        if len(left) >= APART:
+            products[some] += left[:, some].T @ right
+        else:
+            products[some].addmm_(left[:, some].T, right)
+
+
+def spans(rows: int, width: int) -> Iterator[slice]:
+    """Slices of the rows of a matrix (rows, width), so few rows in each that an array of them is small."""
+    step = max(SPAN // max(width, 1), 1)
+    return (slice(start, start + step) for start in range(0, rows, step))
 
 
 def _size(matrix: Tensor) -> Tensor:

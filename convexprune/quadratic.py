@@ -33,6 +33,10 @@ class Quadratic:
     inputs: Moments
     targets: CrossMoments | None
 
+    def rows(self, some: slice) -> Quadratic:
+        """That of some of the outputs."""
+        return Quadratic(self.origin[some], self.inputs, None if self.targets is None else self.targets.rows(some))
+
     @cached_property
     def varies(self) -> Tensor:
         """(N,) bool: inputs whose second moment is more than rounding."""

@@ -108,7 +108,10 @@ class Account:
                 self._conflict(slot)
 
     def totals(self, name: str) -> Totals:
-        """The sums of a layer over all its calls; layers with the same inputs get the same arrays."""
+        """The sums of a layer over all its calls; layers with the same inputs get the same arrays.
+
+        What a layer aims at is given once: it is not held here beside what is made of it.
+        """
         slots = self.slots[name]
         key = tuple(id(slot.stream) for slot in slots)
         if key not in self._merged:
@@ -116,8 +119,11 @@ class Account:
             groups = zip(*(stream.moments for stream in streams), strict=True)
             read = [functools.reduce(operator.add, parts).finished() for parts in groups]
             self._merged[key] = read, _by_group([rows for s in streams for rows in s.kept])
+            if all(len(self.slots[reader.name]) == 1 for stream in streams for reader in stream.readers):
+                for stream in streams:  # whoever reads it finds the moments: the sums are not asked for again
+                    stream.moments, stream.kept = [], []
         read, inputs = self._merged[key]
-        aimed = self.aimed.get(name)
+        aimed = self.aimed.pop(name, None)
         kept = _by_group([rows for slot in slots for rows in slot.kept])
         return Totals(read, aimed, inputs, kept)
 

@@ -28,3 +28,13 @@ def owned(shared: nn.Module, model: nn.Module, parameters: Iterable[Tensor | Non
                     with torch.inference_mode(False):
                         made[id(parameter)] = copy.deepcopy(parameter)
                 module._parameters[key] = made[id(parameter)]
+
+
+def laid(model: nn.Module, parameter: Tensor, tensor: Tensor) -> None:
+    """Let a parameter of a sharing copy have the memory of a tensor with the same numbers, as of a mapped file.
+
+    Nothing happens where the parameter is the model's, or differs in shape, strides, dtype or device.
+    """
+    mine, theirs = ((each.shape, each.stride(), each.dtype, each.device) for each in (parameter, tensor))
+    if mine == theirs and all(parameter is not each for each in model.parameters()):
+        parameter.data = tensor

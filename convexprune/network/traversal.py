@@ -13,13 +13,13 @@ is a chain of blocks, a cascade's pass begins behind the blocks that are finishe
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Final
 
-from torch import nn
+from torch import Tensor, nn
 
 from convexprune.layer import Layer
 from convexprune.network.blocks import Blocks, Chain, Stash, Stream, streamed
@@ -31,7 +31,7 @@ from convexprune.network.memory import available, check_grams, check_rows
 from convexprune.network.moment_accumulator import Account
 from convexprune.network.names import choose, stacks
 from convexprune.network.residual import summed
-from convexprune.network.sharing import owned, sharing
+from convexprune.network.sharing import laid, owned, sharing
 from convexprune.network.survey import Survey, survey
 
 MODES: Final = ("parallel", "cascade", "residual")
@@ -193,6 +193,21 @@ class Traversal:
         else:
             known = stacks(self.pruned)
             owned(self.pruned, self.model, [each for name in modules for each in known[name].parameters])
+
+    @property
+    def passed(self) -> list[str]:
+        """The modules in finished blocks, which no later pass runs."""
+        blocks = [f"{block}." for block in self._streams[-1].finished] if self.chains else []
+        return [module for module in self.modules if f"{module}.".startswith(tuple(blocks))]
+
+    def lay(self, module: str, matrices: Sequence[Tensor]) -> None:
+        """Let the copy's weights of a module be these matrices of its layers, which hold the same numbers.
+
+        Nothing happens where the parameter holds more than one matrix, or cannot be laid so; see `laid`.
+        """
+        stack = stacks(self.pruned)[module]
+        if len(matrices) == 1 and stack.weight is stack.parameters[0]:
+            laid(self.model, stack.weight, stack.unpack(matrices[0][None]))
 
     def renewed(self) -> Traversal:
         """The same walk with a fresh copy to write: no further survey, and in parallel mode no further pass."""

@@ -55,6 +55,11 @@ class Place:
             weight = torch.cat([weight, biases[self.group][:, None].to(weight.device)], 1)
         return weight.cpu().double()
 
+    def stored(self) -> tuple[Tensor, Tensor | None]:
+        """(M, N) and (M,), or None without biases: a copy of what is stored, in its dtype."""
+        weights, biases = self.stack.weights(), self.stack.biases()
+        return weights[self.group], None if biases is None else biases[self.group]
+
     def write(self, x: Tensor) -> None:
         """Store x (M, P) in the parameters' own dtype and place; nothing is touched unless all of it fits.
 

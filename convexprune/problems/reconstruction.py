@@ -24,6 +24,7 @@ from convexprune.extras import extras
 from convexprune.forms import GroupedLeastSquares, PerspectiveProblem
 from convexprune.layer import Layer, check_layer
 from convexprune.layout import Layout, check_pattern
+from convexprune.moments import spans
 from convexprune.options import numbers, optional
 from convexprune.patterns import Pattern, excess, select
 from convexprune.problem import Formulation, Misfit
@@ -155,8 +156,8 @@ class Reconstruction(PerspectiveProblem):
 
     def rounding(self, x: Tensor) -> float:
         """By how much `value` may be off."""
-        left = self.layer.residual(x)
-        doubts, size = left.error_doubts * self._importance, float((left.errors * self._importance).sum())
+        errors, doubts = (each * self._importance for each in self.layer.doubted_errors(x))
+        size = float(errors.sum())
         return up(float(raised(doubts.sum(), len(doubts) + 1)), gamma(4) * size)
 
     def violation(self, x: Tensor) -> float:
@@ -193,8 +194,12 @@ class Reconstruction(PerspectiveProblem):
         if v is None:
             return ((0.0, torch.zeros_like(self.target)),)
         diagonals = self._diagonals if d is None else (*self._diagonals, self._repaired(d))
-        at = self._quadratic.at(v)
-        return tuple(self._perspective(at, each) for each in diagonals)
+        found = [(0.0, torch.zeros_like(v)) for _ in diagonals]
+        for some in spans(*v.shape):  # the bound is a sum over the rows, of which some are worked on at a time
+            at = self._quadratic.rows(some).at(v[some])
+            parts = [self._perspective(at, each, self._importance[some]) for each in diagonals]
+            found = [_with_rows(whole, some, part) for whole, part in zip(found, parts, strict=True)]
+        return tuple(found)
 
     @property
     def diagonal(self) -> Tensor:
@@ -235,16 +240,16 @@ class Reconstruction(PerspectiveProblem):
     def _quadratic(self) -> Quadratic:
         return self.layer.quadratic
 
-    def _perspective(self, at: Step, d: Tensor) -> Minorant:
-        """The minorant at v and d, in steps from the origin A of the layer's quadratic: nothing cancels near it.
+    def _perspective(self, at: Step, d: Tensor, importance: Tensor) -> Minorant | None:
+        """The minorant of some rows at v and d, in steps from the origin A of their quadratic: nothing cancels near it.
 
         With D = v - A, p = K - D R and s_i = (d_i A_i + p_i)^2 / d_i, every support S has, row by row,
 
             value >= v_r - D R D^T + sum_i (d_i A_i^2 + 2 p_i A_i) - sum_{i in S} s_i
 
-        The constant is rounded down, the scores are rounded up.
+        The constant is rounded down, the scores are rounded up. None where a row has no bound but 0.
         """
-        step, origin, weight = at.step, self._quadratic.origin, self._importance[:, None]
+        step, origin = at.step, at.of.origin
         live, few = d > 0, gamma(8)
         moved, held = step * d, origin * d
         p = at.slopes + moved
@@ -252,28 +257,16 @@ class Reconstruction(PerspectiveProblem):
         blur = torch.add(at.slope_doubts, size, alpha=2 * few).add_(moved.abs(), alpha=few)
         # an input with d = 0 may take any weight: unless its slope vanishes there is no bound but 0
         if bool(blur[:, ~live].any() or p[:, ~live].any()):
-            return 0.0, torch.zeros_like(p)
+            return None
         # rounded up together: a square, a product, a quotient and the importance
-        scores = (held + p).abs().add_(blur).square_().mul_(torch.where(live, (1 + gamma(20)) / d, 0.0)).mul_(weight)
+        scores = (held + p).abs().add_(blur).square_().mul_(torch.where(live, (1 + gamma(20)) / d, 0.0))
+        scores.mul_(importance[:, None])
         if not bool(torch.isfinite(scores).all()):
-            return 0.0, torch.zeros_like(p)
+            return None
         gains = origin * torch.add(held, p, alpha=2)
         blurred = ((blur + few * size) * origin.abs()).sum(1)
         bent = step.square() @ d
-        return self._floor(at, bent, gains, blurred), scores
-
-    def _floor(self, at: Step, bent: Tensor, gains: Tensor, blurred: Tensor) -> float:
-        """Certainly not above the sum of v_r - D R D^T + the gains, where bent (M,) is D diag(d) D^T."""
-        targets, terms, few = at.of.targets, at.step.shape[1], gamma(8)
-        found = bent - (at.through * at.step).sum(1)
-        doubts = at.blur.square() + gamma(2 * terms + 8) * (at.reach.square() + bent)
-        doubts = doubts + 2 * blurred + few * gains.abs().sum(1)
-        if targets is not None:
-            found = found + targets.variance
-            doubts = doubts + targets.doubt.square() + (targets.relative + few) * targets.variance.abs()
-        doubt = float(raised(doubts * self._importance, 2 * terms + 8).sum()) * (1 + gamma(len(found) + 2))
-        parts = torch.cat([found * self._importance, (gains * self._importance[:, None]).flatten()])
-        return down(total(parts), total_doubt(parts) + doubt)
+        return _floor(at, importance, bent, gains, blurred), scores
 
     def _checked(self, witness: Tensor) -> Tensor | None:
         width = self.target.shape[1]
@@ -302,6 +295,32 @@ class Reconstruction(PerspectiveProblem):
     def _root(self) -> Tensor:
         """(M,): sqrt(a)."""
         return self._importance.sqrt()
+
+
+def _floor(at: Step, importance: Tensor, bent: Tensor, gains: Tensor, blurred: Tensor) -> float:
+    """Certainly not above the sum of v_r - D R D^T + the gains, where bent (M,) is D diag(d) D^T."""
+    targets, terms, few = at.of.targets, at.step.shape[1], gamma(8)
+    found = bent - (at.through * at.step).sum(1)
+    doubts = at.blur.square() + gamma(2 * terms + 8) * (at.reach.square() + bent)
+    doubts = doubts + 2 * blurred + few * gains.abs().sum(1)
+    if targets is not None:
+        found = found + targets.variance
+        doubts = doubts + targets.doubt.square() + (targets.relative + few) * targets.variance.abs()
+    doubt = float(raised(doubts * importance, 2 * terms + 8).sum()) * (1 + gamma(len(found) + 2))
+    parts = torch.cat([found * importance, (gains * importance[:, None]).flatten()])
+    return down(total(parts), total_doubt(parts) + doubt)
+
+
+def _with_rows(whole: Minorant, some: slice, part: Minorant | None) -> Minorant:
+    """The minorant of the rows so far and of some more.
+
+    Rows without a bound have 0, without scores: that holds for any weights of theirs.
+    """
+    if part is None:
+        return whole
+    constant, scores = whole
+    scores[some] = part[1]
+    return down(constant, -part[0]) if constant else part[0], scores
 
 
 def strongest(minorants: Sequence[Minorant], problem: GroupedLeastSquares) -> float:

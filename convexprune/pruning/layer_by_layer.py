@@ -34,6 +34,7 @@ class LayerByLayer:
 
     written  the modules that get a problem: no two may be tied
     used     what the solvers say of themselves, in order, each once
+    settled  the finished modules whose weights lie in the store's files
     """
 
     walk: Traversal
@@ -45,6 +46,7 @@ class LayerByLayer:
     written: list[str]
     used: dict[str, None] = field(default_factory=dict)
     finished: dict[str, tuple[Row, ...]] = field(default_factory=dict)
+    settled: set[str] = field(default_factory=set)
 
     def rows(self, keep: Collection[str]) -> list[Row]:
         """Of all modules, in order; those that the store has are written from there first."""
@@ -52,6 +54,7 @@ class LayerByLayer:
             for module in self.walk.modules:
                 self._restore(module, self.store)
         for group in self.walk.groups(keep, frozenset(self.finished)):
+            self._settle()
             self._solve(group)
         return [row for module in self.walk.modules for row in self.finished[module]]
 
@@ -64,6 +67,13 @@ class LayerByLayer:
         for name, x in stored.items():
             write(self.walk.pruned, name, x.double())
         self.used.update({row.solver: None for row in self.finished[module] if row.solver})
+
+    def _settle(self) -> None:
+        """What finished blocks have is mapped from the store's files: it takes no memory until the model is read."""
+        if self.store is not None:
+            for module in set(self.walk.passed) & set(self.finished) - self.settled:
+                self.settled.add(module)
+                self.walk.lay(module, self.store.mapped(module))
 
     def _solve(self, group: Iterable[tuple[str, list[Layer]]]) -> None:
         """Layers that do not depend on each other."""
@@ -106,12 +116,8 @@ class LayerByLayer:
     def _finish(self, module: str, rows: list[Row]) -> None:
         self.finished[module] = tuple(rows)
         if self.store is not None:
-            self.store.put(module, {name: self._as_stored(name) for name in self.walk.names[module]}, rows)
-
-    def _as_stored(self, name: str) -> Tensor:
-        """(M, P), in the dtype that the model has."""
-        place = find(self.walk.pruned, name)
-        return place.read().to(place.stack.weight.dtype)
+            stored = {name: find(self.walk.pruned, name).stored() for name in self.walk.names[module]}
+            self.store.put(module, stored, rows)
 
 
 def run_of(walk: Traversal, stated: Stated) -> dict[str, Any]:

@@ -28,6 +28,8 @@ from convexprune.whole_file import write_whole
 
 RUN: Final = "run.json"
 ROWS: Final = "rows"
+W: Final = "weights."
+B: Final = "biases."
 WORDS: Final = {
     "model": "the model's weights are others",
     "data": "the calibration samples are others",
@@ -103,14 +105,32 @@ class Store:
             raise ValueError(
                 f"{place} is not what a run has written ({error}); remove it to solve that layer anew"
             ) from error
-        return {key.removeprefix("weights."): each for key, each in tensors.items() if key.startswith("weights.")}, rows
+        weights = {key.removeprefix(W): each for key, each in tensors.items() if key.startswith(W)}
+        biases = {key.removeprefix(B): each[:, None] for key, each in tensors.items() if key.startswith(B)}
+        whole = {key: torch.cat([each, *([biases[key]] if key in biases else [])], 1) for key, each in weights.items()}
+        return whole, rows
 
-    def put(self, module: str, weights: Mapping[str, Tensor], rows: Sequence[Row]) -> None:
-        """Write a module that is finished."""
+    def mapped(self, module: str) -> list[Tensor]:
+        """The weights (M, N) of a finished module's layers, mapped from its file: memory is taken when they are read.
+
+        What is written into them does not reach the file.
+        """
+        with extras():
+            from safetensors import safe_open
+
+        with safe_open(self._place(module), framework="pt") as file:
+            return [file.get_tensor(key) for key in file.keys() if key.startswith(W)]  # noqa: SIM118 (no dict)
+
+    def put(self, module: str, weights: Mapping[str, tuple[Tensor, Tensor | None]], rows: Sequence[Row]) -> None:
+        """Write a module that is finished: weights (M, N) and biases (M,), or None, of each of its layers."""
         with extras():
             from safetensors.torch import save
 
-        tensors = {f"weights.{key}": each.detach().cpu().contiguous() for key, each in weights.items()}
+        tensors = {}
+        for key, (weight, bias) in weights.items():
+            tensors[W + key] = weight.detach().cpu().contiguous()
+            if bias is not None:
+                tensors[B + key] = bias.detach().cpu().contiguous()
         for number, row in enumerate(rows):
             for key in ("pattern", "errors"):
                 if getattr(row, key) is not None:
