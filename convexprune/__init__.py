@@ -46,6 +46,7 @@ from convexprune.problems import (
     NeuronMerging,
     OptimalBrainSurgeon,
     Reconstruction,
+    SparseFactors,
     SparsityAllocation,
 )
 from convexprune.prune import prune
@@ -64,6 +65,7 @@ from convexprune.solvers import (
     KKT,
     LAMP,
     ActivationMagnitude,
+    Alternation,
     Balanced,
     Best,
     BestOf,
@@ -103,6 +105,7 @@ __all__ = [
     "AccuracyLost",
     "ActivationMagnitude",
     "Allocation",
+    "Alternation",
     "Attempt",
     "Backend",
     "Balanced",
@@ -167,6 +170,7 @@ __all__ = [
     "SecondOrder",
     "Solution",
     "Solver",
+    "SparseFactors",
     "SparsityAllocation",
     "Status",
     "Support",

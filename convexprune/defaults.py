@@ -6,6 +6,7 @@ from convexprune.forms import (
     BallProblem,
     BudgetProblem,
     EqualityQuadratic,
+    FactoredLeastSquares,
     KnapsackProblem,
     LassoProblem,
     MergingProblem,
@@ -13,7 +14,16 @@ from convexprune.forms import (
     SparseLeastSquares,
 )
 from convexprune.solve import set_default
-from convexprune.solvers import ADMM, Balanced, ClosedForm, GreedyMerging, Groupwise, MinimalCore, WaterFilling
+from convexprune.solvers import (
+    ADMM,
+    Alternation,
+    Balanced,
+    ClosedForm,
+    GreedyMerging,
+    Groupwise,
+    MinimalCore,
+    WaterFilling,
+)
 
 set_default(BallProblem, ADMM)
 set_default(LassoProblem, ADMM)
@@ -23,3 +33,4 @@ set_default(SharedPattern, lambda: Groupwise(Balanced(), exact=10))
 set_default(KnapsackProblem, MinimalCore)
 set_default(MergingProblem, GreedyMerging)
 set_default(BudgetProblem, WaterFilling)
+set_default(FactoredLeastSquares, Alternation)

@@ -204,6 +204,46 @@ class PerspectiveProblem(SparseLeastSquares, Form):
         """(N,): a d >= 0 with G - diag(d) positive semidefinite, from which to look for a better one."""
 
 
+class FactoredLeastSquares(Form):
+    """Minimise tr(W G W^T) - 2 <C, W> + sum(energies), W = A B, over A (M, r) and B (r, N) with few nonzeros together.
+
+    Not convex, but in each factor alone it is a `SparseLeastSquares`. A solver works on A and B; `joined` makes the
+    problem's point of them.
+    """
+
+    @stated
+    def gram(self) -> Tensor:
+        """G (N, N), float64."""
+
+    @stated
+    def cross(self) -> Tensor:
+        """C (M, N), float64."""
+
+    @stated
+    def target(self) -> Tensor:
+        """(M, N), float64: the dense weights."""
+
+    @stated
+    def width(self) -> int:
+        """r."""
+
+    @stated
+    def count(self) -> int:
+        """The largest number of nonzeros of A and B together."""
+
+    @abstractmethod
+    def left(self, right: Tensor, count: int) -> SparseLeastSquares:
+        """What A minimises beside a B (r, N), with so many nonzeros of its own: Gram matrix B G B^T, cross C B^T."""
+
+    @abstractmethod
+    def single(self, count: int) -> SparseLeastSquares:
+        """What B minimises beside A = I, or A beside B = I: one sparse matrix of so many nonzeros."""
+
+    @abstractmethod
+    def joined(self, left: Tensor, right: Tensor) -> Tensor:
+        """The point of A (M, r) and B (r, N), float64, with the best bias, if the layer has one."""
+
+
 class LeastSquares(NamedTuple):
     """Minimise tr(W G W^T) - 2 <C, W> over the weights of some neurons, zero where `removed`."""
 

@@ -6,6 +6,7 @@ from convexprune.problems.net_trim import NetTrim
 from convexprune.problems.neuron_merging import NeuronMerging
 from convexprune.problems.optimal_brain_surgeon import OptimalBrainSurgeon, increase, saliencies
 from convexprune.problems.reconstruction import Reconstruction
+from convexprune.problems.sparse_factors import SparseFactors
 from convexprune.problems.sparsity_allocation import SparsityAllocation
 from convexprune.problems.stacked import Stacked, StackedReconstruction, stacked
 
@@ -16,6 +17,7 @@ __all__ = [
     "NeuronMerging",
     "OptimalBrainSurgeon",
     "Reconstruction",
+    "SparseFactors",
     "SparsityAllocation",
     "Stacked",
     "StackedReconstruction",

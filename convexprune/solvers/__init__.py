@@ -7,6 +7,7 @@ from convexprune.solvers.budget.rules import LAMP, ErdosRenyiKernel, GlobalMagni
 from convexprune.solvers.budget.water_filling import WaterFilling
 from convexprune.solvers.combinators import BestOf, Refit, Then
 from convexprune.solvers.cvxpy import CVXPY
+from convexprune.solvers.factors.alternation import Alternation
 from convexprune.solvers.groupwise import Groupwise
 from convexprune.solvers.l1.admm import ADMM
 from convexprune.solvers.l1.working_set import WorkingSet
@@ -30,6 +31,7 @@ __all__ = [
     "KKT",
     "LAMP",
     "ActivationMagnitude",
+    "Alternation",
     "Balanced",
     "Best",
     "BestOf",

@@ -1,0 +1,1 @@
+"""Solvers that write a layer as the product of two sparse matrices."""
