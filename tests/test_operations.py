@@ -51,7 +51,9 @@ def test_a_random_network_is_within_its_bound(seed, mode, dtype):
     seed = 8 * ["parallel", "cascade", "residual"].index(mode) + seed
     model, batches = drawn(seed, tokens=seed % 3 == 0)
     model, batches = model.to(dtype), [batch.to(dtype) for batch in batches]
-    layers = [name for name, part in model.named_modules() if isinstance(part, (nn.Linear, nn.Conv2d, nn.ConvTranspose2d))]
+    layers = [
+        name for name, part in model.named_modules() if isinstance(part, (nn.Linear, nn.Conv2d, nn.ConvTranspose2d))
+    ]
     names = None if seed % 2 else layers[:-1]
     pruned, report = cp.prune(model, batches, l1, Noise((1e-3, 0.1)[seed % 2]), mode, names=names)
     network = report.network
@@ -262,8 +264,12 @@ def test_tensors_side_by_side_and_one_under_the_other(seed, widths, how):
     generator = torch.Generator().manual_seed(seed)
     changes = [torch.randn(6, width, generator=generator, dtype=torch.float64) for width in widths]
     changes[-1] *= how != 1
-    known = lambda change, place: Spread.of(change.T @ change, 8) if (place + how) % 3 else Spread.of_squares(  # noqa: E731
-        change.square().sum(0), 8
+    known = lambda change, place: (
+        Spread.of(change.T @ change, 8)
+        if (place + how) % 3
+        else Spread.of_squares(  # noqa: E731
+            change.square().sum(0), 8
+        )
     )
     spreads = [known(change, place) for place, change in enumerate(changes)]
     spreads = [each.plain() for each in spreads] if how == 2 else spreads
@@ -425,7 +431,15 @@ class Miswritten(nn.Module):
 
 @pytest.mark.parametrize(
     "how",
-    ["of another", "over another axis", "by another power", "with a computed eps", "less an eps", "in whole numbers", "twice"],
+    [
+        "of another",
+        "over another axis",
+        "by another power",
+        "with a computed eps",
+        "less an eps",
+        "in whole numbers",
+        "twice",
+    ],
 )
 def test_what_is_nearly_a_norm_is_none(how):
     torch.manual_seed(0)
