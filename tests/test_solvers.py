@@ -9,6 +9,7 @@ from instances import random_layer
 from table import PAIRS, PROBLEMS, SOLVERS
 
 from convexprune.layer import Layer
+from convexprune.problem import judge
 from convexprune.problems import L1Reconstruction, NetTrim
 from convexprune.solution import Status
 from convexprune.solve import solve
@@ -78,3 +79,22 @@ def test_a_working_set_that_begins_empty_may_be_the_answer(state):
     found = WorkingSet().refine(problem, torch.zeros(problem.shape).double(), torch.zeros(9, 3).double(), math.inf)
     assert found.status is Status.CONVERGED
     assert not found.x.any()
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_larger_gap_stops_earlier_at_a_sparse_and_feasible_point(seed):
+    """`eps_rel` is the gap that is left: the point is inside, as stored in float32 too, and has no weights of dust."""
+    generator = torch.Generator().manual_seed(seed)
+    draw = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)  # noqa: E731
+    problem = NetTrim(Layer.from_samples(draw(12, 30), (draw(300, 30) @ draw(30, 30)).relu(), draw(12)), 0.1)
+    finest, steps = solve(problem, ADMM(eps_rel=1e-7, finish=WorkingSet(margin=1e-8))), []
+    for gap in (1e-2, 1e-3, 1e-4, 1e-5):
+        found = solve(problem, ADMM(eps_rel=gap))
+        stored = judge(problem, found.x.float(), found.witness)
+        assert found.status is Status.CONVERGED
+        assert found.certificate.violation == stored.violation == 0
+        assert finest.certificate.bound <= found.certificate.value <= finest.certificate.value * (1 + gap)
+        assert 0 <= stored.relative_gap <= gap
+        assert int((found.x != 0).sum()) <= 1.1 * int((finest.x != 0).sum())
+        steps.append(solve(problem, WorkingSet(eps_rel=gap)).iterations)
+    assert steps[0] < steps[-1]

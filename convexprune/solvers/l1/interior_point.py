@@ -22,6 +22,7 @@ from torch import Tensor
 TRUST = 0.9  # how far down the shared multiplier goes in a step: the equations have products of it and the weights
 REFINE = 2  # at most so many corrections of a Newton direction, up to `Bucket.exact`
 BACKOFF = 0.99  # how much of the way to the boundary a step goes
+DROPPED = tuple(4.0**-k for k in range(3, 11))  # thresholds for what is on its way to zero, of a typical weight
 DUST = 1e-7  # a zero weight is p = mu / a, some 1e-11 of a typical weight, when the gap is 1e-10
 RIDGE = 1e-13  # times the diagonal: keeps Cholesky defined on rank-deficient blocks; corrected afterwards
 
@@ -169,10 +170,35 @@ class Bucket:
         u = self.u
         return torch.where(u.abs() > DUST * unit, u, 0.0)
 
+    def sparser(self, unit: Tensor, rise: float, room: float) -> Tensor:
+        """(B, w): `sparse` without the weights that are still on their way to zero, as many as the rows allow.
+
+        On its way to zero is a weight that is smaller, in its unit, than its multiplier is in its price. Neuron by
+        neuron the largest of some thresholds counts that lifts no row by more than `rise` above its ceiling, and the
+        quadratic by no more than `room`.
+        """
+        u = self.u
+        chosen, size = self.sparse(unit), u.abs() / unit
+        vanishing = size < torch.minimum(self.a, self.b) / self.prices
+        pull, undecided = _times(self.hessian, u) - self.linear, torch.ones(len(u), dtype=torch.bool, device=u.device)
+        for threshold in DROPPED:
+            tried = torch.where(vanishing & (size < threshold), 0.0, chosen)
+            change = tried - u
+            lifted = ((_times(self.slopes, tried) - self.ceiling) * self.row_mask <= rise).all(1)
+            gained = (change * (pull + 0.5 * _times(self.hessian, change))).sum(1)
+            fits = undecided & lifted & (gained <= room)
+            chosen = torch.where(fits[:, None], tried, chosen)
+            undecided &= ~fits
+        return chosen
+
     def move(self, step: float) -> None:
         """Take the step."""
         for name in ("p", "q", "a", "b", "s", "z"):
             getattr(self, name).add_(getattr(self, "d" + name), alpha=step)
+
+    def primal_residual(self) -> float:
+        """max |v - R u - s|, in heights of a row."""
+        return float(self.primal.abs().max()) if self.primal.numel() else 0.0
 
     def dual_residual(self) -> float:
         """max |w + g - a|, |w - g - b|."""
@@ -281,7 +307,12 @@ def interior_point(
         gap = total / objective
         dual = max(bucket.dual_residual() for bucket in buckets)
         miss = coupling.tau * abs(coupling.residual) / objective
-        if gap < eps_rel and dual < max(10 * eps_rel, 1e-5) and miss < max(eps_rel, 1e-7):
+        if (
+            gap < eps_rel
+            and dual < max(10 * eps_rel, 1e-5)
+            and miss < max(eps_rel, 1e-7)
+            and (max(bucket.primal_residual() for bucket in buckets) < max(0.1 * eps_rel, 1e-7))
+        ):
             return Outcome(gap, iteration, True)
         best = min(best, gap)
         if short >= 3 or gap > 1e3 * best or time.perf_counter() > deadline:

@@ -31,13 +31,15 @@ DONE = Status.CONVERGED, Status.TIME_LIMIT
 class WorkingSet:
     """The Newton-type finish of `ADMM`, and a solver in its own right.
 
-    eps_abs, eps_rel  stop when the certificate has violation <= eps_abs and relative gap <= eps_rel
+    eps_abs, eps_rel  stop when the certificate has violation <= eps_abs and relative gap <= eps_rel; the larger
+                      eps_rel, the fewer Newton steps, and the further inside the constraints the point stays
     max_iter          Newton steps for each restricted problem
     max_rounds        how often columns and rows may be added
     time_limit        seconds, or None
     margin            how far inside the constraints to stay, relative to the output's size: rounding the weights to
                       float32 then leaves them feasible
-                      (it costs about as much in the gap: for eps_rel below 1e-6 set it to 0)
+                      (it costs about as much in the gap: for eps_rel below 1e-6 set it to 0); for a larger
+                      eps_rel it grows to 0.4 of that
     memory            bytes that the restricted problems may take; more raises MemoryError
     device            where the batches are solved: "cpu", "cuda", ... always in float64
     """
@@ -66,7 +68,7 @@ class WorkingSet:
         """Finish from a point (M, P) and a dual witness that another method has found."""
         if self.time_limit is not None:
             deadline = min(deadline, time.perf_counter() + self.time_limit)
-        limits = Limits(self.eps_abs, self.max_iter, self.margin, self.memory, torch.device(self.device))
+        limits = Limits(self.eps_abs, self.eps_rel, self.max_iter, self.margin, self.memory, torch.device(self.device))
         if BallProblem in declared(problem):
             return self._solved(problem, BallView(problem, point, witness, limits), deadline, witness is None)
         return self._solved(problem, LassoView(problem, point, limits), deadline, False)
@@ -75,6 +77,8 @@ class WorkingSet:
         """Grow the working sets; if that leads nowhere and it may begin anew, take everything, then no margin."""
         run = _Run(view, time.perf_counter())
         status = self._rounds(problem, run, FIRST, deadline)
+        if status not in DONE and view.tighten():
+            status = self._rounds(problem, run, FIRST, deadline)
         for gap in COLD if cold else ():
             if status in DONE or not view.whole():
                 break

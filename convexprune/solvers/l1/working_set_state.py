@@ -17,7 +17,10 @@ from convexprune.solvers.l1.interior_point import Bucket, Coupling, interior_poi
 from convexprune.solvers.l1.restriction import buckets_of, heights, restrict_ball, restrict_lasso
 from convexprune.solvers.l1.scaling import ScaledBall, ScaledLasso
 
-INNER = 1e-10  # relative gap of a restricted problem: at this accuracy zeros and nonzeros are told apart at sight
+SHARE = 0.05  # the gap of a restricted problem, of the gap that may be left
+ROUGHEST = 1e-3  # no restricted problem is solved with a larger gap
+PAID = 8  # the margin, of that gap: weights on their way to zero lift a row by some 5 times the gap
+INNER = 1e-10  # the least gap of a restricted problem: at this accuracy zeros and nonzeros are told apart at sight
 LOST = 1e-3  # a restricted problem that ended with a larger gap has broken down and is not taken over
 RUNAWAY = 100  # a multiplier this many times the largest known one grows without limit
 LEAST = 8  # columns that a neuron gets at least when it gets more
@@ -31,6 +34,7 @@ class Limits:
     """The limits of a run, and its margin inside the constraints; see `WorkingSet`."""
 
     eps_abs: float
+    eps_rel: float
     max_iter: int
     margin: float
     memory: float
@@ -93,6 +97,10 @@ class LassoView:
         """False: a lasso has no rows, and starts as well from few columns as from all."""
         return False
 
+    def tighten(self) -> bool:
+        """False: a lasso is solved to the last digits."""
+        return False
+
     def press(self) -> bool:
         """False: a lasso has no margin."""
         return False
@@ -123,7 +131,10 @@ class BallView:
         self.least = 0.5 * limits.eps_abs * math.sqrt(float(self.energies.sum()))
         self.changed = torch.ones(len(self.v), dtype=torch.bool, device=self.device)
         self.lost, self.pressed = False, torch.zeros_like(self.changed)
-        self.margin, self.begun, self.exact = limits.margin, self.v.clone(), Bucket.exact
+        # most of the gap that may be left pays for the margin, and that for weights dropped before they are zero
+        self.inner = min(max(SHARE * limits.eps_rel, INNER), ROUGHEST)
+        self.margin = max(limits.margin, PAID * self.inner) if limits.margin else 0.0
+        self.begun, self.exact = self.v.clone(), Bucket.exact
         self.tau = self._first_tau()
         self._first_sets(witness is not None)
 
@@ -194,8 +205,10 @@ class BallView:
         spent[solved] = self.energies[solved]
         constant = 0.5 * (float(spent.sum()) - self.radius**2)
         coupling = Coupling(self.tau, constant, max(room, mu / self.tau))
-        outcome = interior_point(buckets, coupling, eps_rel=INNER, max_iter=self.limits.max_iter, deadline=deadline)
-        self.lost = outcome.gap > LOST
+        outcome = interior_point(
+            buckets, coupling, eps_rel=self.inner, max_iter=self.limits.max_iter, deadline=deadline
+        )
+        self.lost = outcome.gap > max(LOST, 3 * self.inner)
         if self.lost:
             self._find_pressed(buckets)
         else:
@@ -216,14 +229,22 @@ class BallView:
         interior = self.v.clone()
         for bucket in buckets:
             _put(interior, bucket, bucket.u)
-            _put(self.v, bucket, bucket.sparse(self.dust.clamp(max=unit)[bucket.columns]))
+            _put(self.v, bucket, self._sparse(bucket, self.dust.clamp(max=unit)[bucket.columns]))
         for bucket in buckets:
             which = bucket.neurons
             rows = torch.zeros(len(which), len(self.z), dtype=torch.float64, device=self.device)
             pushing = -rows.scatter_add_(1, bucket.rows, bucket.z / bucket.heights * bucket.row_mask).T
             residual = self.inputs @ interior[which].T - self.outputs[:, which]
             self.z[:, which] = torch.where(self.active[:, which], -tau * residual, pushing)
-        self._polish(torch.cat([bucket.neurons for bucket in buckets]))
+        if self.inner == INNER:  # before the last digits X^T z is not the price where a weight is small
+            self._polish(torch.cat([bucket.neurons for bucket in buckets]))
+
+    def _sparse(self, bucket: Bucket, unit: Tensor) -> Tensor:
+        """(B, w): the exactly sparse weights; the margin pays for what is dropped and for rounding."""
+        if self.inner == INNER:
+            return bucket.sparse(unit)
+        spare = self.margin - 0.5 * self.limits.margin
+        return bucket.sparser(unit, spare, spare * self.scaled.radius**2 / len(self.v))
 
     def _polish(self, neurons: Tensor) -> None:
         """Where a neuron's X^T z is not the price to the last digits, at its weights and where it is more, scale the
@@ -247,7 +268,7 @@ class BallView:
         False when everything was solved together and nothing was missed.
         """
         slope = self.z.T @ self.inputs
-        columns = self.columns | (slope.abs() > self.scaled.prices * (1 + TIGHT))
+        columns = self.columns | (slope.abs() > self.scaled.prices * (1 + max(TIGHT, self.inner)))
         above = (self.inputs @ self.v.T - self.scaled.ceiling) / self.heights
         over = (above > 1e-12) & ~self.active
         # a neuron of zeros that may not be zero (a ceiling below 0) starts with everything
@@ -288,6 +309,14 @@ class BallView:
         self.changed = torch.ones_like(self.changed)
         self.v, self.z = self.begun.clone(), torch.zeros_like(self.z)
         self.tau = self._first_tau()
+        return True
+
+    def tighten(self) -> bool:
+        """Solve once more to the last digits; False where that was done."""
+        if self.inner == INNER:
+            return False
+        self.inner, self.margin = INNER, self.limits.margin
+        self.changed = torch.ones_like(self.changed)
         return True
 
     def press(self) -> bool:
