@@ -88,7 +88,7 @@ def test_table_is_aligned_and_readable(report):
 
 def test_text_says_guaranteed_beside_measured(report):
     text = str(report)
-    assert "kept 31 of 40 weights (77.5%)" in text
+    assert "kept 11 of 20 weights that were to be pruned (55.0%)" in text  # nothing was asked of fc3
     assert "guaranteed: 1.5 = 12.5% of the outputs' norm" in text
     assert "measured:   0.6 = 5.0% of the outputs' norm" in text
     without = replace(report, network=NetworkError(0.6, None, 12.0, "the network branches"))

@@ -54,6 +54,8 @@ def compact(
         parts = _parts(dense, batches is not None, silent)
         small, found = compacted(dense, batches=batches if silent else None, round_to=round_to, parts=parts)
         click.echo(str(found))
+        if not found.removed:
+            click.echo("nothing was removed: each channel carries something (--pattern channels prunes whole channels)")
         if batches is not None:
             click.echo(
                 f"its outputs are those of MODEL within rounding: {_change(dense, small, batches):.1e} of their norm"

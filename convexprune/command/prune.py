@@ -17,13 +17,14 @@ import click
 from convexprune.command.folder import CONFIG
 from convexprune.command.samples import Windows, moved
 from convexprune.command.show import check_writable, drawn, reported, show
-from convexprune.command.source import SAMPLES, Source, options
+from convexprune.command.source import SAMPLES, Source, check_device, options
 from convexprune.extras import extras
 from convexprune.network import Calibration, save
 from convexprune.network.coverage import coverage
 from convexprune.network.files import serialised
 from convexprune.network.memory import available, highest, resident
 from convexprune.network.names import REGEX, choose, stacks
+from convexprune.options import number, optional
 from convexprune.pruning.backends import Backend, InProcess, Joblib
 from convexprune.pruning.execution import Execution
 from convexprune.pruning.plan import Plan
@@ -120,6 +121,13 @@ def prune(
         rules = short.recipe(allocate) if recipe is None else _recipe(recipe, short)
         if allocate and sparsity is None:
             raise ValueError("--allocate divides a budget: give --sparsity, the share of the weights that goes in all")
+        if allocate and (epsilon is not None or ":" in pattern):
+            says = f"--pattern {pattern}" if epsilon is None else "--epsilon"
+            raise ValueError(f"{says} says by itself how many weights of a layer stay; leave --allocate out")
+        check_device(device)
+        optional(number(0))("--memory", memory)
+        if scratch is not None:
+            check_writable(scratch)
         place = Place(out)
         place.check()
         source = Source(model, kind, weights, tokenizer)
@@ -213,11 +221,22 @@ class Job:
     @cached_property
     def plan(self) -> Plan:
         """What it takes, from shapes alone."""
-        return Plan.of(self.dense, self.calibration, self.recipe, self.mode, self.process, self.reading)
+        return Plan.of(self.dense, self.calibration, self._all_rules, self.mode, self.process, self.reading)
+
+    @cached_property
+    def _judged(self) -> list[str]:
+        """The head, where it is not pruned."""
+        return [name for name in self._head if name not in self.layers]
+
+    @cached_property
+    def _all_rules(self) -> Recipe:
+        """The recipe, in which what is judged stays dense."""
+        return Recipe([*(Rule(name, problem="dense") for name in self._judged), *self.recipe.rules])
 
     def text(self) -> str:
         """What is pruned and what that takes, and what stays as it is and why."""
-        return "\n".join([self.plan.text(), *coverage(self.dense, self.layers, self.layers).lines()])
+        judged = [f"stays as it is, and its error is measured: {name}" for name in self._judged]
+        return "\n".join([self.plan.text(), *judged, *coverage(self.dense, self.layers, self.layers).lines()])
 
     def run(self, execution: Execution, progress: Callable[[Progress], None] | None) -> tuple[nn.Module, Report]:
         """Prune."""
@@ -226,10 +245,8 @@ class Job:
         from convexprune.prune import prune as pruned
 
         allocation = None if self.budget is None else Allocation(self.budget, SecondOrder())
-        judged = [Rule(name, problem="dense") for name in self._head if name not in self.layers]
-        recipe = Recipe([*judged, *self.recipe.rules])
         return pruned(
-            self.dense.to(self.device), self.calibration, recipe, mode=self.mode, allocation=allocation,
+            self.dense.to(self.device), self.calibration, self._all_rules, mode=self.mode, allocation=allocation,
             progress=progress, execution=execution,
         )  # fmt: skip
 

@@ -35,6 +35,18 @@ def options(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
+def check_device(name: str) -> None:
+    """Raise ValueError where torch has no such device here, or it is one without numbers."""
+    import torch
+
+    try:
+        found = torch.zeros(1, device=name).device.type
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(f"--device {name}: {str(error).splitlines()[0]}") from error
+    if found == "meta":
+        raise ValueError(f"--device {name}: tensors have no numbers there; give cpu, or cuda")
+
+
 @dataclass(frozen=True)
 class Source:
     """A transformers folder, or module:function that returns a model.
@@ -81,12 +93,9 @@ class Source:
 
     def on(self, device: str) -> nn.Module:
         """The model on a device; raises ValueError where there is no such device."""
+        check_device(device)
         self.ready()
-        model = self.model()
-        try:
-            return model.to(device)
-        except (RuntimeError, AssertionError) as error:
-            raise ValueError(f"the model cannot go to --device {device}: {str(error).splitlines()[0]}") from error
+        return self.model().to(device)
 
     def skeleton(self) -> nn.Module:
         """Of a folder the model without weights."""

@@ -140,6 +140,8 @@ def put(
 
     violation  of the point that was found
     """
+    if found.status is Status.INFEASIBLE:
+        return "no weights satisfy its problem's constraints; loosen them, such as by a larger epsilon"
     if found.status in UNSOLVED:
         return "the solver found no point"
     if violation > TOLERANCE and problem.violation(stored_in(pruned, layers)) <= TOLERANCE:

@@ -59,7 +59,7 @@ def page(report: Report) -> str:
         _section("Weight patterns", _patterns(report.rows)),
         _section("Settings", _list(vars(report.settings).items())),
     ]
-    kept = f"{report.kept:,} of {report.total:,} weights kept: {report.kept_fraction:.1%}."
+    kept = f"{report.share().capitalize()}."
     covered = () if report.coverage is None else report.coverage.lines()
     lines = "".join(f"<p>{escape(line[0].upper() + line[1:])}.</p>\n" for line in covered)
     return document("Pruning report", f'<p class="lead">{kept}</p>\n{lines}{"".join(sections)}')

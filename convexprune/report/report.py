@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, Final
 
 from torch import Tensor
 
 from convexprune.layer import Layer
-from convexprune.network.coverage import Coverage
+from convexprune.network.coverage import SHOWN, Coverage
 from convexprune.report.plain import from_plain, to_plain
 from convexprune.report.risk_path import RiskPath
 from convexprune.report.row import HEADINGS, WORDS, Row, number, percent
@@ -123,6 +123,17 @@ class Report:
             return None
         return 1 - (self.total - self.kept) / self.coverage.total
 
+    def share(self) -> str:
+        """A sentence on what is kept: of the layers that a problem was stated for, and of the model."""
+        asked = [row for row in self.rows if row.status is not None] or self.rows
+        kept, total = sum(row.kept for row in asked), sum(row.total for row in asked)
+        which = "weights" if len(asked) == len(self.rows) else "weights that were to be pruned"
+        found = f"kept {kept} of {total} {which} ({kept / total if total else 0:.1%})"
+        of_model = self.model_kept_fraction
+        if of_model is None or self.coverage is None or self.coverage.total == total:
+            return found
+        return f"{found}, {of_model:.1%} of the model's {self.coverage.total}"
+
     def table(self) -> str:
         """The rows as aligned text, one line each, names on the left and numbers on the right."""
         lines = [HEADINGS, *(row.cells() for row in self.rows)]
@@ -137,10 +148,6 @@ class Report:
 
     def summary(self) -> tuple[str, ...]:
         """Sentences on the weights kept, and on the network's guaranteed and measured error."""
-        kept = f"kept {self.kept} of {self.total} weights ({self.kept_fraction:.1%})"
-        of_model = self.model_kept_fraction
-        if of_model is not None and self.coverage is not None and self.coverage.covered < self.coverage.total:
-            kept = f"{kept}, {of_model:.1%} of the model's"
         covered = () if self.coverage is None else self.coverage.lines()
         shares = () if self.allocation is None else self.allocation.lines(self.distortion)
         path = () if self.path is None else self.path.lines()
@@ -149,11 +156,11 @@ class Report:
         ]
         damped = [row.moments.line(row.name) for row in self.rows if row.moments and row.moments.damping]
         refused = tuple(f"left dense: {row.name}: {row.refusal}" for row in self.rows if row.refusal)
-        singular = ("singular Gram matrices: " + "; ".join(poor),) if poor else ()
-        ridges = ("damped Gram matrices: " + "; ".join(damped),) if damped else ()
+        singular = (f"singular Gram matrices: {_some(poor)}",) if poor else ()
+        ridges = (f"damped Gram matrices: {_some(damped)}",) if damped else ()
         notes = dict.fromkeys(row.note for row in self.rows if row.note)
         said = (f"{note}: {', '.join(row.name for row in self.rows if row.note == note)}" for note in notes)
-        return (kept, *covered, *refused, *self.network.lines(), *path, *shares, *singular, *ridges, *said)
+        return (self.share(), *covered, *refused, *self.network.lines(), *path, *shares, *singular, *ridges, *said)
 
     @property
     def distortion(self) -> float | None:
@@ -218,6 +225,12 @@ def described(problem: Any) -> str:
             text = f"{len(value)} x {described(value[0])}"
         words.append(f"{entry.name}={text}")
     return f"{type(problem).__name__}({', '.join(words)})"
+
+
+def _some(sentences: Sequence[str]) -> str:
+    """The first few; the page has all."""
+    more = len(sentences) - SHOWN
+    return "; ".join([*sentences[:SHOWN], *([f"and {more} more layers"] if more > 0 else [])])
 
 
 def _row_to_plain(row: Row) -> dict[str, Any]:

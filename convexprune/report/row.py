@@ -18,7 +18,7 @@ WORDS: Final = ("layer", "constraints", "stopped")  # columns set to the left; f
 TOLERANCE: Final = 1e-6  # a relative violation that rounding to float32 causes in any case
 LEGEND: Final = (
     ("kept", "weights that are not zero, as stored (biases not counted)"),
-    ("gap", "how far the objective can be above the optimum, proven, relative to it"),
+    ("gap", "how far the objective can be above the optimum, proven, relative to it; 100.0% proves nothing"),
     (
         "constraints",
         f"'feasible', or the relative violation: 'feasible to' it up to {TOLERANCE:.0e}, else 'off by' it",

@@ -1,0 +1,104 @@
+# ruff: noqa: F811 (a fixture of another file)
+"""What the commands say: figures that name what they are a share of, and one sentence for what is wrong."""
+
+import re
+
+import pytest
+import torch
+from test_command import place, pruned, ran, save_tokenizer  # noqa: F401 (a fixture)
+
+import convexprune as cp
+
+transformers = pytest.importorskip("transformers")
+
+
+@pytest.fixture(scope="module")
+def tied(place):
+    """A model whose head is its embedding: it is judged, and not pruned."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        config = transformers.LlamaConfig(
+            hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2,
+            vocab_size=24, max_position_embeddings=64, tie_word_embeddings=True,
+        )  # fmt: skip
+        transformers.LlamaForCausalLM(config).save_pretrained(place / "tied")
+    save_tokenizer(place / "tied")
+    return "tied"
+
+
+def test_a_head_that_is_only_judged_is_no_part_of_what_is_pruned(place, tied, tmp_path):
+    words = ["--sparsity", 0.5, "--solver", "magnitude"]
+    planned = pruned(place, tmp_path, *words, "--dry-run", model=tied)
+    assert "7 layers to prune" in planned.output
+    assert "stays as it is, and its error is measured: lm_head" in planned.output
+    done = pruned(place, tmp_path, *words, model=tied)
+    assert done.exit_code == 0, done.output
+    layers = 2 * 16 * 16 + 2 * 8 * 16 + 3 * 24 * 16
+    whole = layers + 24 * 16  # the embedding, once
+    share = (layers / 2 + 24 * 16) / whole
+    sentence = (
+        f"kept {layers // 2} of {layers} weights that were to be pruned (50.0%), {share:.1%} of the model's {whole}"
+    )
+    assert sentence in done.output
+    assert sentence in ran("report", tmp_path).output
+    assert sentence.capitalize() in (tmp_path / "report.html").read_text()
+    report = cp.Report.from_json((tmp_path / "report.json").read_text())
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    left = sum(int((p != 0).sum()) for p in model.parameters() if p.ndim > 1)
+    assert report.model_kept_fraction == pytest.approx(left / whole)
+
+
+def test_a_layer_left_dense_by_choice_is_no_part_of_the_share():
+    model = torch.nn.Sequential(torch.nn.Linear(8, 4), torch.nn.ReLU(), torch.nn.Linear(4, 2))
+    recipe = cp.Recipe([cp.Rule("2", problem="dense"), cp.Rule(sparsity=0.5, solver="magnitude")])
+    _, report = cp.prune(model, [torch.randn(20, 8)], recipe)
+    assert report.share() == "kept 16 of 32 weights that were to be pruned (50.0%), 60.0% of the model's 40"
+    _, report = cp.prune(model, [torch.randn(20, 8)], cp.Recipe([cp.Rule(sparsity=0.5, solver="magnitude")]))
+    assert report.share() == "kept 20 of 40 weights (50.0%)"
+
+
+def test_constraints_that_nothing_meets_are_named():
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.ReLU(), torch.nn.Linear(3, 2))
+
+    def build(layer):  # the second layer cannot make up for what the first has lost
+        return cp.NetTrim(layer, 0.6 if layer.name == "0" else 1e-3)
+
+    _, report = cp.prune(model, [torch.randn(30, 4)], build, mode="cascade")
+    assert [row.refusal for row in report.rows] == [
+        "", "no weights satisfy its problem's constraints; loosen them, such as by a larger epsilon"
+    ]  # fmt: skip
+
+
+def test_a_long_list_of_singular_layers_is_cut():
+    model = torch.nn.Sequential(*(torch.nn.Linear(6, 6) for _ in range(7)))
+    _, report = cp.prune(model, [torch.randn(3, 6)], lambda layer: cp.Reconstruction(layer, cp.Unstructured(0.5)))
+    (line,) = [line for line in report.summary() if line.startswith("singular Gram matrices: ")]
+    assert len(re.findall(r"rank \d+ of 6", line)) == 4
+    assert line.endswith("; and 3 more layers")
+
+
+WRONG = {
+    "no such kind of device": (["--device", "gpu"], "--device gpu"),
+    "no such device": (["--device", "cuda:77"], "--device cuda:77"),
+    "a device without numbers": (["--device", "meta"], "--device meta"),
+    "memory nan": (["--memory", "nan"], "--memory is nan"),
+    "memory inf": (["--memory", "inf"], "--memory is inf"),
+    "memory below 0": (["--memory", "-1"], "--memory is -1.0"),
+    "scratch in a file": (["--scratch", "text.txt"], "text.txt"),
+    "allocated Net-Trim": (["--allocate", "--epsilon", "0.1"], "leave --allocate out"),
+    "allocated N:M": (["--allocate", "--pattern", "2:4"], "leave --allocate out"),
+    "weights of a folder": (["--weights", "x.safetensors"], "has weights of its own"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_options_are_one_sentence_before_the_work_begins(case, place, tmp_path, monkeypatch):
+    monkeypatch.chdir(place)
+    words, expected = WRONG[case]
+    done = pruned(place, tmp_path / "out", "--sparsity", 0.5, *words)
+    assert done.exit_code == 2, done.output
+    assert expected in done.output
+    assert len(done.output.splitlines()) == 1  # no plan was made
+    assert done.output.startswith("Error: ")
+    assert not (tmp_path / "out").exists()
