@@ -86,7 +86,7 @@ def norms(draw, shape):
         [
             batch, layer, nn.RMSNorm(shape[-1], draw.choice([None, eps])), RootMeanSquare(shape[-1], eps),
             root_mean_square, lambda x: F.layer_norm(x, x.shape[-axes:]), nn.GroupNorm(groups, channels, eps),
-            lambda x: F.softmax(x, draw.choice([1])), nn.Softmax(-1), lambda x: x.log_softmax(1),
+            lambda x: F.softmax(x, 1), nn.Softmax(-1), lambda x: x.log_softmax(1),
         ]
     )  # fmt: skip
 
@@ -97,7 +97,9 @@ def convolutions(draw, channels):
     stride = draw.choice([1, 1, 2])
     if draw.random() < 0.4:
         spare = draw.randint(0, max(stride, dilation) - 1)
-        return nn.ConvTranspose2d(channels, out, kernel, stride, draw.randint(0, kernel // 2), spare, groups, dilation=dilation)
+        return nn.ConvTranspose2d(
+            channels, out, kernel, stride, draw.randint(0, kernel // 2), spare, groups, dilation=dilation
+        )
     return nn.Conv2d(channels, out, kernel, stride, dilation * (kernel - 1), dilation, groups)
 
 
@@ -113,7 +115,9 @@ class Drawn(nn.Module):
         with torch.no_grad():
             kept = []
             for place in range(length):
-                kind, operation = ("layer", self.layer(draw, x)) if place in (0, length - 1) else self.kind(draw, x, kept)
+                kind, operation = (
+                    ("layer", self.layer(draw, x)) if place in (0, length - 1) else self.kind(draw, x, kept)
+                )
                 if isinstance(operation, nn.Module):
                     operation.eval()
                 made = self.apply_step(kind, operation, x, kept)
