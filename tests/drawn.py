@@ -86,7 +86,7 @@ def norms(draw, shape):
         [
             batch, layer, nn.RMSNorm(shape[-1], draw.choice([None, eps])), RootMeanSquare(shape[-1], eps),
             root_mean_square, lambda x: F.layer_norm(x, x.shape[-axes:]), nn.GroupNorm(groups, channels, eps),
-            lambda x: F.softmax(x, draw.choice([1])), nn.Softmax(-1), lambda x: x.log_softmax(1),
+            lambda x: F.softmax(x, 1), nn.Softmax(-1), lambda x: x.log_softmax(1),
         ]
     )  # fmt: skip
 

@@ -330,7 +330,7 @@ def test_batches_of_several_shapes_have_no_bound():
     assert "samples of several shapes" in report.network.reason
     override = nn.Sequential(nn.Conv2d(1, 1, 1), nn.AvgPool2d(2, divisor_override=1)).eval()
     _, report = cp.prune(override, [torch.randn(2, 1, 4, 4)], lambda layer: cp.L1Reconstruction(layer, 1e-3), Shifted())
-    assert "divisor_override" in report.network.reason
+    assert report.network.measured <= report.network.guaranteed
 
 
 class Functional(nn.Module):
@@ -359,9 +359,8 @@ def written_to_a_view(x, change):
 @pytest.mark.parametrize(
     ("function", "message"),
     [
-        (lambda m, x: m.b(m.ln(m.a(x))), "ln (LayerNorm) is not covered"),
         (lambda m, x: m.b(F.dropout(m.a(x))), "dropout in training in the model (Functional) is not covered"),
-        (lambda m, x: F.log_softmax(m.a(x), 1), "log_softmax in the model (Functional) is not covered"),
+        (lambda m, x: F.normalize(m.a(x)), "normalize in the model (Functional) is not covered"),
         (lambda m, x: torch.add(*m.pool(m.a(x))), "pool (MaxPool1d) is not covered"),
         (lambda m, x: m.a(x) * m.b(x), "mul in the model (Functional) reads two tensors that have changed"),
         (lambda m, x: m.a(m.a(x)), "a (Linear) is called more than once"),
@@ -450,13 +449,9 @@ class Middle(nn.Module):
 @pytest.mark.parametrize(
     ("model", "x", "message"),
     [
-        (nn.Sequential(nn.Conv1d(2, 2, 1), Strange(2)), (3, 2, 8), "1 (Strange) is not covered"),
         (nn.Sequential(nn.Conv1d(2, 2, 1), Louder(2)), (3, 2, 8), "1 (Louder) is not covered"),
-        (nn.Sequential(nn.Conv1d(2, 2, 1), hooked(nn.MaxPool1d(2))), (3, 2, 8), "1 (MaxPool1d) is not covered"),
         (nn.Sequential(nn.Linear(6, 6), hooked(nn.Linear(6, 6))), (9, 6), "1 (Linear) has forward hooks"),
         (nn.Sequential(nn.Linear(6, 6), torch.jit.script(nn.Linear(6, 6))), (9, 6), "aten."),
-        (Middle(), (3, 2, 8), "max_pool1d in the model (Middle)"),
-        (nn.Sequential(nn.Conv1d(2, 4, 1), nn.AdaptiveAvgPool2d((3, 1))), (5, 2, 7), "averages windows that overlap"),
         (tied(nn.Linear(6, 6), nn.Linear(6, 6)), (9, 6), "the weight of 0 (Linear) is read elsewhere"),
     ],
 )
@@ -468,6 +463,22 @@ def test_modules_that_do_not_do_what_their_kind_does_are_named(model, x, message
     )
     assert report.network.guaranteed is None
     assert message in report.network.reason
+
+
+@pytest.mark.parametrize(
+    ("model", "x"),
+    [
+        (nn.Sequential(nn.Conv1d(2, 2, 1), Strange(2)), (3, 2, 8)),
+        (nn.Sequential(nn.Conv1d(2, 2, 1), hooked(nn.MaxPool1d(2))), (3, 2, 8)),
+        (Middle(), (3, 2, 8)),
+        (nn.Sequential(nn.Conv1d(2, 4, 1), nn.AdaptiveAvgPool2d((3, 1))), (5, 2, 7)),
+    ],
+)
+@pytest.mark.parametrize("mode", ["parallel", "cascade"])
+def test_a_module_is_what_it_was_seen_to_call(model, x, mode):
+    _, report = cp.prune(model.eval(), [torch.randn(x)], lambda layer: cp.L1Reconstruction(layer, 0.1), Noise(), mode)
+    assert report.network.guaranteed is not None, report.network.reason
+    assert report.network.measured <= report.network.guaranteed
 
 
 class ByBatch(nn.Module):

@@ -108,9 +108,18 @@ def test_a_larger_goal_keeps_fewer_weights():
 
 
 def test_a_network_without_a_bound_says_why():
-    model = nn.Sequential(nn.Linear(6, 6), nn.LayerNorm(6), nn.Linear(6, 3))
-    with pytest.raises(ValueError, match=r"1 \(LayerNorm\) is not covered"):
+    model = nn.Sequential(nn.Linear(6, 6), nn.GLU(), nn.Linear(3, 3))
+    with pytest.raises(ValueError, match=r"1 \(GLU\) is not covered"):
         cp.prune_within(model, [torch.randn(20, 6)], 0.1)
+
+
+def test_a_norm_without_an_eps_has_no_bound_before_it_is_pruned():
+    model = nn.Sequential(nn.Linear(6, 6), nn.RMSNorm(6), nn.Linear(6, 3))
+    with pytest.raises(ValueError, match="give the norm an eps"):
+        cp.prune_within(model, [torch.randn(20, 6)], 0.1)
+    gelu = nn.Sequential(nn.Linear(6, 6), nn.GELU(), nn.LayerNorm(6, eps=0.1), nn.Linear(6, 3))
+    found = cp.prune_within(gelu, [torch.randn(20, 6)], cp.Goal(0.5, rounds=4))[1].network
+    assert found.measured <= found.guaranteed <= found.wanted
 
 
 def test_a_goal_that_is_not_met_says_so():
