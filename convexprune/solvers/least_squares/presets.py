@@ -131,7 +131,7 @@ class Balanced:
         scaled = Scaled.of(problem, self.device, self.dtype)
         scaled.check_inverses()
         sparse, steps, _ = RisingPenalty(self.grow, every=2, max_iter=45).descend(problem, scaled)
-        search = SwapSearch(rounds=self.rounds, enter=0.03)
+        search = SwapSearch(rounds=self.rounds, enter=0.03, pairs=4)
         mask, weights, rounds, status = search.improve(problem, scaled, sparse)
         if status is Status.MAX_ITER:
             status = Status.CONVERGED
