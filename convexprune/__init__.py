@@ -23,15 +23,18 @@ from convexprune.certify.risks import (
 from convexprune.curve import Curve
 from convexprune.distill import Distilled, distill
 from convexprune.evaluate import Estimate, Evaluation, evaluate
+from convexprune.factorise import factorise
 from convexprune.layer import Layer
 from convexprune.merge import merge
 from convexprune.network import (
     Calibration,
     Compaction,
     MaskKeeper,
+    TwoFactors,
     capture,
     compact,
     load,
+    multiply_out,
     reestimate_batch_norm,
     register_kind,
     save,
@@ -178,6 +181,7 @@ __all__ = [
     "Task",
     "Then",
     "TokensChanged",
+    "TwoFactors",
     "Uniform",
     "UniformPlus",
     "Unseen",
@@ -192,10 +196,12 @@ __all__ = [
     "compact",
     "distill",
     "evaluate",
+    "factorise",
     "judge",
     "load",
     "macs_per_weight",
     "merge",
+    "multiply_out",
     "prune",
     "prune_within",
     "random_inputs",

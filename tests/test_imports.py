@@ -35,6 +35,7 @@ TOP = {
     "__main__",
     "defaults",
     "distill",
+    "factorise",
     "merge",
     "prune",
     "pruning",

@@ -43,13 +43,18 @@ def network_error(
     network = Propagation(walk.pruned, walk.survey.record, walk.mode)
     refusal = _refusal(walk.calibration) or walk.survey.uneven or network.bound(own).obstacle
     if refusal:
-        return replace(_measured(walk, None, tell), reason=refusal)
+        return unguaranteed(walk, refusal, tell)
     beside = SideBySide(walk.model, walk.pruned, network.record, own, walk.rectified, walk.mode == "parallel")
     found = _measured(walk, beside, tell)
     reason = found.reason or walk.calibration.unsteady
     if reason or found.measured is None:
         return replace(found, reason=reason or "the model returns no tensor")
     return _guaranteed(found, found.measured, network, beside)
+
+
+def unguaranteed(walk: Traversal, reason: str, tell: Callable[[int], None]) -> NetworkError:
+    """What is measured of the walk's two networks, and the reason why nothing is guaranteed."""
+    return replace(_measured(walk, None, tell), reason=reason)
 
 
 def _guaranteed(found: NetworkError, measured: float, network: Propagation, beside: SideBySide) -> NetworkError:

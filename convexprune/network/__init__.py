@@ -8,6 +8,7 @@ from convexprune.network.files import load, read, save, write
 from convexprune.network.mask_keeper import MaskKeeper
 from convexprune.network.matrices import ConvolutionStack, LinearStack, Stack, register_kind
 from convexprune.network.sensitivity import directions, sensitivities
+from convexprune.network.two_factors import TwoFactors, multiply_out
 
 __all__ = [
     "Calibration",
@@ -16,10 +17,12 @@ __all__ = [
     "LinearStack",
     "MaskKeeper",
     "Stack",
+    "TwoFactors",
     "capture",
     "compact",
     "directions",
     "load",
+    "multiply_out",
     "read",
     "reestimate_batch_norm",
     "register_kind",

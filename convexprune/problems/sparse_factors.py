@@ -103,7 +103,7 @@ class SparseFactors(FactoredLeastSquares):
             return self.joined(top, top.T @ self.target)
         one, other = torch.eye(min(out, into), dtype=torch.float64), self.target
         left, right = (one, other) if out <= into else (other, one)
-        return self._point(_padded(left, (out, width)), _padded(right, (width, into)), self.layer.bias)
+        return self.point(left, right, self.layer.bias)
 
     @property
     def gram(self) -> Tensor:
@@ -129,7 +129,14 @@ class SparseFactors(FactoredLeastSquares):
     def joined(self, left: Tensor, right: Tensor) -> Tensor:
         """The point of A and B, with the best bias."""
         left, right = left.detach().cpu().double(), right.detach().cpu().double()
-        return self._point(left, right, None if self.layer.bias is None else self.layer.best_bias(left @ right))
+        return self.point(left, right, None if self.layer.bias is None else self.layer.best_bias(left @ right))
+
+    def point(self, left: Tensor, right: Tensor, bias: Tensor | None) -> Tensor:
+        """The point of A (M, s) and B (s, N), s <= r, and b (M,); None for a layer without a bias."""
+        factors = _padded(torch.cat([left, right.T]), (sum(self.target.shape), self.width))
+        if bias is None:
+            return factors
+        return torch.cat([factors, _padded(bias[:, None], (len(factors), 1))], 1)
 
     def factors(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """A (M, r) and B (r, N) of a point, float64."""
@@ -233,12 +240,6 @@ class SparseFactors(FactoredLeastSquares):
         left, right = self.factors(x)
         inputs = raised(self.layer.affine_gram_above.diagonal()[: right.shape[1]].sqrt())
         return raised(gamma(self.width + 2) * (left.abs() @ (right.abs() @ inputs)), sum(right.shape) + 8)
-
-    def _point(self, left: Tensor, right: Tensor, bias: Tensor | None) -> Tensor:
-        point = torch.cat([left, right.T])
-        if bias is None:
-            return point
-        return torch.cat([point, _padded(bias[:, None], (len(point), 1))], 1)
 
 
 def _padded(matrix: Tensor, shape: tuple[int, int]) -> Tensor:

@@ -40,7 +40,7 @@ Pair = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True)
 class Alternation:
-    """Two sparse factors by alternation. Each of the `shares` costs about as much as `Best` does on the layer.
+    """Two sparse factors by alternation. Each of the `shares` takes three to four times as long as `Best`.
 
     Args:
         shares: Of the nonzeros, those in the square factor (the smaller one); each is tried, and the best kept.
@@ -67,9 +67,9 @@ class Alternation:
     takes: ClassVar[type] = FactoredLeastSquares
     starts: ClassVar[bool] = False
 
-    shares: tuple[float, ...] = (0.15, 0.25)
-    falling: int = 40
-    rounds: int = 4
+    shares: tuple[float, ...] = (0.15, 0.22)
+    falling: int = 100
+    rounds: int = 12
     steps: int = 60
     seed: int = 0
     time_limit: float | None = None
@@ -126,7 +126,7 @@ class Alternation:
 def _shares(name: str, value: Any) -> None:
     """Some numbers between 0 and 1."""
     if not isinstance(value, tuple) or not value:
-        raise TypeError(f"{name} is {value!r}; give a tuple of numbers in (0, 1), such as (0.15, 0.25)")
+        raise TypeError(f"{name} is {value!r}; give a tuple of numbers in (0, 1), such as (0.15, 0.22)")
     for each in value:
         number(0, 1, least_open=True, most_open=True)(name, each)
 
