@@ -3,6 +3,7 @@
 python -m papers.networks          trains all of them, with PYTHONPATH=benchmarks; a later call only loads
 """
 
+import copy
 import math
 import os
 import pathlib
@@ -63,6 +64,21 @@ def mnist_images(folder):
     data = mnist(folder / "mnist.npz")
     square = lambda x: x.reshape(-1, 1, 28, 28)  # noqa: E731
     return square(data.x_train), data.y_train, square(data.x_test), data.y_test
+
+
+def parted(model):
+    """What comes before fc1, and a copy of the fully connected layers: Linear "0", ReLU "1", Linear "2"."""
+    parts = dict(model.named_children())
+    names = list(parts)
+    before, after = names[: names.index("fc1")], names[names.index("fc1") :]
+    head = [copy.deepcopy(parts[name]) for name in after if not isinstance(parts[name], nn.Dropout)]
+    return nn.Sequential(*(parts[name] for name in before)).eval(), nn.Sequential(*head).eval()
+
+
+@torch.no_grad()
+def features(body, x):
+    """What the fully connected layers read."""
+    return torch.cat([body(part) for part in x.split(1000)])
 
 
 def fit(model, x, y, epochs, *, rate=1e-3, batch=128, l1=0.0, seed=0, dense=None, steps=None):
