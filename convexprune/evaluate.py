@@ -83,7 +83,7 @@ def evaluate(
     r"""Run both models over data and compare their outputs; nothing is changed.
 
     Of a language model (a batch with "input_ids", outputs (samples, tokens, words)) the perplexities
-    $\exp(-\tfrac1T \sum_t \log p(x_{t+1} \mid x_{\le t}))$, how often both would write the same next token, and
+    $\exp(-\tfrac{1}{T} \sum_t \log p(x_{t+1} \mid x_{\le t}))$, how often both would write the same next token, and
     $KL(p \,\|\, \hat p)$ a token. Of another, the relative output error $\|\hat Y - Y\|_F / \|Y\|_F$, and where the
     outputs are (samples, classes) how often both choose the same class, and with labels both accuracies.
 

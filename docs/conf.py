@@ -1,6 +1,8 @@
 import importlib
 import os
 import re
+import sys
+from pathlib import Path
 
 from sphinx.errors import ConfigError
 from sphinx.ext.napoleon import Config, GoogleDocstring
@@ -8,13 +10,17 @@ from sphinx.ext.napoleon import Config, GoogleDocstring
 # the examples are small: on a busy machine their threads would mostly wait for one another
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+sys.path.insert(0, str(Path(__file__).parent))  # mathml
+
 project = "convexprune"
 extensions = [
     "myst_parser",
     "sphinx.ext.autodoc",
-    "sphinx.ext.mathjax",
+    "mathml",
+    "sphinx.ext.viewcode",
     "sphinx_gallery.gen_gallery",
 ]
+html_math_renderer = "mathml"
 html_theme = "furo"
 html_title = "convexprune"
 html_show_sourcelink = False

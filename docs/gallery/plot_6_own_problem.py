@@ -8,7 +8,7 @@ the norm of its weights to all outputs.
 
 .. math::
 
-    \\min_W \\; \\tfrac12 \\, \\mathbb{E} |W u - y|^2 + \\lambda \\sum_i \\|w_i\\|_2
+    \\min_W \\; \\tfrac{1}{2} \\, \\mathbb{E} |W u - y|^2 + \\lambda \\sum_i \\|w_i\\|_2
 
 :math:`u` is what the layer reads, with the constant 1 of the bias; :math:`w_i` is the column of input :math:`i`. This
 is the group lasso (Yuan and Lin, JRSS B 2006).
