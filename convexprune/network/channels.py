@@ -88,7 +88,7 @@ class ChannelGraph:
         try:
             self.graph = LayerTracer().trace(model)
         except Exception as error:  # whatever a model's forward does with the tracer's proxies
-            raise ValueError(f"the model cannot be traced, so its channels are not known: {error}") from error
+            raise ValueError(f"the model cannot be traced by torch.fx, so no channels are known: {error}") from error
         self.modules = dict(model.named_modules())
         self.silent = silent or {}  # node name -> (C,) bool: a ReLU that never fires
         self.values: dict[fx.Node, Value | None] = {}
