@@ -75,7 +75,23 @@ def test_a_long_list_of_singular_layers_is_cut():
     _, report = cp.prune(model, [torch.randn(3, 6)], lambda layer: cp.Reconstruction(layer, cp.Unstructured(0.5)))
     (line,) = [line for line in report.summary() if line.startswith("singular Gram matrices: ")]
     assert len(re.findall(r"rank \d+ of 6", line)) == 4
-    assert line.endswith("; and 3 more layers")
+    assert line.endswith("; and 3 more")
+
+
+def test_a_report_says_that_it_is_not_about_weights_trained_afterwards(place, tied, tmp_path):
+    words = ["--sparsity", 0.5, "--solver", "magnitude", "--only", "*mlp*"]
+    assert pruned(place, tmp_path / "plain", *words, model=tied).exit_code == 0
+    done = pruned(place, tmp_path / "out", *words, "--distill", 3, model=tied)
+    assert done.exit_code == 0, done.output
+    sentence = "afterwards the weights that were kept were trained on the dense outputs, which this report is not about"
+    for text in (done.output, ran("report", tmp_path / "out").output):
+        assert sentence in text
+    assert sentence.capitalize() in (tmp_path / "out" / "report.html").read_text()
+    plain, trained = (
+        transformers.AutoModelForCausalLM.from_pretrained(tmp_path / each).state_dict() for each in ("plain", "out")
+    )
+    assert any(not torch.equal(value, trained[key]) for key, value in plain.items())
+    assert sentence not in ran("report", tmp_path / "plain").output
 
 
 WRONG = {

@@ -390,3 +390,49 @@ def tied():
 def test_wrong_parts_are_refused(make, options, words):
     with pytest.raises(ValueError, match=words):
         cp.compact(make(), **options)
+
+
+class Optional(nn.Module):
+    """A forward with arguments that may be left out; `way` says what it does with them."""
+
+    def __init__(self, way):
+        super().__init__()
+        self.one, self.two, self.other, self.way = nn.Linear(4, 6), nn.Linear(6, 3), nn.Linear(6, 3), way
+
+    def forward(self, x, skip=None, *, scale=2.0):
+        return self.way(self, torch.relu(self.one(x)), skip, scale)
+
+
+WAYS = {
+    "another layer": lambda m, h, skip, scale: m.two(h) if skip is not None else m.other(h),
+    "one step more": lambda m, h, skip, scale: m.two(h + 1 if skip is None else h),
+    "another step": lambda m, h, skip, scale: m.two(torch.tanh(h) if skip is None else torch.sigmoid(h)),
+    "another number": lambda m, h, skip, scale: m.two(F.leaky_relu(h, 0.1 if skip is None else 0.2)),
+    "another input": lambda m, h, skip, scale: m.two(h) + (m.two if skip is None else m.other)(h),
+    "other wires": lambda m, h, skip, scale: m.two((h, torch.tanh(h))[0 if skip is None else 1]) + torch.tanh(h).sum(),
+    "the branch of a number": lambda m, h, skip, scale: m.two(h) if scale == 2.0 else m.other(h),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_forward_that_goes_another_way_without_an_argument_is_refused(way):
+    torch.manual_seed(0)
+    model = Optional(WAYS[way])
+    kill(model.one, [0, 1], 0.5)
+    with pytest.raises(ValueError, match="cannot be traced"):
+        cp.compact(model)
+    with pytest.raises(ValueError, match="cannot be traced"):
+        cp.merge(model, keep=0.5)
+
+
+@pytest.mark.parametrize(
+    "way", [lambda m, h, skip, scale: m.two(h), lambda m, h, skip, scale: m.two(torch.tanh(h)) * scale]
+)
+def test_arguments_that_change_no_way_are_taken(way):
+    torch.manual_seed(0)
+    model, x = Optional(way), torch.randn(5, 4)
+    kill(model.one, [0, 1], 0.5)
+    small, done = cp.compact(model)
+    assert done.removed == {"one": 2}
+    same(small, model, x)
+    torch.testing.assert_close(small(x, x, scale=3.0), model(x, x, scale=3.0))

@@ -27,7 +27,11 @@ if TYPE_CHECKING:
     help="Leave a multiple of this number of channels in each layer.",
 )  # fmt: skip
 @click.option("--class", "kind", help="Class of transformers to load it as; default: the config's.")
-@click.option("--weights", type=click.Path(path_type=Path), help="safetensors file that goes into MODEL first.")
+@click.option(
+    "--weights",
+    type=click.Path(path_type=Path),
+    help="File of cp.save, such as pruned.safetensors, that goes into MODEL.",
+)
 @click.option("--tokenizer", type=click.Path(path_type=Path), help="Folder of the tokenizer; default: MODEL.")
 @options
 @click.option("--device", default="cpu", show_default=True, help="Where the model runs.")

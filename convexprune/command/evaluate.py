@@ -16,7 +16,11 @@ from convexprune.command.source import SAMPLES, Source, options
 @click.option("--data", required=True, help=f"{SAMPLES}. An npz file may hold the classes as `labels`.")
 @options
 @click.option("--class", "kind", help="Class of transformers to load both as; default: the config's.")
-@click.option("--weights", type=click.Path(path_type=Path), help="safetensors file that goes into PRUNED first.")
+@click.option(
+    "--weights",
+    type=click.Path(path_type=Path),
+    help="File of cp.save, such as smaller.safetensors, that goes into PRUNED.",
+)
 @click.option("--tokenizer", type=click.Path(path_type=Path), help="Folder of the tokenizer; default: DENSE.")
 def evaluate(
     dense: str, pruned: str, data: str, windows: int, first: int, length: int, batch: int, kind: str | None,

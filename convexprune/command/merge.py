@@ -29,7 +29,11 @@ def _kept(context: click.Context, parameter: click.Parameter, value: str | None)
 @click.option("--calibration", help=f"{SAMPLES}. With it the inputs' Gram matrices count, and the change is measured.")
 @click.option("--refit", is_flag=True, help="Fit the weights behind merged neurons to --calibration.")
 @click.option("--class", "kind", help="Class of transformers to load it as; default: the config's.")
-@click.option("--weights", type=click.Path(path_type=Path), help="safetensors file that goes into MODEL first.")
+@click.option(
+    "--weights",
+    type=click.Path(path_type=Path),
+    help="File of cp.save, such as pruned.safetensors, that goes into MODEL.",
+)
 @click.option("--tokenizer", type=click.Path(path_type=Path), help="Folder of the tokenizer; default: MODEL.")
 @options
 @click.option("--device", default="cpu", show_default=True, help="Where the model runs.")

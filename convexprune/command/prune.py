@@ -7,7 +7,7 @@ import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -87,14 +87,14 @@ class Short:
 @click.option("--ignore", multiple=True, help="Layers that stay dense, by a glob.")
 @click.option("--allocate", is_flag=True, help="Divide the budget among the layers instead of pruning each alike.")
 @click.option(
-    "--distill", type=click.IntRange(min=0), default=0, help="Epochs of training on the dense outputs behind it."
+    "--distill", type=click.IntRange(min=0), default=0, help="Epochs of training on the dense outputs afterwards."
 )
 @click.option(
     "--mode", type=click.Choice(["parallel", "cascade", "residual"]), default="cascade", show_default=True,
     help="What a layer reads and aims at.",
 )  # fmt: skip
 @click.option("--class", "kind", help="Class of transformers to load it as; default: the config's.")
-@click.option("--weights", type=click.Path(path_type=Path), help="safetensors file for a model of module:function.")
+@click.option("--weights", type=click.Path(path_type=Path), help="File of cp.save for a model of module:function.")
 @click.option("--tokenizer", type=click.Path(path_type=Path), help="Folder of the tokenizer; default: MODEL.")
 @options
 @click.option("--device", default="cpu", show_default=True, help="Where the model runs.")
@@ -147,7 +147,7 @@ def prune(
         with drawn() as progress, _backend(jobs, dask) as backend:
             execution = Execution(scratch=scratch, backend=backend, store=place.work(resume))
             pruned, report = job.run(execution, progress)
-            pruned = job.distilled(pruned, report, distill) if distill else pruned
+            pruned, report = job.distilled(pruned, report, distill) if distill else (pruned, report)
         show(report)
         place.finish(source, pruned, report, rules)
 
@@ -250,15 +250,19 @@ class Job:
             progress=progress, execution=execution,
         )  # fmt: skip
 
-    def distilled(self, pruned: nn.Module, report: Report, epochs: int) -> nn.Module:
-        """The pruned model after some training on the dense one's outputs; its certificates are those before."""
+    def distilled(self, pruned: nn.Module, report: Report, epochs: int) -> tuple[nn.Module, Report]:
+        """The pruned model after some training on the dense one's outputs, and the report that says so."""
         from convexprune.distill import distill
 
         trained, found = distill(self.dense, pruned, self.calibration, epochs=epochs, seed=self.seed)
-        click.echo(
-            f"distilled in {found.seconds:.0f} s: objective {found.objective[0]:.4g} -> {found.objective[1]:.4g}"
-        )
-        return trained
+        if found.note:
+            said = f"--distill left the weights as they were: {found.note}"
+        else:
+            said = (
+                "afterwards the weights that were kept were trained on the dense outputs, which this report is not "
+                f"about ({found})"
+            )
+        return trained, replace(report, afterwards=said)
 
 
 @dataclass(frozen=True)

@@ -33,6 +33,7 @@ from convexprune.network.kinds import (
     computes,
 )
 from convexprune.network.matrices import stack_of
+from convexprune.network.tracing import traced
 
 
 @dataclass(eq=False)
@@ -68,14 +69,6 @@ class Value:
     planes: int  # axes of positions behind the channels; 0 in a plain matrix
 
 
-class LayerTracer(fx.Tracer):
-    """Looks into no layer, of whatever kind."""
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        """Also those outside torch.nn."""
-        return stack_of(m) is not None or super().is_leaf_module(m, module_qualified_name)
-
-
 class ChannelGraph:
     """The channels of a traced model. Raises ValueError where the model cannot be traced.
 
@@ -83,12 +76,7 @@ class ChannelGraph:
     """
 
     def __init__(self, model: nn.Module, silent: dict[str, Tensor] | None = None) -> None:
-        if "forward" in vars(model):  # the tracer takes that of the class
-            raise ValueError("the model cannot be traced: a forward was set on it; make that a class's method")
-        try:
-            self.graph = LayerTracer().trace(model)
-        except Exception as error:  # whatever a model's forward does with the tracer's proxies
-            raise ValueError(f"the model cannot be traced, so its channels are not known: {error}") from error
+        self.graph = traced(model)
         self.modules = dict(model.named_modules())
         self.silent = silent or {}  # node name -> (C,) bool: a ReLU that never fires
         self.values: dict[fx.Node, Value | None] = {}

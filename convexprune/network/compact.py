@@ -16,12 +16,13 @@ import torch
 from torch import Tensor, fx, nn
 
 from convexprune.network.calibration import Calibration, listed
-from convexprune.network.channels import ChannelGraph, Channels, LayerTracer, unpadded
+from convexprune.network.channels import ChannelGraph, Channels, unpadded
 from convexprune.network.forward import check_model, copied, numbered, run, undisturbed
 from convexprune.network.kinds import CONVOLUTIONS, FX_ENTRYWISE, LINEARS
 from convexprune.network.names import check_layers
 from convexprune.network.parts import check_part
 from convexprune.network.sizes import mark
+from convexprune.network.tracing import traced
 from convexprune.options import whole
 
 
@@ -228,7 +229,7 @@ class _Watched(nn.Module):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self.traced = fx.GraphModule(model, LayerTracer().trace(model))
+        self.traced = fx.GraphModule(model, traced(model))
         self.watch = _Watch(self.traced)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:

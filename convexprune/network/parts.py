@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator
 
 from torch import nn
@@ -33,23 +32,10 @@ def _traceable(path: str, module: nn.Module, seen: set[int]) -> Iterator[str]:
     if id(module) in seen or sum(stack_of(each) is not None for each in module.modules()) < 2:
         return
     seen.add(id(module))
-    if _one_way(module, whole=not path):
-        yield path
-        return
-    for name, child in module.named_children():
-        yield from _traceable(".".join(filter(None, (path, name))), child, seen)
-
-
-def _one_way(module: nn.Module, whole: bool) -> bool:
-    """Whether it can be traced, and for a part whether its forward has no argument that may be left out.
-
-    With such an argument the trace is that of one of several ways.
-    """
-    given = inspect.signature(module.forward).parameters.values()
-    if not whole and any(each.default is not each.empty for each in given):
-        return False
     try:
         ChannelGraph(module)
     except ValueError:
-        return False
-    return True
+        for name, child in module.named_children():
+            yield from _traceable(".".join(filter(None, (path, name))), child, seen)
+    else:
+        yield path

@@ -61,7 +61,8 @@ def page(report: Report) -> str:
     ]
     kept = f"{report.share().capitalize()}."
     covered = () if report.coverage is None else report.coverage.lines()
-    lines = "".join(f"<p>{escape(line[0].upper() + line[1:])}.</p>\n" for line in covered)
+    later = (report.afterwards,) if report.afterwards else ()
+    lines = "".join(f"<p>{escape(line[0].upper() + line[1:])}.</p>\n" for line in (*later, *covered))
     return document("Pruning report", f'<p class="lead">{kept}</p>\n{lines}{"".join(sections)}')
 
 

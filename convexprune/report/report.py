@@ -100,6 +100,7 @@ class Report:
     allocation: Shares | None = None
     coverage: Coverage | None = None  # which of the model's weights the layers have
     path: RiskPath | None = None  # the levels that were tested, if a risk on data not seen was wanted
+    afterwards: str = ""  # what was done to the weights behind all that is reported, if anything
 
     @property
     def kept(self) -> int:
@@ -160,7 +161,19 @@ class Report:
         ridges = (f"damped Gram matrices: {_some(damped)}",) if damped else ()
         notes = dict.fromkeys(row.note for row in self.rows if row.note)
         said = (f"{note}: {', '.join(row.name for row in self.rows if row.note == note)}" for note in notes)
-        return (self.share(), *covered, *refused, *self.network.lines(), *path, *shares, *singular, *ridges, *said)
+        later = (self.afterwards,) if self.afterwards else ()
+        return (
+            self.share(),
+            *later,
+            *covered,
+            *refused,
+            *self.network.lines(),
+            *path,
+            *shares,
+            *singular,
+            *ridges,
+            *said,
+        )
 
     @property
     def distortion(self) -> float | None:
@@ -230,7 +243,7 @@ def described(problem: Any) -> str:
 def _some(sentences: Sequence[str]) -> str:
     """The first few; the page has all."""
     more = len(sentences) - SHOWN
-    return "; ".join([*sentences[:SHOWN], *([f"and {more} more layers"] if more > 0 else [])])
+    return "; ".join([*sentences[:SHOWN], *([f"and {more} more"] if more > 0 else [])])
 
 
 def _row_to_plain(row: Row) -> dict[str, Any]:
