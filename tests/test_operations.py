@@ -515,6 +515,8 @@ def test_arguments_that_change_from_batch_to_batch_are_refused(function):
         (lambda m, x: F.layer_norm(m.b(x), (6,), None, m.a(x)[0]), "a scale or a shift that has changed"),
         (lambda m, x: F.normalize(m.a(x)), "is not covered"),
         (lambda m, x: F.glu(m.a(x)), "is not covered"),
+        (lambda m, x: x * float(m.a(x)[0, 0]), "float in the model (Functional) is not covered"),
+        (lambda m, x: x if abs(float(m.a(x).sum(1).mean())) > 1e9 else m.b(x), "is not covered"),
         (lambda m, x: F.gumbel_softmax(m.a(x)), "is not covered"),
         (lambda m, x: F.rrelu(m.a(x), training=True), "training is True"),
     ],
