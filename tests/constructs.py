@@ -720,12 +720,12 @@ def a_wide_hardtanh(m, x):
     return F.hardtanh(m.a(x), -50, 50)
 
 
-@rows
+@covered(rows)
 def a_leaky_relu_that_is_steep(m, x):
     return F.leaky_relu(m.a(x), 5.0)
 
 
-@rows
+@covered(rows)
 def an_elu_that_is_steep(m, x):
     return F.elu(m.a(x), 8.0)
 
@@ -735,7 +735,7 @@ def a_prelu(m, x):
     return F.prelu(m.a(x), torch.tensor([6.0]))
 
 
-@rows
+@covered(rows)
 def a_celu(m, x):
     return F.celu(m.a(x), 0.01)
 
@@ -842,7 +842,7 @@ def strided(m, x):
     return torch.as_strided(m.a(x), (9, 6, 4), (6, 1, 0))
 
 
-@rows
+@covered(rows)
 def rolled_and_added(m, x):
     y = m.a(x)
     return y + y.roll(1, 1) + y.flip(1)
@@ -856,12 +856,12 @@ def a_product(m, x):
     return m.a(x) * m.b(x)
 
 
-@rows
+@covered(rows)
 def a_factor(m, x):
     return m.a(x) * 9.0
 
 
-@rows
+@covered(rows)
 def a_quotient(m, x):
     return m.a(x) / 0.01
 
@@ -876,17 +876,17 @@ def an_exponential(m, x):
     return m.a(x).exp()
 
 
-@rows
+@covered(rows)
 def a_softmax(m, x):
     return F.softmax(30 * m.a(x), 1)
 
 
-@rows
+@covered(rows)
 def a_layer_norm(m, x):
     return m.b(m.ln(m.a(x)))
 
 
-@rows
+@covered(rows)
 def a_gelu(m, x):
     return m.b(F.gelu(m.a(x)))
 
@@ -917,12 +917,12 @@ def a_running_sum(m, x):
     return m.a(x).cumsum(1)
 
 
-@rows
+@covered(rows)
 def joined(m, x):
     return torch.cat([m.a(x), m.b(x)], 1)
 
 
-@rows
+@covered(rows)
 def stacked(m, x):
     y = m.a(x)
     return torch.stack([y, y, y])
@@ -968,7 +968,7 @@ def a_complex_number(m, x):
     return torch.complex(m.a(x), m.b(x)).abs()
 
 
-@rows
+@covered(rows)
 def in_half_and_back(m, x):
     return m.b(m.a(x).half().float())
 
@@ -1123,12 +1123,12 @@ def a_residual_sum_of_a_part(m, x):
     return y[:, :2] + x[:, 2:]
 
 
-@images
+@covered(images)
 def pooled_by_a_function(m, x):
     return F.max_pool2d(m.a(x), 3, 1)
 
 
-@images
+@covered(images)
 def pooled_with_a_divisor(m, x):
     return F.avg_pool2d(m.a(x), 2, 2, 0, False, True, 1)
 
@@ -1139,7 +1139,7 @@ def pooled_with_indices(m, x):
     return made
 
 
-@images
+@covered(images)
 def pooled_to_a_size_that_overlaps(m, x):
     return F.adaptive_avg_pool2d(m.a(x), 5)
 
@@ -1169,7 +1169,7 @@ def normalised_by_the_instance(m, x):
     return F.instance_norm(m.a(x))
 
 
-@images
+@covered(images)
 def normalised_by_groups(m, x):
     return F.group_norm(m.a(x), 2)
 

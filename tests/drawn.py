@@ -1,4 +1,4 @@
-"""Networks drawn at random from what the guarantee covers: pools, joins, activations, norms, transposed convolutions."""
+"""Networks drawn at random from what the guarantee covers: pools, joins, activations, norms, convolutions both ways."""
 
 import math
 import random
@@ -31,11 +31,12 @@ def activations(draw):
     return draw.choice(
         [
             F.gelu, partial(F.gelu, approximate="tanh"), F.silu, F.hardswish, F.mish, partial(F.elu, alpha=slope),
-            partial(F.celu, alpha=alpha), F.selu, partial(F.softplus, beta=alpha), partial(F.leaky_relu, negative_slope=slope),
-            partial(F.leaky_relu, negative_slope=slope, inplace=True), nn.GELU(), nn.GELU("tanh"), nn.SiLU(), nn.Hardswish(),
-            nn.Mish(), nn.ELU(alpha), nn.CELU(alpha), nn.SELU(), nn.Softplus(alpha), nn.LeakyReLU(slope),
-            nn.PReLU(init=slope), nn.RReLU(0.1, 2.5), nn.Sigmoid(), nn.Hardsigmoid(), nn.LogSigmoid(), nn.Softshrink(0.3),
-            nn.Tanhshrink(), nn.Softsign(), nn.ReLU6(), nn.Tanh(), torch.relu, lambda x: x.clamp(-1, alpha), lambda x: -x,
+            partial(F.celu, alpha=alpha), F.selu, partial(F.softplus, beta=alpha), nn.GELU(), nn.GELU("tanh"),
+            partial(F.leaky_relu, negative_slope=slope), partial(F.leaky_relu, negative_slope=slope, inplace=True),
+            nn.SiLU(), nn.Hardswish(), nn.Mish(), nn.ELU(alpha), nn.CELU(alpha), nn.SELU(), nn.Softplus(alpha),
+            nn.LeakyReLU(slope), nn.PReLU(init=slope), nn.RReLU(0.1, 2.5), nn.Sigmoid(), nn.Hardsigmoid(),
+            nn.LogSigmoid(), nn.Softshrink(0.3), nn.Tanhshrink(), nn.Softsign(), nn.ReLU6(), nn.Tanh(), torch.relu,
+            lambda x: x.clamp(-1, alpha), lambda x: -x,
             lambda x: slope * x, lambda x: x / alpha, lambda x: x.double().to(x.dtype), lambda x: torch.mul(x, 2),
         ]
     )  # fmt: skip

@@ -60,6 +60,8 @@ def carried(step: Step, module: Any, reads: Sequence[Spread], rule: Rule, known:
     """
     name = step.operation
     before = max(reads, key=lambda each: each.total)
+    if not step.makes:  # float(y), say: what has changed leaves all tensors
+        raise Uncovered(f"{step.place} is not covered by the bound")
     if name in SUMS:
         return _sum(reads)
     if name in JOINS:
