@@ -75,11 +75,8 @@ class Fast:
         every = min(most // SHORT, 3)
         rises = (1.3, 1.2, 1.1) if every == 3 else (1.3, 1.3, 1.2)
         sparse, steps, status = RisingPenalty(every=every, rises=rises, max_iter=most).descend(problem, scaled)
-        weights = sparse.cpu().double()
-        # what is left to do is a small difference: with a common mean float32 would lose it
-        slope = scaled.grams64.product(scaled.optimum64 - weights).to(sparse)
-        step = improved_on_support(scaled.grams, slope, torch.zeros_like(sparse), sparse != 0, self.polish)
-        return Attempt(problem.completed(scaled.restored(weights + step.cpu().double())), None, status, steps)
+        weights = scaled.refined(sparse, sparse != 0, self.polish)
+        return Attempt(problem.completed(scaled.restored(weights)), None, status, steps)
 
 
 @dataclass(frozen=True)
