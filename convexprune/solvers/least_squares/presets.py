@@ -22,11 +22,11 @@ from convexprune.options import check_options, number, positive, whole
 from convexprune.problem import Solver
 from convexprune.solution import Attempt, Status
 from convexprune.solvers.least_squares.elimination import grid_of, layout_of
-from convexprune.solvers.least_squares.on_support import improved_on_support, refitted
 from convexprune.solvers.least_squares.rising_penalty import RisingPenalty
 from convexprune.solvers.least_squares.scaling import Scaled, in_float64_if_lost
 from convexprune.solvers.least_squares.swap_search import SwapSearch
 
+ENTER, PAIRS = 0.03, 4  # of the cells, in a round of many; rounds of pairs
 SHORT = 14  # ADMM steps in which a quickly rising penalty settles
 
 
@@ -75,11 +75,8 @@ class Fast:
         every = min(most // SHORT, 3)
         rises = (1.3, 1.2, 1.1) if every == 3 else (1.3, 1.3, 1.2)
         sparse, steps, status = RisingPenalty(every=every, rises=rises, max_iter=most).descend(problem, scaled)
-        weights = sparse.cpu().double()
-        # what is left to do is a small difference: with a common mean float32 would lose it
-        slope = scaled.grams64.product(scaled.optimum64 - weights).to(sparse)
-        step = improved_on_support(scaled.grams, slope, torch.zeros_like(sparse), sparse != 0, self.polish)
-        return Attempt(problem.completed(scaled.restored(weights + step.cpu().double())), None, status, steps)
+        weights = scaled.refined(sparse, sparse != 0, self.polish)
+        return Attempt(problem.completed(scaled.restored(weights)), None, status, steps)
 
 
 @dataclass(frozen=True)
@@ -130,13 +127,18 @@ class Balanced:
         """The attempt in the precision that `dtype` says."""
         scaled = Scaled.of(problem, self.device, self.dtype)
         scaled.check_inverses()
-        sparse, steps, _ = RisingPenalty(self.grow, every=2, max_iter=45).descend(problem, scaled)
-        search = SwapSearch(rounds=self.rounds, enter=0.03, pairs=4)
+        return self.searched(problem, scaled, None)
+
+    def searched(self, problem: GroupedLeastSquares, scaled: Scaled, time_limit: float | None) -> Attempt:
+        """The attempt for a problem that is scaled, in at most so many seconds."""
+        begun = time.perf_counter()
+        admm = RisingPenalty(self.grow, every=2, max_iter=45, time_limit=time_limit)
+        sparse, steps, _ = admm.descend(problem, scaled)
+        search = SwapSearch(rounds=self.rounds, enter=ENTER, pairs=PAIRS, time_limit=_left(time_limit, begun))
         mask, weights, rounds, status = search.improve(problem, scaled, sparse)
         if status is Status.MAX_ITER:
             status = Status.CONVERGED
-        cross = scaled.grams64.product(scaled.optimum64)
-        weights = improved_on_support(scaled.grams64, cross, weights.cpu().double(), mask.cpu(), 12)
+        weights = scaled.refined(scaled.refined(weights, mask), mask)
         return Attempt(problem.completed(scaled.restored(weights)), None, status, steps + rounds, note=scaled.note)
 
 
@@ -167,14 +169,15 @@ class Best:
     takes: ClassVar[type] = GroupedLeastSquares
     starts: ClassVar[bool] = False
 
-    grow: float = 1.15
-    rounds: int = 12
+    grow: float = 1.05
+    rounds: int = 4
+    pairs: int = 12
     time_limit: float | None = None
     device: str = "cpu"
     dtype: torch.dtype = torch.float32
 
     def __post_init__(self) -> None:
-        check_options(self, grow=number(1), rounds=whole(0))
+        check_options(self, grow=number(1), rounds=whole(0), pairs=whole(0))
 
     def adapted(self, problem: Any) -> Solver:
         """Itself, or `RisingPenalty` where the pattern's cells cannot be swapped."""
@@ -191,12 +194,21 @@ class Best:
         begun = time.perf_counter()
         scaled = Scaled.of(problem, self.device, self.dtype)
         scaled.check_inverses()
-        sparse, steps, _ = RisingPenalty(self.grow, time_limit=self.time_limit).descend(problem, scaled)
-        left = None if self.time_limit is None else max(self.time_limit - (time.perf_counter() - begun), 1e-9)
-        search = SwapSearch(rounds=self.rounds, time_limit=left)
-        mask, _, rounds, status = search.improve(problem, scaled, sparse)
-        x = problem.completed(refitted(problem, mask.cpu()))
-        return Attempt(x, None, status, steps + rounds, note=scaled.note)
+        balanced = Balanced(self.grow, device=self.device, dtype=self.dtype)
+        first = balanced.searched(problem, scaled, self.time_limit)
+        if first.status is not Status.CONVERGED:
+            return first
+        search = SwapSearch(rounds=self.rounds, enter=ENTER, pairs=self.pairs, time_limit=_left(self.time_limit, begun))
+        begin = scaled.taken(first.x[:, : scaled.dense.shape[1]])
+        mask, weights, rounds, status = search.improve(problem, scaled, begin)
+        x = problem.completed(scaled.fitted(problem, weights, mask))
+        if problem.value(first.x) < problem.value(x):
+            x = first.x
+        return Attempt(x, None, status, first.iterations + rounds, note=scaled.note)
+
+
+def _left(time_limit: float | None, begun: float) -> float | None:
+    return None if time_limit is None else max(time_limit - (time.perf_counter() - begun), 1e-9)
 
 
 def _swapping(solver: Balanced | Best, problem: GroupedLeastSquares) -> Solver:

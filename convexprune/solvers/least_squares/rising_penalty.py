@@ -25,7 +25,6 @@ from convexprune.forms import GroupedLeastSquares
 from convexprune.options import check_options, number, positive, several, whole
 from convexprune.solution import Attempt, Status
 from convexprune.solvers.least_squares.grams import Grams
-from convexprune.solvers.least_squares.on_support import refitted
 from convexprune.solvers.least_squares.scaling import Scaled
 from convexprune.solvers.least_squares.spd_inverse import spd_inverse
 
@@ -70,7 +69,7 @@ class RisingPenalty:
         """Least squares on ADMM's support. ADMM begins at the dense weights; `start` is not used."""
         scaled = Scaled.of(problem, self.device, self.dtype)
         sparse, steps, status = self.descend(problem, scaled)
-        return Attempt(problem.completed(refitted(problem, (sparse != 0).cpu())), None, status, steps)
+        return Attempt(problem.completed(scaled.fitted(problem, sparse, sparse != 0)), None, status, steps)
 
     def descend(self, problem: GroupedLeastSquares, scaled: Scaled) -> tuple[Tensor, int, Status]:
         """The scaled weights (M, N) where ADMM settles, zero outside their support; the steps; why it stopped."""

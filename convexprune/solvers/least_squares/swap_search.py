@@ -22,7 +22,6 @@ from convexprune.forms import GroupedLeastSquares
 from convexprune.options import check_options, number, whole
 from convexprune.solution import Attempt, Status
 from convexprune.solvers.least_squares.elimination import gridded
-from convexprune.solvers.least_squares.on_support import refitted
 from convexprune.solvers.least_squares.scaling import Scaled, in_float64_if_lost
 from convexprune.solvers.least_squares.spd_inverse import NotDefinite
 from convexprune.solvers.least_squares.support_search import Schedule, Search
@@ -93,8 +92,8 @@ class SwapSearch:
         scaled = Scaled.of(problem, self.device, self.dtype)
         scaled.check_inverses()
         weights = scaled.dense if start is None else scaled.taken(start[:, : scaled.dense.shape[1]])
-        mask, _, rounds, status = self.improve(problem, scaled, weights)
-        x = problem.completed(refitted(problem, mask.cpu()))
+        mask, weights, rounds, status = self.improve(problem, scaled, weights)
+        x = problem.completed(scaled.fitted(problem, weights, mask))
         if start is not None and problem.violation(start) == 0 and problem.value(start) < problem.value(x):
             x = start.detach().cpu().double()
         return Attempt(x, None, status, rounds, note=scaled.note)
