@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from convexprune.extras import extras
 from convexprune.network.forward import check_model
 from convexprune.network.names import find
+from convexprune.network.two_factors import put_in_place, stored_pairs
 from convexprune.options import path as check_path
 from convexprune.whole_file import write_whole
 
@@ -83,6 +84,8 @@ def serialised(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> by
 def load(model: nn.Module, path: str | os.PathLike[str]) -> dict[str, Any]:
     """Load the state that `save` wrote into a model of the same structure.
 
+    Where the file holds two factors, of `factorise`, a module of the model that is still one becomes a `TwoFactors`.
+
     Args:
         model: The network; its parameters and buffers are overwritten.
         path: The file.
@@ -115,9 +118,14 @@ def load(model: nn.Module, path: str | os.PathLike[str]) -> dict[str, Any]:
     if odd:
         raise ValueError(f"{path}: its {_ALIASES!r} name the tensor {odd[0]!r}, which is not in it")
     tensors |= {alias: tensors[name] for alias, name in aliases.items()}
+    pairs = stored_pairs(model, tensors)
+    for module, pair in pairs.items():
+        put_in_place(model, module, pair)
     try:
         _check_fit(model, tensors)
     except ValueError as error:
+        for module, pair in pairs.items():
+            put_in_place(model, pair, module)
         raise ValueError(f"{path}: {error}") from None
     model.load_state_dict(tensors)
     return metadata
