@@ -21,12 +21,13 @@ from convexprune.network.two_factors import TwoFactors, check_divisible, put_in_
 from convexprune.patterns import Unstructured
 from convexprune.problem import Solver, check_solver
 from convexprune.problems import Reconstruction, SparseFactors
+from convexprune.pruning.layer_by_layer import UNSOLVED, put
 from convexprune.report import Report, Settings
 from convexprune.report.progress import Progress, Teller, check_watcher
 from convexprune.report.report import described
 from convexprune.report.row import Row
 from convexprune.rounding import norm_above
-from convexprune.solution import Solution, Status
+from convexprune.solution import Solution
 from convexprune.solve import default_solver, rejudged, solve
 
 UNKNOWN: Final = (
@@ -69,8 +70,9 @@ def factorise(
         The copy, and the report on it. Its network error is measured; there is no guarantee, and it says why.
 
     Raises:
-        ValueError: For layers that cannot be two (other kinds than Linear and convolutions, groups), for tied layers,
-            and where `keep` leaves every layer dense; else what `capture` and the problems raise.
+        ValueError: For layers that cannot be two (other kinds than Linear and convolutions, groups, hooks, tied
+            weights, a model that is one layer), and where `keep` leaves every layer dense; else what `capture` and the
+            problems raise.
         TypeError: For what is no model or solver.
 
     Example:
@@ -146,35 +148,33 @@ def _walked(walk: Traversal, shares: dict[str, Share], solver: Solver | None, te
 
 def _solved(layer: Layer, share: Share, solver: Solver | None, module: nn.Module) -> _Answer:
     """The better of one matrix and two; the two as they are once they are stored."""
-    one = Reconstruction(layer, Unstructured(share))
-    single = solve(one)
-    problem = SparseFactors(layer, share)
-    found = solve(problem, solver)
-    if found.status in (Status.INFEASIBLE, Status.NUMERICAL) or found.certificate.violation > 0:
+    one, two = Reconstruction(layer, Unstructured(share)), SparseFactors(layer, share)
+    single, found = solve(one), solve(two, solver)
+    if found.status in UNSOLVED or found.certificate.violation > 0:
         return _Answer(one, single)
-    pair = TwoFactors.of(module, *problem.factors(found.x), problem.bias(found.x))
-    found = rejudged(found, problem, problem.point(*pair.factors()))
-    if found.certificate.value < single.certificate.value:
-        return _Answer(problem, found, pair)
+    pair = TwoFactors.of(module, *two.factors(found.x), two.bias(found.x))
+    found = rejudged(found, two, two.point(*pair.factors()))
+    if single.status in UNSOLVED or found.certificate.value < single.certificate.value:
+        return _Answer(two, found, pair)
     return _Answer(one, single)
 
 
 def _written(walk: Traversal, layer: Layer, answer: _Answer, pattern: Unstructured) -> Row:
     """The row of a layer whose weights, one matrix or the product of two, are now in the walk's network."""
-    problem, solution = answer.problem, answer.solution
+    problem, solution, refusal = answer.problem, answer.solution, ""
     if isinstance(problem, SparseFactors):
         write(walk.pruned, layer.name, problem.product(solution.x))
         errors = problem.product_errors(solution.x)
         kept = sum(int(factor.count_nonzero()) for factor in problem.factors(solution.x))
     else:
-        write(walk.pruned, layer.name, solution.x)
+        refusal = put(walk.pruned, [layer], problem, solution, solution.certificate.violation)
         solution = rejudged(solution, problem, read(walk.pruned, layer.name))
         errors, kept = problem.output_errors(solution.x), int(solution.x[:, : layer.weight.shape[1]].count_nonzero())
     shape = (layer.weight.shape[0], layer.weight.shape[1])
     return Row(
         layer.name, shape, kept, solution.status, solution.certificate, norm_above(errors), described(problem),
         solution.iterations, solution.seconds, solution.trace, wanted=pattern.quota(shape), errors=errors,
-        repairs=layer.repairs, module=layer.module, solver=solution.solver, note=solution.note,
+        repairs=layer.repairs, module=layer.module, solver=solution.solver, note=solution.note, refusal=refusal,
     )  # fmt: skip
 
 

@@ -115,16 +115,29 @@ def test_multiplying_out_gives_the_same_function_and_the_old_names(seed):
     assert pairs(made) or torch.equal(whole(batch), made(batch))
 
 
-def test_a_pair_is_saved_and_loaded_as_it_is(tmp_path):
-    model, batch = mlp(), rows()
+def test_a_pair_is_loaded_into_itself_and_into_the_model_that_it_was(tmp_path):
+    model, batch = convolutional(), images()
     made, _ = cp.factorise(model, [batch], 0.5, QUICK)
     cp.save(made, tmp_path / "two.safetensors")
-    other = copy.deepcopy(made)
-    with torch.no_grad():
-        for parameter in other.parameters():
-            parameter.zero_()
-    cp.load(other, tmp_path / "two.safetensors")
-    assert torch.equal(other(batch), made(batch))
+    zeros = copy.deepcopy(made)
+    for parameter in zeros.parameters():
+        nn.init.zeros_(parameter)
+    for other in (zeros, convolutional(7)):
+        cp.load(other, tmp_path / "two.safetensors")
+        assert torch.equal(other(batch), made(batch))
+        assert pairs(other).keys() == pairs(made).keys()
+
+
+def test_a_file_that_does_not_fit_leaves_the_model_as_it_was(tmp_path):
+    made, _ = cp.factorise(mlp(), [rows()], 0.5, QUICK)
+    cp.save(made, tmp_path / "two.safetensors")
+    other = mlp()
+    other[4] = nn.Linear(12, 5)
+    before, kinds = copy.deepcopy(other.state_dict()), [type(module) for module in other]
+    with pytest.raises(ValueError, match=r"'4\.bias' is \(3,\)|'4\.weight' is \(3, 12\)"):
+        cp.load(other, tmp_path / "two.safetensors")
+    assert [type(module) for module in other] == kinds
+    assert all(torch.equal(value, other.state_dict()[key]) for key, value in before.items())
 
 
 def test_the_copy_has_the_dtype_and_mode_of_the_model_and_no_random_numbers_are_drawn():
@@ -160,8 +173,14 @@ def test_wrong_calls_are_refused_before_the_work():
     model, batch = mlp(), rows()
     before = copy.deepcopy(model.state_dict())
     grouped = nn.Sequential(nn.Conv2d(4, 4, 3, groups=2))
+    hooked, embedded = mlp(), nn.Sequential(nn.Embedding(9, 5), nn.Linear(5, 9, bias=False))
+    hooked[2].register_forward_hook(lambda module, args, output: None)
+    embedded[1].weight = embedded[0].weight
     calls = [
         (lambda: cp.factorise(grouped, [torch.randn(2, 4, 8, 8)], 0.5), ValueError, "a Conv2d with groups"),
+        (lambda: cp.factorise(hooked, [batch], 0.5), ValueError, "'2' is hooked"),
+        (lambda: cp.factorise(embedded, [torch.arange(9)[None]], 0.5, names="1"), ValueError, "'1' is tied"),
+        (lambda: cp.factorise(nn.Linear(12, 3), [batch], 0.5), ValueError, "wrap it in an nn.Sequential"),
         (lambda: cp.factorise(model, [batch], lambda layer: None), ValueError, "every layer"),
         (lambda: cp.factorise(model, [batch], 1.5), ValueError, "keep is 1.5"),
         (lambda: cp.factorise(model, [batch], 500), ValueError, "layer '0': keep is 500"),

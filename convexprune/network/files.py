@@ -16,6 +16,7 @@ from convexprune.extras import extras
 from convexprune.network.forward import check_model
 from convexprune.network.names import find
 from convexprune.network.sizes import Resizing, changes
+from convexprune.network.two_factors import put_in_place, stored_pairs
 from convexprune.options import path as check_path
 from convexprune.whole_file import write_whole
 
@@ -91,6 +92,7 @@ def load(model: nn.Module, path: str | os.PathLike[str]) -> dict[str, Any]:
 
     Where the file holds a network that `compact` or `merge` made smaller, the model may be the dense network: the
     modules that are smaller in the file get the file's sizes, and new parameters (so make optimizers afterwards).
+    Where the file holds two factors, of `factorise`, a module of the model that is still one becomes a `TwoFactors`.
 
     Args:
         model: The network; its parameters and buffers are overwritten.
@@ -124,10 +126,15 @@ def load(model: nn.Module, path: str | os.PathLike[str]) -> dict[str, Any]:
     if odd:
         raise ValueError(f"{path}: its {_ALIASES!r} name the tensor {odd[0]!r}, which is not in it")
     tensors |= {alias: tensors[name] for alias, name in aliases.items()}
+    pairs = stored_pairs(model, tensors)
+    for module, pair in pairs.items():
+        put_in_place(model, module, pair)
     try:
         resizing = Resizing(model, metadata.pop(_COMPACTED, {}))
         _check_fit(resizing.state(), tensors)
     except ValueError as error:
+        for module, pair in pairs.items():
+            put_in_place(model, pair, module)
         raise ValueError(f"{path}: {error}") from None
     resizing.apply()
     model.load_state_dict(tensors)

@@ -8,12 +8,15 @@ Both have the same output positions, so a weight of either costs as many multipl
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
 
 from convexprune.network.forward import check_model, copied
+from convexprune.network.kinds import altered
 
 CONVOLUTIONS: Final = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -34,13 +37,19 @@ class TwoFactors(nn.Sequential):
         used = left.any(0) & right.any(1)
         used[0] |= not bool(used.any())  # a module has a channel
         left, right = left[:, used], right[used]
-        with torch.random.fork_rng(devices=[]):  # the weights that modules begin with are drawn
-            pair = cls(*_geometry(module, len(right)))
-        pair.to(module.weight.device, module.weight.dtype).train(module.training)
+        pair = cls.shaped(module, len(right))
         for key, value in (("0.weight", right), ("1.weight", left), ("1.bias", bias)):
             if value is not None:
                 _fill(pair.get_parameter(key), value)
         return pair
+
+    @classmethod
+    def shaped(cls, module: Any, inner: int) -> TwoFactors:
+        """In the place of a module, with so many inner channels; its numbers are still to be written."""
+        with torch.random.fork_rng(devices=[]):  # the weights that modules begin with are drawn
+            pair = cls(*_geometry(module, inner))
+        pair.to(module.weight.device, module.weight.dtype).train(module.training)
+        return pair.requires_grad_(module.weight.requires_grad)
 
     def factors(self) -> tuple[Tensor, Tensor, Tensor | None]:
         """A (M, r), B (r, N) and b (M,) as they are stored, float64 on the CPU."""
@@ -61,18 +70,35 @@ class TwoFactors(nn.Sequential):
         return made
 
 
-def check_divisible(model: nn.Module, modules: list[str]) -> None:
-    """Raise ValueError for a module that cannot be two: of another kind, with groups, or with hooks of its own."""
+def check_divisible(model: nn.Module, modules: Iterable[str]) -> None:
+    """Raise ValueError for a module that two cannot stand for: of another kind, hooked, tied, or all there is."""
     known = dict(model.named_modules())
+    holders = Counter(id(parameter) for module in model.modules() for parameter in module._parameters.values())
     for name in modules:
-        module = known.get(name)
-        if type(module) not in (nn.Linear, *CONVOLUTIONS) or getattr(module, "groups", 1) != 1:
-            kind = "a part of another module" if module is None else f"a {type(module).__name__}"
-            kind += " with groups" if getattr(module, "groups", 1) != 1 else ""
-            raise ValueError(
-                f"layer {name!r} is {kind}; only nn.Linear and nn.Conv1d to 3d without groups are made two factors: "
-                "leave it out of `names`"
-            )
+        module: Any = known.get(name)
+        if module is None or not _divisible(module):
+            what = "a part of another module" if module is None else f"a {type(module).__name__}"
+            what += " with groups" if getattr(module, "groups", 1) != 1 else ""
+            why = "only nn.Linear and nn.Conv1d to 3d without groups are made two factors"
+        elif altered(module):
+            what, why = "hooked, or has a forward of its own", "two modules would not do what it does"
+        elif module is model:
+            what, why = "the model itself", "wrap it in an nn.Sequential"
+        elif any(holders[id(parameter)] > 1 for parameter in module.parameters()):
+            what, why = "tied", "another module reads its parameters, which two factors do not have"
+        else:
+            continue
+        raise ValueError(f"layer {name!r} is {what}: {why}; or leave it out of `names`")
+
+
+def stored_pairs(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[nn.Module, TwoFactors]:
+    """The modules of a model for which these tensors, by name, hold two factors; each with a pair of their shape."""
+    found: dict[nn.Module, TwoFactors] = {}
+    for name, module in model.named_modules():
+        first = tensors.get(f"{name}.0.weight")
+        if name and _divisible(module) and first is not None and f"{name}.weight" not in tensors:
+            found[module] = TwoFactors.shaped(module, len(first))
+    return found
 
 
 def put_in_place(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
@@ -111,6 +137,10 @@ def multiply_out(model: nn.Module) -> nn.Module:
     for pair in [module for module in made.modules() if isinstance(module, TwoFactors)]:
         put_in_place(made, pair, pair.whole())
     return made
+
+
+def _divisible(module: Any) -> bool:
+    return type(module) in (nn.Linear, *CONVOLUTIONS) and getattr(module, "groups", 1) == 1
 
 
 def _geometry(module: Any, inner: int) -> tuple[nn.Module, nn.Module]:

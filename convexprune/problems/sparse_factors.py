@@ -52,7 +52,7 @@ class SparseFactors(FactoredLeastSquares):
     Example:
         >>> import torch, convexprune as cp
         >>> weight = torch.outer(torch.tensor([1.0, 2.0, 3.0, 4.0]), torch.tensor([1.0, -1.0, 1.0, -1.0]))
-        >>> problem = cp.SparseFactors(cp.Layer.from_moments(weight, torch.eye(4)), keep=8)
+        >>> problem = cp.SparseFactors(cp.Layer.from_moments(weight, torch.eye(4)), keep=8, inner=1)
         >>> solution = cp.solve(problem)  # a matrix of rank 1 has 16 weights, its two factors have 8
         >>> round(solution.certificate.value, 6), solution.certificate.violation
         (0.0, 0.0)
