@@ -23,7 +23,7 @@ import convexprune as cp
 from convexprune.datasets import error_rate
 from papers.networks import CACHE, DOCS, write_parts
 
-LEVELS = (0.01, 0.02, 0.03, 0.05, 0.07, 0.1, 0.14, 0.2, 0.3, 0.4, 0.5, 0.65, 0.8, 1.0)
+LEVELS = (0.01, 0.02, 0.04, 0.07, 0.12, 0.2, 0.35, 0.55, 0.8, 1.0)
 RULES = {"uniform": cp.Uniform(), "Uniform+": cp.UniformPlus(), "ERK": cp.ErdosRenyiKernel(), "LAMP": cp.LAMP(),
          "global": cp.GlobalMagnitude()}  # fmt: skip
 IMAGENET = (
@@ -34,7 +34,7 @@ IMAGENET = (
     "`prune(model, batches, allocation=Allocation(0.42, curves=curves))`, the second with "
     "`random_inputs((3, 224, 224))`."
 )
-SPARSITIES = (0.5, 0.8, 0.9, 0.955)
+SPARSITIES = (0.5, 0.7, 0.9)
 
 
 def time_part(cases=((20, 30), (40, 30), (80, 30), (20, 60), (20, 120)), budget=20_000, repeats=3):
@@ -74,7 +74,7 @@ def time_part(cases=((20, 30), (40, 30), (80, 30), (20, 60), (20, 120)), budget=
 class Case:
     """A network with calibration images, and the curves by magnitude and by least squares, kept between runs."""
 
-    def __init__(self, model, x, tests, images=64, levels=LEVELS, cache=None):
+    def __init__(self, model, x, tests, images=48, levels=LEVELS, cache=None):
         self.model, self.tests, self.x = model, tests, x
         self.batches = list(x.split(128))
         self.calibration, self.levels, self.cache = [x[:images]], levels, cache
@@ -104,7 +104,7 @@ class Case:
         return float(change.mean()), float(change.max())
 
 
-def resnet_case(depth=20, count=256, **options):
+def resnet_case(depth=20, count=128, **options):
     folder = data_folder()
     return Case(resnet(folder, depth), cifar10(folder, "train", count)[0], cifar10(folder, "test"),
                 cache=str(CACHE / f"curves{depth}"), **options)  # fmt: skip
@@ -113,7 +113,7 @@ def resnet_case(depth=20, count=256, **options):
 def oneshot_part(case=None, sparsities=SPARSITIES, shape=(3, 32, 32)):
     """One shot at several sparsities, rule by rule; worst case and no data as well."""
     case = resnet_case() if case is None else case
-    magnitude, least = case.curves(cp.Magnitude()), case.curves(cp.Balanced())
+    magnitude, least = case.curves(cp.Magnitude()), case.curves(cp.Fast())
     worst = case.curves(cp.Magnitude(), cp.OutputChange(worst=True))
     blind = case.curves(cp.Magnitude(), calibration=cp.random_inputs(shape, len(case.calibration[0])))
     ways = {name: (magnitude, rule, None) for name, rule in RULES.items()}
@@ -131,7 +131,8 @@ def oneshot_part(case=None, sparsities=SPARSITIES, shape=(3, 32, 32)):
             cells.append(f"{case.accuracy(network):.2f} ({mean:.3g}; {most:.3g})")
         rows.append([name, *cells])
         print(rows[-1], flush=True)
-    says = f"accuracy, in brackets the mean and the largest distortion over {len(case.calibration[0])} images"
+    count, levels = len(case.calibration[0]), len(case.levels)
+    says = f"accuracy, in brackets the mean and the largest distortion over {count} images; {levels} levels a layer"
     head = ["allocation", *(f"{100 * s:.1f}% pruned" for s in sparsities)]
     return (
         f"Each cell: {says}. Dense {case.accuracy(case.model):.2f}. No retraining.\n\n{table(head, rows)}\n\n{IMAGENET}"
@@ -181,7 +182,7 @@ def draw(curves, rows, path):
 def retrained_part(case=None, keep=0.045, epochs=8):
     """At 95.5%: the same distillation behind the published allocation, uniform, and ours."""
     case = resnet_case() if case is None else case
-    magnitude, least = case.curves(cp.Magnitude()), case.curves(cp.Balanced())
+    magnitude, least = case.curves(cp.Magnitude()), case.curves(cp.Fast())
     ways = {
         "uniform": (magnitude, cp.Uniform(), None),
         "as published": (magnitude, None, None),
