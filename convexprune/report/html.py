@@ -10,7 +10,19 @@ from typing import TYPE_CHECKING, Any
 
 from convexprune.extras import extras
 from convexprune.report import blocks as by_block
-from convexprune.report.pictures import ACCENT, FLOOR, INK, PALE, SECOND, errors, figure, gaps, height_of, kept
+from convexprune.report.pictures import (
+    ACCENT,
+    FLOOR,
+    INK,
+    PALE,
+    SECOND,
+    errors,
+    figure,
+    gaps,
+    height_of,
+    kept,
+    plain_numbers,
+)
 from convexprune.report.risk_path import path_plot
 from convexprune.report.row import HEADINGS, LEGEND, WORDS, Row, literal
 from convexprune.report.shares import curves_plot
@@ -206,6 +218,7 @@ def _run_plot(row: Row) -> Any:
     right.plot(seconds, [max(look.relative_gap, FLOOR) for look in looks], color=INK, label="gap")
     right.plot(seconds, [max(look.violation, FLOOR) for look in looks], color=SECOND, label="violation", ls="--")
     right.set_yscale("log")
+    plain_numbers(right.yaxis)
     for axes in (left, right):
         axes.set_xlabel("seconds")
         axes.legend(frameon=False, fontsize=8)

@@ -65,9 +65,25 @@ def errors(axes: Any, links: Sequence[Link]) -> None:
     axes.plot([link.guaranteed or FLOOR for link in links], places, "o", color=SECOND, label="guaranteed", **hollow)
     axes.plot([link.measured or FLOOR for link in links], places, "o", color=ACCENT, markersize=5, label="measured")
     axes.set_xscale("log")
+    plain_numbers(axes.xaxis)
     axes.set_xlabel("change of the layer's outputs in the pruned network, Frobenius norm over the calibration samples")
     axes.legend(frameon=False, fontsize=8)
     _name(axes, [link.name for link in links])
+
+
+def plain_numbers(axis: Any) -> None:
+    """0.2 and 1e-06 at a logarithmic axis, in place of powers with raised digits."""
+    with extras():
+        from matplotlib.ticker import LogFormatter
+
+    class Plain(LogFormatter):
+        """LogFormatter says where a number is written, and this how."""
+
+        def __call__(self, x: float, pos: int | None = None) -> str:
+            return f"{x:g}" if super().__call__(x, pos) else ""
+
+    axis.set_major_formatter(Plain())
+    axis.set_minor_formatter(Plain())
 
 
 def height_of(count: int, each: float) -> float:
