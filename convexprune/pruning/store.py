@@ -19,7 +19,6 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
-from convexprune.extras import extras
 from convexprune.layer import Layer
 from convexprune.report.plain import from_plain, to_plain
 from convexprune.report.row import Row
@@ -88,8 +87,7 @@ class Store:
 
     def get(self, module: str) -> tuple[dict[str, Tensor], tuple[Row, ...]] | None:
         """The weights (M, P) of each layer of a module that is finished, and its rows; None where it is not."""
-        with extras():
-            from safetensors import SafetensorError, safe_open
+        from safetensors import SafetensorError, safe_open
 
         place = self._place(module)
         if not place.exists():
@@ -107,8 +105,7 @@ class Store:
 
     def put(self, module: str, weights: Mapping[str, Tensor], rows: Sequence[Row]) -> None:
         """Write a module that is finished."""
-        with extras():
-            from safetensors.torch import save
+        from safetensors.torch import save
 
         tensors = {f"weights.{key}": each.detach().cpu().contiguous() for key, each in weights.items()}
         for number, row in enumerate(rows):
