@@ -1,17 +1,16 @@
-"""Networks and data for the demo: LeNet-300-100, scikit-learn's digits, and MNIST from a file."""
+"""Networks and data for the demo: LeNet-300-100, small digits, and MNIST from a file."""
 
 from __future__ import annotations
 
 import zipfile
 from collections import OrderedDict
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-
-from convexprune.extras import extras
 
 if TYPE_CHECKING:
     import os
@@ -42,13 +41,14 @@ def lenet300(inputs: int = 784, hidden: Sequence[int] = (300, 100), classes: int
 
 
 def digits(seed: int = 0) -> Images:
-    """scikit-learn's 1,797 digits of 8 x 8 pixels; a quarter, drawn with the seed, is the test set."""
-    with extras():
-        from sklearn.datasets import load_digits
+    """1,797 digits of 8 x 8 pixels, bundled; a quarter, drawn with the seed, is the test set.
 
-    bunch = load_digits()
-    x = torch.from_numpy(bunch.data).float() / 16
-    y = torch.from_numpy(bunch.target).long()
+    Source: Alpaydin, Kaynak, *Optical Recognition of Handwritten Digits*, UCI Machine Learning Repository, 1998 (its
+    test set; CC BY 4.0); the same as scikit-learn's `load_digits`.
+    """
+    arrays = _arrays(Path(__file__).with_name("digits.npz"), ("x", "y"))
+    x = torch.from_numpy(arrays["x"]).flatten(1).float() / 16
+    y = torch.from_numpy(arrays["y"]).long()
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))
     test, train = order[: len(x) // 4], order[len(x) // 4 :]
     return Images(x[train], y[train], x[test], y[test])

@@ -8,7 +8,7 @@ from typing import Final
 
 EXTRAS: Final = {
     "cvxpy": "cvxpy", "scipy": "cvxpy", "rich": "report", "click": "report", "matplotlib": "report",
-    "safetensors": "report", "sklearn": "report", "joblib": "parallel", "transformers": "hub", "tokenizers": "hub",
+    "joblib": "parallel", "dask": "dask", "distributed": "dask", "transformers": "hub", "tokenizers": "hub",
 }  # fmt: skip
 
 

@@ -738,17 +738,12 @@ def test_tensors_that_a_file_cannot_hold_are_named(tmp_path, buffer):
 @pytest.mark.parametrize(
     ("package", "call", "extra"),
     [
-        ("safetensors", lambda path: cp.save(model(), path), "report"),
-        ("safetensors", lambda path: cp.load(changed(lambda m: path.write_text("a")), path), "report"),
         ("matplotlib", lambda path: cp.prune(model(), [x()], half)[1].save_html(path), "report"),
         ("cvxpy", lambda path: cp.CVXPY("CLARABEL"), "cvxpy"),
         ("cvxpy", lambda path: worst(x(1), method=Exact()), "cvxpy"),
-        ("sklearn", lambda path: sys.modules["convexprune.datasets"].digits(), "report"),
     ],
 )
 def test_a_missing_package_is_named_with_its_extra(tmp_path, monkeypatch, package, call, extra):
-    import convexprune.datasets  # noqa: F401
-
     for name in [name for name in sys.modules if name.partition(".")[0] == package]:
         monkeypatch.setitem(sys.modules, name, None)
     monkeypatch.setitem(sys.modules, package, None)

@@ -157,3 +157,11 @@ def test_published_network(data):
     images = datasets.mnist(data / "mnist.npz")
     model = datasets.trained_lenet300(data / "lenet300.npz")
     assert datasets.error_rate(model, images.x_test, images.y_test) == pytest.approx(0.0161)
+
+
+def test_the_bundled_digits_are_whole():
+    images = datasets.digits()
+    x, y = torch.cat([images.x_train, images.x_test]), torch.cat([images.y_train, images.y_test])
+    assert tuple(x.shape) == (1797, 64)
+    assert (float(x.min()), float(x.max())) == (0.0, 1.0)
+    assert torch.bincount(y).tolist() == [178, 182, 177, 183, 181, 182, 181, 179, 174, 180]

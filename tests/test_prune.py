@@ -268,6 +268,17 @@ def test_an_activation_that_is_only_claimed_takes_the_guarantee_away(model, batc
     assert report.network.measured <= report.network.guaranteed
 
 
+def test_a_run_is_logged_and_silent_unless_asked(model, batches, caplog, capfd):
+    prune(model, batches, trim, Given())
+    assert capfd.readouterr() == ("", "")
+    with caplog.at_level("INFO", logger="convexprune"):
+        prune(model, batches, trim, Given())
+    assert {record.name for record in caplog.records} == {"convexprune"}
+    lines = [record.getMessage() for record in caplog.records]
+    assert lines[0].startswith("plan 0 of ")
+    assert [line.split()[0] for line in lines[1:]] == ["solve"] * (len(lines) - 1)
+
+
 def test_progress_counts_batches_and_layers(model, batches):
     events = []
     prune(model, batches, trim, Given(), "cascade", progress=events.append)

@@ -19,6 +19,7 @@ from convexprune.patterns import Unstructured
 from convexprune.problems import L1Reconstruction, NetTrim, Reconstruction
 from convexprune.prune import prune
 from convexprune.report import Link, MergeReport, NetworkError, Report, Settings, described
+from convexprune.report.blocks import blocks
 from convexprune.report.merges import MergedLayer
 from convexprune.report.row import HEADINGS, Moments, Row
 from convexprune.report.shares import Share, Shares
@@ -408,3 +409,101 @@ def test_the_json_of_a_merging_is_strict():
     assert content["layers"][0]["certificate"] == {"value": 0.5, "bound": "-inf", "violation": "nan"}
     assert content["layers"][0]["change"] == "inf"
     assert content["compaction"]["parameters"] == [6, 3]
+
+
+@pytest.fixture
+def large(report):
+    """300 layers: 42 blocks of 7, and 6 layers beside them."""
+    names = [f"model.layers.{block}.mlp.{part}" for block in range(42) for part in "abcdefg"]
+    names += ["lm_head", "a.b", "a.c", "conv", "norm.1", "norm.2"]
+    rows = tuple(
+        replace(report.rows[0], name=name, module=name, certificate=Certificate(1.0, 1.0 - place / 1e3, 0.0))
+        for place, name in enumerate(names)
+    )
+    links = tuple(Link(name, 2.0, 1.0) for name in names)
+    return replace(report, rows=rows, network=replace(report.network, layers=links))
+
+
+def test_a_large_report_has_a_line_for_each_block(large):
+    lines = large.overview().splitlines()
+    assert lines[0].split() == ["block", "layers", "kept", "largest", "gap", "constraints", "left", "dense", "time"]
+    assert len(lines) == 1 + 42 + 4 + 2  # norm.1 and norm.2 are one block, a.b and a.c another
+    assert lines[1].split() == ["model.layers.0", "7", "25.0%", "6e-03", "feasible", "0", "8.8", "s"]
+    assert "300 layers" in lines[-1]
+    assert large.overview() in str(large)
+    assert len(large.table().splitlines()) == 301
+
+
+def test_a_small_report_is_its_table(report):
+    assert report.overview() == report.table()
+
+
+def test_a_block_shows_the_worst_of_its_layers(report):
+    (block,) = blocks(tuple(replace(row, name=f"x.1.{row.name}") for row in report.rows))
+    assert block.cells() == ("x.1", "3", "77.5%", "3e-06", "off by 12.5%", "2", "1.8 s")
+
+
+def test_a_large_page_folds_its_table_and_draws_the_worst(large, tmp_path):
+    large.save_html(tmp_path / "report.html")
+    text = (tmp_path / "report.html").read_text()
+    page = Page()
+    page.feed(text)
+    assert page.open == []
+    assert text.count("<details>") == 46
+    assert len(page.cells) == 300 * len(HEADINGS)
+    assert len(page.sources) == 3 + 2 * 12  # network, links, layers; runs and patterns of the largest gaps
+    assert text.index("The network") < text.index("Layers")
+    assert len(text) < 3e6
+
+
+def test_a_gap_is_drawn_only_where_the_point_is_feasible(report):
+    off = replace(report.rows[0], certificate=Certificate(2.0, 1.0, 0.5))
+    for row, drawn in ((report.rows[0], 1), (off, 0), (report.rows[1], 0), (report.rows[2], 0)):
+        axes = replace(report, rows=(row,)).plot("gap")
+        assert len(axes.lines) == drawn
+        assert (row.gap is not None) == bool(drawn)
+
+
+def test_a_picture_is_drawn_on_the_axes_that_are_given(report):
+    from matplotlib.figure import Figure
+
+    axes = Figure().subplots()
+    assert report.plot(ax=axes) is axes
+    assert [bar.get_width() for bar in axes.patches] == [25.0, 100.0, 100.0]
+    assert [label.get_text() for label in report.plot("gap").get_xticklabels()] == ["0", "1e-9", "1e-6", "0.1%", "100%"]
+    links = replace(report, network=replace(report.network, layers=(Link("fc1", 2.0, 1.0),)))
+    axes = links.plot("errors")
+    axes.get_figure().canvas.draw()
+    labels = [label.get_text() for label in axes.get_xticklabels(which="both")]
+    assert any(labels)
+    assert not any("$" in label for label in labels)
+    with pytest.raises(ValueError, match="what is 'pie'"):
+        report.plot("pie")
+    with pytest.raises(ValueError, match="there is no guarantee"):
+        report.plot("errors")
+
+
+def test_names_of_many_layers_do_not_cover_one_another(large):
+    axes = large.plot("kept")
+    assert len(axes.get_yticklabels()) <= 45
+    assert axes.get_yticklabels()[0].get_text() == "model.layers.0.mlp.a"
+    assert axes.get_figure().get_size_inches()[1] <= 14
+
+
+@pytest.mark.parametrize(("mode", "advice"), [("parallel", True), ("cascade", False)])
+def test_a_guarantee_that_says_nothing_says_so(report, tmp_path, mode, advice):
+    settings = replace(report.settings, mode=mode)
+    empty = replace(report, settings=settings, network=NetworkError(0.6, 12.1, 12.0))
+    (line,) = empty.remarks()
+    assert "says nothing" in line
+    assert ('mode="cascade"' in line) == advice
+    assert line in str(empty)
+    empty.save_html(tmp_path / "report.html")
+    assert escape(line) in (tmp_path / "report.html").read_text()
+    for network in (NetworkError(0.6, 12.0, 12.0), NetworkError(0.6, None, 12.0), NetworkError(0.6, 5.0, 0.0)):
+        assert replace(empty, network=network).remarks() == ()
+
+
+def test_a_dict_is_the_json(report):
+    assert json.loads(report.to_json()) == json.loads(json.dumps(report.to_dict()))
+    assert [row["name"] for row in report.to_dict()["rows"]] == ["fc1", "<fc2>", "fc3"]

@@ -62,8 +62,7 @@ class Folder:
         """Raise ValueError naming a file of weights that is cut off, or that an index names and is not there."""
         if not self.files:
             raise ValueError(f"{self.path} has no *.safetensors; save the model with save_pretrained first")
-        with extras():
-            from safetensors import SafetensorError, safe_open
+        from safetensors import SafetensorError, safe_open
 
         for index in self.path.glob("*.safetensors.index.json"):
             for name in sorted(set(json.loads(index.read_text(encoding="utf-8")).get("weight_map", {}).values())):

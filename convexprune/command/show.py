@@ -78,13 +78,14 @@ def show(report: Report) -> None:
     with extras():
         from rich.console import Console
 
+    from convexprune.report.blocks import MANY
     from convexprune.report.row import LEGEND
 
     console = Console()
-    if console.is_terminal:
+    if console.is_terminal and len(report.rows) <= MANY:
         console.print(_table(report))
     else:
-        click.echo(report.table())
+        click.echo(report.overview())
     for name, meaning in LEGEND:
         click.secho(f"  {name}: {meaning}", dim=True)
     click.echo()

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from convexprune.extras import extras
 from convexprune.network.forward import check_model
 from convexprune.network.names import find
 from convexprune.network.sizes import Resizing, changes
@@ -75,8 +74,7 @@ def save(model: nn.Module, path: str | os.PathLike[str], metadata: Mapping[str, 
 
 def serialised(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
     """Tensors as a safetensors file, whose metadata are in order: the same content has the same bytes."""
-    with extras():
-        from safetensors.torch import save as unordered
+    from safetensors.torch import save as unordered
 
     made = bytes(unordered(dict(tensors), dict(metadata)))
     begin = 8 + int.from_bytes(made[:8], "little")
@@ -143,8 +141,7 @@ def load(model: nn.Module, path: str | os.PathLike[str]) -> dict[str, Any]:
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors of a safetensors file, and its metadata; raises OSError or ValueError naming the file."""
-    with extras():
-        from safetensors import SafetensorError, safe_open
+    from safetensors import SafetensorError, safe_open
 
     if not stat.S_ISREG(path.stat().st_mode):
         raise OSError(f"{path} is not a regular file; give a file that cp.save wrote")

@@ -19,7 +19,6 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
-from convexprune.extras import extras
 from convexprune.layer import Layer
 from convexprune.report.plain import from_plain, to_plain
 from convexprune.report.row import Row
@@ -90,8 +89,7 @@ class Store:
 
     def get(self, module: str) -> tuple[dict[str, Tensor], tuple[Row, ...]] | None:
         """The weights (M, P) of each layer of a module that is finished, and its rows; None where it is not."""
-        with extras():
-            from safetensors import SafetensorError, safe_open
+        from safetensors import SafetensorError, safe_open
 
         place = self._place(module)
         if not place.exists():
@@ -115,16 +113,14 @@ class Store:
 
         What is written into them does not reach the file.
         """
-        with extras():
-            from safetensors import safe_open
+        from safetensors import safe_open
 
         with safe_open(self._place(module), framework="pt") as file:
             return [file.get_tensor(key) for key in file.keys() if key.startswith(W)]  # noqa: SIM118 (no dict)
 
     def put(self, module: str, weights: Mapping[str, tuple[Tensor, Tensor | None]], rows: Sequence[Row]) -> None:
         """Write a module that is finished: weights (M, N) and biases (M,), or None, of each of its layers."""
-        with extras():
-            from safetensors.torch import save
+        from safetensors.torch import save
 
         tensors = {}
         for key, (weight, bias) in weights.items():

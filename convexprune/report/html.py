@@ -9,6 +9,20 @@ from html import escape
 from typing import TYPE_CHECKING, Any
 
 from convexprune.extras import extras
+from convexprune.report import blocks as by_block
+from convexprune.report.pictures import (
+    ACCENT,
+    FLOOR,
+    INK,
+    PALE,
+    SECOND,
+    errors,
+    figure,
+    gaps,
+    height_of,
+    kept,
+    plain_numbers,
+)
 from convexprune.report.risk_path import path_plot
 from convexprune.report.row import HEADINGS, LEGEND, WORDS, Row, literal
 from convexprune.report.shares import curves_plot
@@ -18,9 +32,7 @@ if TYPE_CHECKING:
 
     from convexprune.report import Report
 
-INK, ACCENT, SECOND, PALE = "#222222", "#1f5f8b", "#b5651d", "#d9d9d9"
-WIDTH = 8.6  # inches, the width of the text column
-FLOOR = 1e-12  # a logarithmic axis ends here; smaller numbers, also zero, are drawn here
+SHOWN = 12  # runs, or patterns, that a page draws: those of the layers with the largest gaps where there are more
 STYLE = """
 body { font: 16px/1.5 Georgia, 'Times New Roman', serif; color: #222; background: #fff; margin: 3em auto;
        max-width: 62em; padding: 0 1.5em; }
@@ -48,8 +60,8 @@ figure { margin: 0; } figcaption { font-size: .85em; color: #555; margin-top: .3
 def page(report: Report) -> str:
     """The whole page; it needs no other file."""
     sections = [
-        _section("Layers", _table(report.rows) + _list(LEGEND)),
         _section("The network", _network(report)),
+        _section("Layers", _layers(report.rows) + _list(LEGEND)),
         _section("Risk on data not seen", _path(report)),
         _section("Guaranteed and measured, layer by layer", _links(report)),
         _section("Allocation", _allocation(report)),
@@ -69,7 +81,7 @@ def page(report: Report) -> str:
 def excerpt(report: Report) -> str:
     """The table and the summary, for a notebook: no plots, and no style but the notebook's own."""
     words = "".join(f"<p>{escape(line)}</p>\n" for line in report.summary())
-    return f"<div>\n{_table(report.rows)}{words}</div>"
+    return f"<div>\n{_layers(report.rows)}{words}</div>"
 
 
 def document(title: str, body: str) -> str:
@@ -90,6 +102,19 @@ def _list(entries: Any) -> str:
     return f"<dl>{items}</dl>"
 
 
+def _layers(rows: Sequence[Row]) -> str:
+    """The table; of many layers one for each block, which opens at a click."""
+    if len(rows) <= by_block.MANY:
+        return _table(rows)
+    return "".join(_folded(block) for block in by_block.blocks(rows))
+
+
+def _folded(block: by_block.Block) -> str:
+    name, *figures = block.cells()
+    words = ", ".join(f"{heading} {cell}" for heading, cell in zip(by_block.HEADINGS[1:], figures, strict=True))
+    return f"<details><summary>{escape(name)}: {escape(words)}</summary>\n{_table(block.rows)}</details>\n"
+
+
 def _table(rows: Sequence[Row]) -> str:
     def line(tag: str, cells: Sequence[str]) -> str:
         marks = ('class="word"' if heading in WORDS else "" for heading in HEADINGS)
@@ -102,7 +127,7 @@ def _table(rows: Sequence[Row]) -> str:
 
 def _network(report: Report) -> str:
     network = report.network
-    words = "".join(f"<p>{escape(line)}</p>" for line in network.lines())
+    words = "".join(f"<p>{escape(line)}</p>" for line in (*network.lines(), *report.remarks()))
     bars = [("guaranteed", network.guaranteed, PALE), ("measured", network.measured, ACCENT)]
     drawn = [(name, value, colour) for name, value, colour in bars if value is not None and math.isfinite(value)]
     if len(drawn) < 2:
@@ -132,21 +157,10 @@ def _links(report: Report) -> str:
     links = report.network.layers
     if len(links) < 2:
         return ""
-    drawing = figure(max(1.8, 0.26 * len(links) + 1.0))
-    axes = drawing.subplots()
-    places = range(len(links))
-    for place, link in zip(places, links, strict=True):
-        axes.plot([link.measured or FLOOR, link.guaranteed or FLOOR], [place] * 2, color=PALE, linewidth=2, zorder=1)
-    hollow = {"markersize": 9, "markerfacecolor": "none", "markeredgewidth": 1.5}
-    axes.plot([link.guaranteed or FLOOR for link in links], places, "o", color=SECOND, label="guaranteed", **hollow)
-    axes.plot([link.measured or FLOOR for link in links], places, "o", color=ACCENT, markersize=5, label="measured")
-    axes.set_yticks(places, [literal(link.name) for link in links])
-    axes.invert_yaxis()
-    axes.set_xscale("log")
-    axes.set_xlabel("change of the layer's outputs in the pruned network, Frobenius norm over the calibration samples")
-    axes.legend(frameon=False, fontsize=8)
+    drawing = figure(height_of(len(links), 0.26))
+    errors(drawing.subplots(), links)
     words = "<p>How the errors of the layers before, and its own, arrive at each layer.</p>"
-    return words + image(drawing, "guaranteed and measured change at each layer")
+    return words + image(drawing, "guaranteed and measured change of the outputs of each layer")
 
 
 def _moments(rows: Sequence[Row]) -> str:
@@ -169,31 +183,29 @@ def _allocation(report: Report) -> str:
 
 
 def _layers_plot(rows: Sequence[Row]) -> Any:
-    drawing = figure(max(1.6, 0.32 * len(rows) + 1.0))
+    drawing = figure(height_of(len(rows), 0.32))
     left, right = drawing.subplots(1, 2, sharey=True)
-    places = list(range(len(rows)))
-    left.barh(places, [100 * row.kept_fraction for row in rows], color=ACCENT, height=0.6)
-    left.set_yticks(places, [literal(row.name) for row in rows])
-    left.invert_yaxis()
-    left.set_xlim(0, 100)
-    left.set_xlabel("weights kept, %")
-    for place, row in zip(places, rows, strict=True):
-        if row.certificate is not None and not row.left_dense:
-            right.plot(max(row.certificate.relative_gap, FLOOR), place, "o", color=SECOND, markersize=5)
-    right.set_xscale("log")
-    right.set_xlim(FLOOR, 2)
-    right.set_xlabel("proven relative gap to the optimum")
-    right.grid(axis="x", color=PALE, linewidth=0.5)
+    kept(left, rows)
+    gaps(right, rows)
     return drawing
 
 
 def _convergence(rows: Sequence[Row]) -> str:
-    images = "".join(image(_run_plot(row), f"convergence of {row.name}") for row in rows if len(row.trace) > 1)
+    runs = _worst([row for row in rows if len(row.trace) > 1])
+    images = "".join(image(_run_plot(row), f"convergence of {row.name}") for row in runs)
     note = (
         "<p>Each look of the solver at the certificate of the point it held: the objective and its proven lower bound, "
         f"then the relative gap between them and the violation of the constraints, drawn at {FLOOR:.0e} where less.</p>"
     )
     return note + images if images else ""
+
+
+def _worst(rows: Sequence[Row]) -> Sequence[Row]:
+    """The rows with the largest gaps where there are many, in their order."""
+    if len(rows) <= by_block.MANY:
+        return rows
+    worst = sorted(rows, key=lambda row: -math.inf if row.gap is None else row.gap)[-SHOWN:]
+    return [row for row in rows if any(row is each for each in worst)]
 
 
 def _run_plot(row: Row) -> Any:
@@ -207,6 +219,7 @@ def _run_plot(row: Row) -> Any:
     right.plot(seconds, [max(look.relative_gap, FLOOR) for look in looks], color=INK, label="gap")
     right.plot(seconds, [max(look.violation, FLOOR) for look in looks], color=SECOND, label="violation", ls="--")
     right.set_yscale("log")
+    plain_numbers(right.yaxis)
     for axes in (left, right):
         axes.set_xlabel("seconds")
         axes.legend(frameon=False, fontsize=8)
@@ -214,7 +227,7 @@ def _run_plot(row: Row) -> Any:
 
 
 def _patterns(rows: Sequence[Row]) -> str:
-    figures = "".join(_pattern(row) for row in rows if row.pattern is not None)
+    figures = "".join(_pattern(row) for row in _worst([row for row in rows if row.pattern is not None]))
     note = (
         "Dark: kept. A cell of a large layer stands for several weights, and is the darker the more of them are kept."
     )
@@ -239,14 +252,6 @@ def _png(pattern: Any) -> str:
     file = io.BytesIO()
     image.imsave(file, pattern.numpy(), cmap="Blues", vmin=0, vmax=1, format="png")
     return base64.b64encode(file.getvalue()).decode()
-
-
-def figure(height: float) -> Any:
-    """An empty figure of the page's width; matplotlib's global state is not touched."""
-    with extras():
-        from matplotlib.figure import Figure
-
-    return Figure(figsize=(WIDTH, height), layout="constrained")
 
 
 def image(drawing: Any, words: str) -> str:

@@ -73,7 +73,8 @@ class MergeReport:
 
     def save_html(self, path: str | os.PathLike[str]) -> None:
         """Write one self-contained page with the saliency curves. Raises OSError naming the path."""
-        from convexprune.report.html import ACCENT, SECOND, document, figure, image
+        from convexprune.report.html import document, image
+        from convexprune.report.pictures import ACCENT, SECOND, figure
 
         parts = [f"<p>{escape(line)}</p>" for line in str(self).splitlines()]
         for layer in self.layers:

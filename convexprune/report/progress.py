@@ -1,14 +1,21 @@
-"""Progress of a long run, as events for the caller; the library never prints."""
+"""Progress of a long run, as events for the caller; the library never prints.
+
+The events also go to the logger "convexprune": a plan and layers as INFO, batches as DEBUG.
+"""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 from convexprune.network.calibration import Calibration
 from convexprune.network.coverage import Coverage
 from convexprune.options import function, optional
+
+LOGGER: Final = logging.getLogger("convexprune")
+LOGGER.addHandler(logging.NullHandler())
 
 
 @dataclass(frozen=True)
@@ -24,6 +31,11 @@ class Progress:
     done: int
     total: int | None  # None where the batches do not say how many they are
     note: str = ""
+
+    def __str__(self) -> str:
+        """One line."""
+        of = f"{self.done} of {self.total}" if self.total is not None else str(self.done)
+        return " ".join(filter(None, [self.stage, self.layer, of, self.note.replace("\n", "; ")]))
 
 
 @dataclass(frozen=True)
@@ -50,6 +62,7 @@ class Teller:
         self._tell(Progress("measure", None, batch + 1, self.calibration.length))
 
     def _tell(self, event: Progress) -> None:
+        LOGGER.log(logging.INFO if event.stage in ("plan", "solve") else logging.DEBUG, "%s", event)
         if self.progress is not None:
             self.progress(event)
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from convexprune.layer import Layer
 from convexprune.network.coverage import SHOWN, Coverage
+from convexprune.report import blocks as by_block
 from convexprune.report.plain import from_plain, to_plain
 from convexprune.report.risk_path import RiskPath
 from convexprune.report.row import HEADINGS, WORDS, Row, number, percent
@@ -62,6 +63,12 @@ class NetworkError:
             return lines
         ratios = ", ".join(f"{rule} {total / self.measured:.3g}" for rule, total in self.rules.items())
         return (*lines, f"guaranteed / measured, by rule: {ratios}")
+
+    @property
+    def says_nothing(self) -> bool:
+        """Whether the guarantee is above 100% of the outputs' norm, which a network that returns 0 would have."""
+        relative = self.relative(self.guaranteed)
+        return relative is not None and relative > 1
 
     def relative(self, error: float | None) -> float | None:
         """An error divided by ||Y||_F; None if that is 0 or unknown."""
@@ -137,15 +144,14 @@ class Report:
 
     def table(self) -> str:
         """The rows as aligned text, one line each, names on the left and numbers on the right."""
-        lines = [HEADINGS, *(row.cells() for row in self.rows)]
-        widths = [max(len(line[column]) for line in lines) for column in range(len(HEADINGS))]
-        return "\n".join(
-            "  ".join(
-                cell.ljust(width) if heading in WORDS else cell.rjust(width)
-                for heading, cell, width in zip(HEADINGS, line, widths, strict=True)
-            ).rstrip()
-            for line in lines
-        )
+        return _aligned([HEADINGS, *(row.cells() for row in self.rows)], WORDS)
+
+    def overview(self) -> str:
+        """The table; of a network with many layers, a line for each of its blocks."""
+        if len(self.rows) <= by_block.MANY:
+            return self.table()
+        lines = [by_block.HEADINGS, *(block.cells() for block in by_block.blocks(self.rows))]
+        return f"{_aligned(lines, by_block.WORDS)}\n\n{len(self.rows)} layers; report.table() has a line for each"
 
     def summary(self) -> tuple[str, ...]:
         """Sentences on the weights kept, and on the network's guaranteed and measured error."""
@@ -162,18 +168,15 @@ class Report:
         notes = dict.fromkeys(row.note for row in self.rows if row.note)
         said = (f"{note}: {', '.join(row.name for row in self.rows if row.note == note)}" for note in notes)
         later = (self.afterwards,) if self.afterwards else ()
-        return (
-            self.share(),
-            *later,
-            *covered,
-            *refused,
-            *self.network.lines(),
-            *path,
-            *shares,
-            *singular,
-            *ridges,
-            *said,
-        )
+        network = (*self.network.lines(), *self.remarks())
+        return (self.share(), *later, *covered, *refused, *network, *path, *shares, *singular, *ridges, *said)
+
+    def remarks(self) -> tuple[str, ...]:
+        """A sentence on a guarantee that says nothing."""
+        if not self.network.says_nothing:
+            return ()
+        advice = '; mode="cascade" judges each layer on what reaches it' if self.settings.mode == "parallel" else ""
+        return (f"the guarantee says nothing: a network that returns 0 would have an error of 100%{advice}",)
 
     @property
     def distortion(self) -> float | None:
@@ -181,7 +184,7 @@ class Report:
         return None if self.network.measured is None else self.network.measured**2 / max(self.settings.samples, 1)
 
     def __str__(self) -> str:
-        return "\n".join([self.table(), "", *self.summary()])
+        return "\n".join([self.overview(), "", *self.summary()])
 
     def _repr_html_(self) -> str:
         """The table and the summary, for a notebook."""
@@ -189,11 +192,19 @@ class Report:
 
         return excerpt(self)
 
-    def to_json(self) -> str:
-        """The report as JSON, traces included, patterns not; numbers that JSON has no word for are strings ("inf")."""
+    def to_dict(self) -> dict[str, Any]:
+        """The report as dicts, lists, texts and numbers, traces included, patterns not.
+
+        "rows" has a flat dict for each layer but for its certificate, moments and trace: `pandas.json_normalize` reads
+        it. Numbers that JSON has no word for are texts ("inf").
+        """
         content = {"schema": SCHEMA, **to_plain(self), "kept": self.kept, "total": self.total}
         content["rows"] = [*map(_row_to_plain, self.rows)]
-        return json.dumps(content, indent=1, allow_nan=False)
+        return content
+
+    def to_json(self) -> str:
+        """`to_dict()` as JSON."""
+        return json.dumps(self.to_dict(), indent=1, allow_nan=False)
 
     @classmethod
     def from_json(cls, text: str) -> Report:
@@ -213,6 +224,21 @@ class Report:
             raise ValueError(f"the text is no pruning report: {error}") from error
         return report
 
+    def plot(self, what: str = "kept", ax: Any = None) -> Any:
+        """Draw on matplotlib's axes, and return them.
+
+        Args:
+            what: "kept", the share of weights kept by layer; "gap", the proven gap by layer, where a point is feasible;
+                "errors", the guaranteed and the measured change of the outputs of each layer.
+            ax: The axes; None draws on those of a new figure.
+
+        Raises:
+            ValueError: For another word, and where there are no errors by layer.
+        """
+        from convexprune.report.pictures import drawn
+
+        return drawn(self, what, ax)
+
     def save_json(self, path: str | os.PathLike[str]) -> None:
         """Write `to_json()`; the file is there whole or not at all. Raises OSError naming the path."""
         write_whole(path, self.to_json() + "\n")
@@ -222,6 +248,18 @@ class Report:
         from convexprune.report.html import page
 
         write_whole(path, page(self))
+
+
+def _aligned(lines: Sequence[Sequence[str]], words: Sequence[str]) -> str:
+    """Lines of cells under their headings, those of `words` on the left and numbers on the right."""
+    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
+    return "\n".join(
+        "  ".join(
+            cell.ljust(width) if heading in words else cell.rjust(width)
+            for heading, cell, width in zip(lines[0], line, widths, strict=True)
+        ).rstrip()
+        for line in lines
+    )
 
 
 def described(problem: Any) -> str:

@@ -110,6 +110,13 @@ class Row:
         return bool(self.refusal) or self.status in (None, Status.INFEASIBLE, Status.NUMERICAL)
 
     @property
+    def gap(self) -> float | None:
+        """The proven relative gap; None where there is none: only a feasible point of a solver has one."""
+        if self.certificate is None or self.left_dense or self.certificate.violation > TOLERANCE:
+            return None
+        return self.certificate.relative_gap
+
+    @property
     def stopped(self) -> str:
         """Why the solver stopped, and whether the layer was left dense."""
         left = ": left dense" if self.left_dense and self.status else ""
@@ -119,11 +126,8 @@ class Row:
         """The row as text, in the order of HEADINGS."""
         proof = ("-",) * 4
         if self.certificate is not None:
-            missed = self.certificate.violation
-            proven = not self.left_dense and missed <= TOLERANCE  # only a feasible point has a gap
-            gap = small(self.certificate.relative_gap) if proven else "-"
-            word = "feasible to" if missed <= TOLERANCE else "off by"
-            feasible = f"{word} {small(missed)}" if missed else "feasible"
+            gap = "-" if self.gap is None else small(self.gap)
+            feasible = missed_by(self.certificate.violation)
             proof = (gap, feasible, number(self.certificate.value), number(self.certificate.bound))
         return (
             self.name, f"{self.shape[0]} x {self.shape[1]}", f"{self.kept_fraction:.1%}", *proof, number(self.error),
@@ -135,6 +139,12 @@ class Row:
 def number(value: float | None) -> str:
     """Six digits, or a dash."""
     return "-" if value is None else f"{value:.6g}"
+
+
+def missed_by(violation: float) -> str:
+    """Feasible, or how far from it."""
+    word = "feasible to" if violation <= TOLERANCE else "off by"
+    return f"{word} {small(violation)}" if violation else "feasible"
 
 
 def small(value: float) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from convexprune.report.pictures import plain_numbers
 from convexprune.report.row import literal
 from convexprune.solution import Certificate
 
@@ -78,6 +79,7 @@ def curves_plot(figure: Any, shares: Shares, colours: tuple[str, str]) -> None:
         left.plot(share.kept / max(share.total, 1), max(share.distortion, 1e-12), "o", color=point, markersize=3.5)
     if any(share.distortion > 0 for share in shares.layers):
         left.set_yscale("log")
+        plain_numbers(left.yaxis)
     left.set_xlabel("kept fraction of the layer")
     left.set_title("distortion predicted", loc="left", fontsize=10)
     places = list(range(len(shares.layers)))

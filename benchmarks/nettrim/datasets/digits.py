@@ -6,11 +6,10 @@ from convexprune.datasets import digits, lenet300, train
 
 
 class Dataset(BaseDataset):
-    """A layer of a 64-300-100-10 network trained on scikit-learn's digits in a few seconds."""
+    """A layer of a 64-300-100-10 network trained on the bundled digits in a few seconds."""
 
     name = "digits"
     parameters = {"layer": ["fc2"], "samples": [1000], "epsilon": [0.05], "epochs": [20]}
-    requirements = ["scikit-learn"]
 
     def get_data(self):
         images = digits()
