@@ -185,6 +185,21 @@ def test_a_finish_that_needs_too_much_memory_leaves_the_point_of_admm():
         solve(problem, WorkingSet(memory=10.0))
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_working_sets_that_outgrow_their_memory_leave_the_point_they_had(seed):
+    """The first restricted problems need 8,112 or 8,424 bytes, the second more than 11,000."""
+    draw = drawn(seed)
+    problem = NetTrim(Layer.from_samples(draw(2, 12), draw(60, 12), draw(2)), 0.2)
+    found = solve(problem, WorkingSet(memory=1e4))
+    assert found.status is Status.MAX_ITER
+    assert found.note.startswith("the working sets could not grow: the restricted problems need")
+    assert found.iterations > 0
+    assert found.certificate.bound > 0
+    assert found.certificate.bound <= solve(problem).certificate.value * (1 + 1e-9)
+    with pytest.raises(MemoryError):
+        solve(problem, WorkingSet(memory=8e3))
+
+
 @pytest.mark.parametrize("size", [1e-18, 1e18, 1e30])
 def test_a_lasso_follows_the_unit(size):
     draw = drawn(8)

@@ -186,6 +186,9 @@ class ADMM:
             run.crowded = True
             run.notes.append(f"the finish did not run: {error}")
             return False
+        if finer.note:
+            run.crowded = True
+            run.notes.append(finer.note)
         run.adopt(finer, offset)
         return self._meets(run.best_certificate)
 

@@ -8,7 +8,8 @@ Over the neurons m of a layer, each restricted to some columns of X and some of 
 or, with a fixed tau (a penalty), the same without the constraint. The neurons meet only in tau: every Newton system is
 a batch of small Cholesky factors plus one scalar equation. u = p - q with p, q >= 0 and multipliers a = w + g,
 b = w - g, where g = tau (H u - c) + R^T z. Mehrotra's predictor and corrector (SIAM J. Optim. 1992) choose the step.
-All in float64: these are the last digits.
+Points and residuals are float64. While the gap is large the Newton matrices may be float32: an error in a direction is
+in the residuals of the next step.
 """
 
 from __future__ import annotations
@@ -24,7 +25,9 @@ REFINE = 2  # at most so many corrections of a Newton direction, up to `Bucket.e
 BACKOFF = 0.99  # how much of the way to the boundary a step goes
 DROPPED = tuple(4.0**-k for k in range(3, 11))  # thresholds for what is on its way to zero, of a typical weight
 DUST = 1e-7  # a zero weight is p = mu / a, some 1e-11 of a typical weight, when the gap is 1e-10
-RIDGE = 1e-13  # times the diagonal: keeps Cholesky defined on rank-deficient blocks; corrected afterwards
+RIDGE = {torch.float64: 1e-13, torch.float32: 3e-7}  # times the diagonal: for Cholesky on rank-deficient blocks
+SINGLE = 3e-4  # the gap down to which float32 directions lead: a tight row outweighs the others by about its inverse
+TOO_SHORT = 0.03  # a step of a float32 direction that is shorter is one to do again in float64
 
 
 @dataclass(eq=False)
@@ -43,8 +46,11 @@ class Bucket:
     ceiling: Tensor  # (B, r), v; 1 in the padding
     heights: Tensor  # (B, r): what each row was divided by; 1 in the padding
     exact: float = 1e-10  # the relative residual of a Newton direction that is not corrected
+    precision: torch.dtype = torch.float64  # of the Newton matrices
     p: Tensor = field(init=False)
     q: Tensor = field(init=False)
+    curved: Tensor = field(init=False)  # the Hessian and the slopes as the Newton matrices see them
+    faced: Tensor = field(init=False)
     a: Tensor = field(init=False)
     b: Tensor = field(init=False)
     s: Tensor = field(init=False)
@@ -78,6 +84,11 @@ class Bucket:
         self.s = torch.where(self.row_mask, s, 1.0)
         self.z = torch.where(self.row_mask, mu / self.s, 1.0)
 
+    def round_to(self, precision: torch.dtype) -> None:
+        """Set the precision of the Newton matrices."""
+        self.precision = precision
+        self.curved, self.faced = self.hessian.to(precision), self.slopes.to(precision)
+
     def assemble(self, tau: float) -> None:
         """Residuals and the factored Newton matrix theta + tau H + R^T (z / s) R."""
         live, rows = self.column_mask, self.row_mask
@@ -88,10 +99,11 @@ class Bucket:
         self.primal = (self.ceiling - _times(self.slopes, u) - self.s) * rows
         self.theta = 1 / (self.p / self.a + self.q / self.b)
         weights = self.z / self.s * rows
-        matrix = torch.baddbmm(self.hessian, (self.slopes * weights[..., None]).mT, self.slopes, beta=tau)
+        weighted = self.faced * weights.to(self.precision)[..., None]
+        matrix = torch.baddbmm(self.curved, weighted.mT, self.faced, beta=tau)
         diagonal = matrix.diagonal(dim1=-2, dim2=-1)
         diagonal.add_(torch.where(live, self.theta, 1.0))
-        self.matrix, ridge = matrix, RIDGE * diagonal
+        self.matrix, ridge = matrix, RIDGE[self.precision] * diagonal
         diagonal.add_(ridge)
         self.factor, failed = torch.linalg.cholesky_ex(matrix)
         diagonal.sub_(ridge)
@@ -100,7 +112,9 @@ class Bucket:
 
     def _solved(self, right: Tensor) -> Tensor:
         """The Newton matrix's inverse times right (B, w), refined where the ridge or rounding has cost digits."""
-        found = _solve(self.factor, right)
+        found = _solve(self.factor, right.to(self.precision)).double()
+        if self.precision is not torch.float64:
+            return found
         for _ in range(REFINE):
             rest = right - _times(self.matrix, found)
             if float(rest.abs().max()) <= self.exact * float(right.abs().max()):
@@ -126,16 +140,16 @@ class Bucket:
             self.rz = self.rz - self.ds * self.dz
         wish = self.rp / self.a - self.p / self.a * self.dual_p - self.rq / self.b + self.q / self.b * self.dual_q
         right = self.theta * wish * self.column_mask
-        right -= _times(self.slopes.mT, (self.rz - self.z * self.primal) / self.s * self.row_mask)
+        right -= _times(self.faced.mT, (self.rz - self.z * self.primal) / self.s * self.row_mask)
         self.du = self._solved(right)
         return float((self.pull * self.du).sum())
 
     def complete(self, tau: float, dtau: float) -> float:
         """The whole direction once dtau is known; returns <pull, du>."""
         du = (self.du - dtau * self.pulled) * self.column_mask
-        self.ds = (self.primal - _times(self.slopes, du)) * self.row_mask
+        self.ds = (self.primal - _times(self.faced, du)) * self.row_mask
         self.dz = (self.rz - self.z * self.ds) / self.s * self.row_mask
-        rise = tau * _times(self.hessian, du) + dtau * self.pull + _times(self.slopes.mT, self.dz)
+        rise = tau * _times(self.curved, du) + dtau * self.pull + _times(self.faced.mT, self.dz)
         da, db = rise + self.dual_p, self.dual_q - rise
         # Take the small one of p, q (and its large multiplier) from the dual equation and the large one from du:
         # the other way round divides the solve's rounding error by a vanishing multiplier.
@@ -234,6 +248,9 @@ class Coupling:
         """Assemble every bucket and the scalar equation; False where a Newton matrix is not positive definite."""
         for bucket in buckets:
             bucket.assemble(self.tau)
+            if not bucket.defined and bucket.precision is not torch.float64:
+                bucket.round_to(torch.float64)
+                bucket.assemble(self.tau)
         if self.constant is not None:
             excess = self.constant + sum(bucket.quadratic() for bucket in buckets)
             self.residual = -excess - self.slack
@@ -290,15 +307,20 @@ class Outcome:
 
 
 def interior_point(
-    buckets: list[Bucket], coupling: Coupling, *, eps_rel: float, max_iter: int, deadline: float = float("inf")
-) -> Outcome:
+    buckets: list[Bucket], coupling: Coupling, *, eps_rel: float, max_iter: int, deadline: float = float("inf"),
+    precision: torch.dtype = torch.float64,
+) -> Outcome:  # fmt: skip
     """Iterate from `Bucket.begin`'s points until the relative complementarity gap is below `eps_rel`.
 
-    Leaves the point and the multipliers in the buckets and tau in the coupling. Stops early, unconverged, when the
-    steps vanish, when a matrix cannot be factored, or at the deadline (a time.perf_counter value).
+    The Newton matrices begin in `precision`; float32 gives way to float64 near the optimum, after a short step, and
+    where a matrix cannot be factored. Leaves the point and the multipliers in the buckets and tau in the coupling.
+    Stops early, unconverged, when the steps vanish, when a float64 matrix cannot be factored, or at the deadline (a
+    time.perf_counter value).
     """
     pairs = sum(bucket.count() for bucket in buckets) + coupling.free
     gap, best, short = float("inf"), float("inf"), 0
+    for bucket in buckets:
+        bucket.round_to(precision)
     for iteration in range(max_iter):
         if not coupling.assemble(buckets):
             return Outcome(float("inf"), iteration, False)
@@ -307,12 +329,9 @@ def interior_point(
         gap = total / objective
         dual = max(bucket.dual_residual() for bucket in buckets)
         miss = coupling.tau * abs(coupling.residual) / objective
-        if (
-            gap < eps_rel
-            and dual < max(10 * eps_rel, 1e-5)
-            and miss < max(eps_rel, 1e-7)
-            and (max(bucket.primal_residual() for bucket in buckets) < max(0.1 * eps_rel, 1e-7))
-        ):
+        short_of = max(bucket.primal_residual() for bucket in buckets)
+        met = miss < max(eps_rel, 1e-7) and short_of < max(0.1 * eps_rel, 1e-7)
+        if gap < eps_rel and dual < max(10 * eps_rel, 1e-5) and met:
             return Outcome(gap, iteration, True)
         best = min(best, gap)
         if short >= 3 or gap > 1e3 * best or time.perf_counter() > deadline:
@@ -324,6 +343,9 @@ def interior_point(
         step = min(1.0, BACKOFF * coupling.longest(buckets))
         coupling.move(buckets, min(step, coupling.trusted()))
         short = short + 1 if step < 1e-3 else 0
+        if gap < SINGLE or step < TOO_SHORT:
+            for bucket in buckets:
+                bucket.round_to(torch.float64)
     return Outcome(gap, max_iter, False)
 
 
@@ -335,4 +357,5 @@ def _solve(factor: Tensor, right: Tensor) -> Tensor:
 
 
 def _times(matrices: Tensor, vectors: Tensor) -> Tensor:
-    return torch.matmul(matrices, vectors[..., None])[..., 0]
+    """Products in the matrices' precision, as float64."""
+    return torch.matmul(matrices, vectors.to(matrices.dtype)[..., None])[..., 0].double()

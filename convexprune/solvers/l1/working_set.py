@@ -40,8 +40,9 @@ class WorkingSet:
                       float32 then leaves them feasible
                       (it costs about as much in the gap: for eps_rel below 1e-6 set it to 0); for a larger
                       eps_rel it grows to 0.4 of that
-    memory            bytes that the restricted problems may take; more raises MemoryError
-    device            where the batches are solved: "cpu", "cuda", ... always in float64
+    memory            bytes that the restricted problems may take; more raises MemoryError, but once there is a point
+                      it ends the run with that point, and the note says so
+    device            where the batches are solved: "cpu", "cuda", ... points and multipliers always in float64
     """
 
     takes: ClassVar[tuple[type, ...]] = (BallProblem, LassoProblem)
@@ -85,12 +86,18 @@ class WorkingSet:
             status = self._rounds(problem, run, gap, deadline)
             if status not in DONE and view.press():
                 status = self._rounds(problem, run, LATER, deadline)
-        return Attempt(*run.best, status, run.steps, tuple(run.trace))
+        return Attempt(*run.best, status, run.steps, tuple(run.trace), run.note)
 
     def _rounds(self, problem: Problem, run: _Run, gap: float, deadline: float) -> Status:
         view = run.view
         for _ in range(self.max_rounds):
-            run.steps += view.solve_restricted(gap, deadline)
+            try:
+                run.steps += view.solve_restricted(gap, deadline)
+            except MemoryError as error:
+                if not run.trace:
+                    raise
+                run.note = f"the working sets could not grow: {error}"
+                return Status.MAX_ITER
             certificate = judge(problem, view.point, view.witness)
             meets = certificate.meets(self.eps_abs, self.eps_rel)
             run.take(certificate, meets)
@@ -110,6 +117,7 @@ class _Run:
     def __init__(self, view: BallView | LassoView, begun: float) -> None:
         self.view, self.begun, self.steps = view, begun, 0
         self.trace: list[TracePoint] = []
+        self.note = ""
         self.best, self.merit = (view.point, view.witness), math.inf
 
     def take(self, certificate: Certificate, meets: bool) -> None:

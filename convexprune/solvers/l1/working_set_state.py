@@ -206,8 +206,9 @@ class BallView:
         constant = 0.5 * (float(spent.sum()) - self.radius**2)
         coupling = Coupling(self.tau, constant, max(room, mu / self.tau))
         outcome = interior_point(
-            buckets, coupling, eps_rel=self.inner, max_iter=self.limits.max_iter, deadline=deadline
-        )
+            buckets, coupling, eps_rel=self.inner, max_iter=self.limits.max_iter, deadline=deadline,
+            precision=torch.float64 if self.inner == INNER else torch.float32,
+        )  # fmt: skip
         self.lost = outcome.gap > max(LOST, 3 * self.inner)
         if self.lost:
             self._find_pressed(buckets)
