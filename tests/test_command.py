@@ -18,6 +18,7 @@ from click.testing import CliRunner
 import convexprune as cp
 from convexprune.cli import main
 from convexprune.command.samples import Windows, samples, texts
+from convexprune.pruning.plan import Plan
 
 transformers = pytest.importorskip("transformers")
 tokenizers = pytest.importorskip("tokenizers")
@@ -132,6 +133,34 @@ def test_a_dry_run_writes_nothing(place, tmp_path):
     assert "9 layers to prune" in done.output
     assert "GB at the peak" in done.output
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("seconds", "chosen"), [(1e6, "best"), (0, None)])
+def test_a_time_chooses_the_best_preset_that_fits(seconds, chosen, place, tmp_path):
+    words = ["--sparsity", 0.5, "--dry-run", "--solver", "auto", "--time"]
+    done = pruned(place, tmp_path / "out", *words, seconds or 1e-9)
+    assert (done.exit_code == 0) == (chosen is not None)
+    assert f"--solver {chosen}: " in done.output if chosen else "no preset fits" in done.output
+
+
+@pytest.mark.parametrize(
+    "words", [["--solver", "auto"], ["--time", 5], ["--solver", "auto", "--time", 0], ["--solver", "fast", "--time", 5],
+              ["--solver", "auto", "--time", 5, "--epsilon", 0.1]],
+)  # fmt: skip
+def test_a_time_and_auto_go_together(words, place, tmp_path):
+    done = pruned(place, tmp_path / "out", "--sparsity", 0.5, *words)
+    assert done.exit_code != 0
+    assert "--time" in done.output
+
+
+def test_presets_cost_more_the_better_they_are(place):
+    plan = Plan.of(load(place / "model"), cp.Calibration([torch.zeros(2, 8, dtype=torch.long)]),
+                   cp.Recipe([cp.Rule("*", sparsity=0.5)]), "cascade")  # fmt: skip
+    assert [*plan.presets] == ["best", "balanced", "fast", "magnitude"]
+    assert sorted(plan.presets.values(), reverse=True) == [*plan.presets.values()]
+    assert plan.seconds == pytest.approx(plan.presets["balanced"])
+    for name, seconds in plan.presets.items():
+        assert plan.within(seconds) == name
 
 
 MEASURED = """

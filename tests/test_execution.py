@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 import convexprune as cp
+from convexprune.pruning.store import Store
 
 MODES = ["parallel", "cascade", "residual"]
 
@@ -165,6 +166,28 @@ OTHER = {
     "other layers": {"names": lambda: "1.*"},
     "threads": {},
 }  # fmt: skip
+
+
+def test_what_finished_blocks_have_lies_in_the_store(tmp_path, monkeypatch):
+    model, batches = network(), [torch.randn(30, 4)]
+    dense = {key: value.clone() for key, value in model.state_dict().items()}
+    mapped, read = [], Store.mapped
+
+    def counted(store, module):
+        mapped.append(module)
+        return read(store, module)
+
+    alone, _ = cp.prune(model, batches, half, cp.Fast(), "cascade")
+    monkeypatch.setattr(Store, "mapped", counted)
+    work = cp.Execution(store=tmp_path)
+    kept, _ = cp.prune(model, batches, half, cp.Fast(), "cascade", execution=work)
+    assert sorted(mapped) == sorted(["0", *(f"{n}.{key}" for n in (1, 2, 3) for key in ("one", "two", "three"))])
+    assert same(alone, kept)
+    with torch.no_grad():
+        for parameter in kept.parameters():
+            parameter.fill_(7.0)  # reaches neither the files nor the model
+    assert same(alone, cp.prune(model, batches, half, cp.Fast(), "cascade", execution=work)[0])
+    assert all(torch.equal(value, dense[key]) for key, value in model.state_dict().items())
 
 
 @pytest.mark.parametrize("what", OTHER)

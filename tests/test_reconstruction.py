@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from instances import random_layer
 from table import LAYERS, PATTERNS, RECONSTRUCTIONS, RECONSTRUCTORS, reconstruction, some
 
+from convexprune import moments
 from convexprune.layer import Layer
 from convexprune.layout import Layout
 from convexprune.patterns import NM, Blocks, Channels, PerRow, Unstructured
@@ -126,6 +127,20 @@ def test_branch_and_bound_is_brute_force(pattern):
         fits = [c for c in each[0] if sum(i < 4 for i in c) == 2 and len(c) == 4]
         best = sum(min(values[c] for c in fits) for values in each)
     assert found == pytest.approx(best, rel=1e-8)
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+@pytest.mark.parametrize("pattern", ["unstructured", "per_row", "blocks"])
+def test_a_judge_of_some_rows_at_a_time_says_the_same(layer, pattern, monkeypatch):
+    def verdict(span):
+        monkeypatch.setattr(moments, "SPAN", span)
+        problem = reconstruction(layer, pattern)
+        x = solve(problem, Magnitude()).x
+        bounds = [problem.lower_bound(witness) for witness in (None, problem.target, 0.5 * x[:, :8])]
+        return problem.value(x), *bounds, problem.rounding(x), *problem.output_errors(x).tolist()
+
+    whole, parts = verdict(2**21), verdict(9)
+    assert parts == pytest.approx(whole, rel=1e-9, abs=1e-12)
 
 
 def test_neurons_with_the_same_mask_share_a_factorisation():

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 
 PAGE, NUMBERS, RECIPE, MASKS, WORK = "report.html", "report.json", "recipe.toml", "masks.safetensors", "unfinished"
 RESULTS: Final = (PAGE, NUMBERS, RECIPE, MASKS)
+AUTO: Final = "auto"
 HEAD: Final = 0.1  # of the free memory that judging the head may take
 WEIGHTS: Final = "pruned.safetensors"  # of a model that is no folder
 
@@ -81,7 +82,8 @@ class Short:
 @click.option("--sparsity", type=float, help="Share of the weights that goes.")
 @click.option("--pattern", default="unstructured", show_default=True, help="unstructured, per-row, channels, 2:4, 4x4.")
 @click.option("--epsilon", type=float, help="Net-Trim instead: how far a layer's outputs may move.")
-@click.option("--solver", type=click.Choice(sorted(SOLVERS)), help="Default: balanced; of Net-Trim its own.")
+@click.option("--solver", type=click.Choice([AUTO, *sorted(SOLVERS)]), help="Default: balanced; of Net-Trim its own.")
+@click.option("--time", type=float, help="Seconds: --solver auto is the best preset that is planned to take no more.")
 @click.option("--damping", type=float, default=0.0, show_default=True, help="Of the Gram matrices.")
 @click.option("--only", multiple=True, help="Layers that are pruned, by a glob; several times for several.")
 @click.option("--ignore", multiple=True, help="Layers that stay dense, by a glob.")
@@ -107,7 +109,8 @@ class Short:
 @click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True)
 def prune(
     model: str, calibration: str, out: Path, recipe: Path | None, sparsity: float | None, pattern: str,
-    epsilon: float | None, solver: str | None, damping: float, only: tuple[str, ...], ignore: tuple[str, ...],
+    epsilon: float | None, solver: str | None, time: float | None, damping: float, only: tuple[str, ...],
+    ignore: tuple[str, ...],
     allocate: bool, distill: int, mode: str, kind: str | None, weights: Path | None, tokenizer: Path | None,
     windows: int, first: int, length: int, batch: int, device: str, jobs: int, dask: str | None, scratch: Path | None,
     memory: float | None, resume: bool, dry_run: bool, seed: int,
@@ -116,8 +119,9 @@ def prune(
 
     The same command goes on where it was stopped.
     """
-    short = Short(sparsity, pattern, epsilon, solver, damping, only, ignore)
     with reported():
+        _check_time(solver, time, epsilon is None and recipe is None)
+        short = Short(sparsity, pattern, epsilon, None if solver == AUTO else solver, damping, only, ignore)
         rules = short.recipe(allocate) if recipe is None else _recipe(recipe, short)
         if allocate and sparsity is None:
             raise ValueError("--allocate divides a budget: give --sparsity, the share of the weights that goes in all")
@@ -140,6 +144,11 @@ def prune(
         here = resident()
         budget = 1 - sparsity if allocate and sparsity is not None else None
         job = Job(dense, batches, rules, mode, budget, seed, device, before + here - loaded, max(0, highest() - here))
+        if time is not None:
+            short = replace(short, solver=job.plan.within(time))
+            rules = short.recipe(allocate)
+            job = replace(job, recipe=rules)
+            click.echo(f"--solver {short.solver}: the best preset that is planned to take no more than {time:g} s")
         click.echo(job.text())
         job.plan.check(memory)
         if dry_run:
@@ -150,6 +159,16 @@ def prune(
             pruned, report = job.distilled(pruned, report, distill) if distill else (pruned, report)
         show(report)
         place.finish(source, pruned, report, rules)
+
+
+def _check_time(solver: str | None, time: float | None, plain: bool) -> None:
+    """Raise ValueError where the time and the solver do not go together; plain: without --epsilon and --recipe."""
+    if (time is None) != (solver != AUTO):
+        raise ValueError("--solver auto and --time SECONDS go together: the best preset that fits is taken")
+    if time is not None and not plain:
+        raise ValueError("--time chooses a preset for the options here; a recipe, and --epsilon, say their solvers")
+    if time is not None and not time > 0:
+        raise ValueError(f"--time is {time:g}; give seconds > 0")
 
 
 def _recipe(path: Path, short: Short) -> Recipe:

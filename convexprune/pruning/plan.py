@@ -1,6 +1,7 @@
-"""What a pruning takes, from shapes alone: memory by phase, and the time of each layer's solver.
+"""What a pruning takes, from shapes alone: memory by phase, and the time of the layers' solvers and of their judge.
 
-The flops of a solver are those of its dominant products; the seconds follow from how fast this machine multiplies.
+What a solver takes is counted in products of matrices; the seconds follow from how fast this machine multiplies. Passes
+of the model are not counted.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 import torch
@@ -20,10 +21,15 @@ from convexprune.network.memory import available
 from convexprune.network.names import choose
 from convexprune.pruning.recipe import Recipe, Rule
 
-# flops of a solver on M neurons of n inputs, k kept in each, in units of n^3, M n^2 and M k^3; fitted to measured times
-COST: Final[Mapping[str, tuple[float, float, float]]] = {
-    "magnitude": (0, 1, 0), "activation-magnitude": (0, 1, 0), "column-sweep": (4, 4, 0), "fast": (40, 60, 0),
-    "rising-penalty": (40, 60, 0), "admm": (40, 300, 0), "balanced": (40, 100, 1.5), "best": (40, 400, 6),
+JUDGE: Final = "judge"  # of a reconstruction: a verdict on a point
+VERDICTS: Final = 2  # on a layer: on the solver's point, and on what was stored of it
+PRESETS: Final = ("best", "balanced", "fast", "magnitude")  # the best first
+# flops whose time a solver takes on M neurons of n inputs, k kept in each, in units of n^3, M n^2, M k^3 and M n: from
+# CPU seconds of benchmarks/solver_cost.py, which says how far they are off
+COST: Final[Mapping[str, tuple[float, float, float, float]]] = {
+    "magnitude": (0, 0, 0, 1.2e4), "activation-magnitude": (0, 0, 0, 1.2e4), "column-sweep": (24, 0, 0, 3.2e4),
+    "fast": (23, 0, 0.1, 1.2e5), "rising-penalty": (40, 300, 0, 1e6), "admm": (40, 300, 0, 1e6),
+    "balanced": (63, 140, 12, 5e5), "best": (63, 300, 90, 2e6), JUDGE: (23, 0, 0, 4.9e4),
 }  # fmt: skip
 # arrays in float64 that a layer's moments, problem and solver hold at once, fitted to measured peaks: moments come with
 # bounds of what rounding did to them, which are made of products of absolute values
@@ -40,7 +46,13 @@ class LayerPlan:
     outputs: int  # of a group
     inputs: int
     does: str
-    seconds: float
+    seconds: float  # of the solver
+    judging: float
+
+    @property
+    def taken(self) -> float:
+        """Seconds of its solver and of its judge."""
+        return self.seconds + self.judging
 
     @property
     def gram(self) -> int:
@@ -63,6 +75,7 @@ class Plan:
     samples     of the batches
     activations of a batch in a pass
     streams     of what blocks make of all batches, for both networks; 0 where none is kept
+    presets     seconds that all reconstructions and their judge take by each, the best first
     """
 
     layers: tuple[LayerPlan, ...]
@@ -73,6 +86,7 @@ class Plan:
     activations: int
     streams: int
     capture: int
+    presets: Mapping[str, float] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -81,11 +95,14 @@ class Plan:
         """Of a recipe on a model; nothing is run."""
         chosen = choose(model, calibration.names)
         speed = flops_a_second()
-        layers = []
+        layers, presets = [], dict.fromkeys(PRESETS, 0.0)
         for module, stack in chosen.stacks.items():
             rule = recipe.rule(module, *stack.names(module))
             if rule is not None and rule.problem != "dense":
                 layers.append(_planned(module, stack, rule, speed))
+                for name in PRESETS if rule.problem == "reconstruction" else ():
+                    own = replace(rule, solver=name, options={})
+                    presets[name] += _planned(module, stack, own, speed).taken
         rows, batches = _rows(calibration)
         size = sum(each.numel() * each.element_size() for each in (*model.parameters(), *model.buffers()))
         element = next(model.parameters()).element_size()
@@ -102,6 +119,7 @@ class Plan:
             activations=(sum(widths[:8]) + 4 * hidden) * rows * element,
             streams=0 if mode == "parallel" else 2 * hidden * rows * element * batches,
             capture=sum(grams) if mode == "parallel" else max(grams, default=0),
+            presets=presets if any(presets.values()) else {},
         )
 
     @property
@@ -117,8 +135,21 @@ class Plan:
 
     @property
     def seconds(self) -> float:
-        """Of all solvers, one after the other."""
-        return sum(layer.seconds for layer in self.layers)
+        """Of all solvers and their judge, one after the other."""
+        return sum(layer.taken for layer in self.layers)
+
+    def within(self, seconds: float) -> str:
+        """The best preset whose seconds are no more; raises ValueError where there is none."""
+        for name, planned in self.presets.items():
+            if planned <= seconds:
+                return name
+        if not self.presets:
+            raise ValueError("no layer has a reconstruction, which the presets solve; name a solver")
+        least = min(self.presets, key=self.presets.__getitem__)
+        raise ValueError(
+            f"no preset fits in {seconds:g} s: {least} takes {_time(self.presets[least])}; allow more, or prune fewer "
+            "layers"
+        )
 
     def check(self, memory: float | None) -> None:
         """Raise MemoryError where the peak is above so many gigabytes, or above what is free."""
@@ -145,18 +176,27 @@ class Plan:
         }  # fmt: skip
         shares = ", ".join(f"{key} {value / 1e9:.2f}" for key, value in parts.items())
         lines.append(f"memory: {self.peak / 1e9:.2f} GB at the peak; {shares}")
-        lines.append(f"solvers: {_time(self.seconds)} one after the other")
+        solvers = sum(layer.seconds for layer in self.layers)
+        lines.append(f"solvers: {_time(solvers)} one after the other, and {_time(self.seconds - solvers)} to judge")
+        if self.presets:
+            told = (f"{name} {_time(seconds)}" for name, seconds in self.presets.items())
+            lines.append(f"by preset, with the judge: {', '.join(told)}")
         return "\n".join(lines)
 
 
 def _planned(module: str, stack: Any, rule: Rule, speed: float) -> LayerPlan:
     outputs, inputs = stack.outputs // stack.groups, stack.width
     name = rule.solver or ("balanced" if rule.problem == "reconstruction" else "working-set")
-    cube, square, kept = COST.get(name, COST["admm"])
     share = rule.nm[0] / rule.nm[1] if rule.nm else 1 - (rule.sparsity or 0.5)
-    flops = cube * inputs**3 + square * outputs * inputs**2 + kept * outputs * (share * inputs) ** 3
+    solving, judging = (stack.groups * cost(each, outputs, inputs, share) / speed for each in (name, JUDGE))
     does = f"{rule.problem} {rule.pattern}{'' if rule.sparsity is None else f' {1 - rule.sparsity:.0%} kept'} by {name}"
-    return LayerPlan(module, stack.groups, outputs, inputs, does, stack.groups * flops / speed)
+    return LayerPlan(module, stack.groups, outputs, inputs, does, solving, VERDICTS * judging)
+
+
+def cost(solver: str, outputs: int, inputs: int, share: float) -> float:
+    """Flops that a solver, or a verdict, takes the time of, on a layer of which a share of the weights stays."""
+    cube, square, kept, one = COST.get(solver, COST["admm"])
+    return cube * inputs**3 + outputs * (square * inputs**2 + kept * (share * inputs) ** 3 + one * inputs)
 
 
 def _rows(calibration: Calibration) -> tuple[int, int]:
@@ -169,11 +209,12 @@ def _rows(calibration: Calibration) -> tuple[int, int]:
 def flops_a_second(size: int = 512) -> float:
     """How fast this machine multiplies matrices in float32, measured in some milliseconds."""
     one = torch.rand(size, size)
-    one @ one
-    begun = time.perf_counter()
-    for _ in range(4):
+    found = []
+    for _ in range(6):  # the first is slow, and so is one that is disturbed
+        begun = time.perf_counter()
         one @ one
-    return 4 * 2 * size**3 / max(time.perf_counter() - begun, 1e-9)
+        found.append(time.perf_counter() - begun)
+    return 2 * size**3 / max(min(found), 1e-9)
 
 
 def _time(seconds: float) -> str:
