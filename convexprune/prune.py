@@ -133,6 +133,8 @@ def _check_options(build: Any, solver: Any, allocation: Any) -> None:
         )
     if allocation is not None and not isinstance(allocation, Allocation):
         raise TypeError(f"allocation is {allocation!r}; give an Allocation, such as Allocation(0.2)")
+    if allocation is not None and isinstance(build, Recipe):
+        build.check_allocated()
     if build is None and allocation is None:
         raise TypeError("give a `build`, which states each layer's problem, or an `allocation`")
 

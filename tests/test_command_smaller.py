@@ -45,12 +45,16 @@ def same(one, other):
 
 def test_a_transformers_folder_becomes_one_with_narrower_layers(place, tmp_path):
     model = emptied(place, tmp_path / "m", (6, 6, 6))
+    (tmp_path / "m" / "report.json").write_text("{}")  # of a pruning: it speaks of other matrices
+    (tmp_path / "m" / "README.md").write_text("mine")
     done = compacted(place, tmp_path / "m", tmp_path / "small")
     assert done.exit_code == 0, done.output
     small, found = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "small", output_loading_info=True)
     assert not found["missing_keys"]
     assert not found["unexpected_keys"]
     assert small.config.intermediate_size == 16
+    assert (tmp_path / "small" / "README.md").read_text() == "mine"
+    assert not (tmp_path / "small" / "report.json").exists()
     assert {block.mlp.down_proj.in_features for block in small.model.layers} == {16}
     same(small, model)
     before, after = (sum(p.numel() for p in each.parameters()) for each in (model, small))

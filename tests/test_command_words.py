@@ -94,6 +94,32 @@ def test_a_report_says_that_it_is_not_about_weights_trained_afterwards(place, ti
     assert sentence not in ran("report", tmp_path / "plain").output
 
 
+@pytest.mark.parametrize(("pattern", "of"), [("unstructured", 1), ("per-row", 16), ("channels", 16), ("4x4", 16)])
+def test_an_allocation_counts_weights_and_a_pattern_what_it_keeps(pattern, of, place, tied, tmp_path):
+    """Each layer keeps whole rows' counts, channels or blocks, and all of them together no more than the budget."""
+    words = ["--sparsity", 0.5, "--allocate", "--pattern", pattern, "--solver", "magnitude", "--only", "*down_proj"]
+    done = pruned(place, tmp_path, *words, model=tied)
+    assert done.exit_code == 0, done.output
+    (row,) = cp.Report.from_json((tmp_path / "report.json").read_text()).rows
+    assert row.shape == (16, 24)
+    assert row.kept % of == 0
+    assert 0.4 * row.total <= row.kept <= 0.5 * row.total
+    weight = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).model.layers[0].mlp.down_proj.weight != 0
+    cells = {"channels": weight.T, "per-row": weight.sort(1).values.T, "4x4": weight.unfold(0, 4, 4).unfold(1, 4, 4)
+             .reshape(-1, 16), "unstructured": weight.reshape(-1, 1)}[pattern]  # fmt: skip
+    assert (cells == cells[:, :1]).all()
+
+
+@pytest.mark.parametrize(
+    "rule", [cp.Rule(sparsity=0.5), cp.Rule(pattern="2:4"), cp.Rule(problem="net-trim", epsilon=0.1)]
+)
+def test_a_rule_that_counts_by_itself_takes_no_allocation(rule):
+    model, batches = torch.nn.Sequential(torch.nn.Linear(8, 4), torch.nn.Linear(4, 4)), [torch.randn(9, 8)]
+    with pytest.raises(ValueError, match="says by itself how many weights stay"):
+        cp.prune(model, batches, cp.Recipe([rule]), allocation=cp.Allocation(0.5))
+    assert cp.prune(model, batches, cp.Recipe([rule]))[1].kept > 0
+
+
 WRONG = {
     "no such kind of device": (["--device", "gpu"], "--device gpu"),
     "no such device": (["--device", "cuda:77"], "--device cuda:77"),
@@ -102,8 +128,8 @@ WRONG = {
     "memory inf": (["--memory", "inf"], "--memory is inf"),
     "memory below 0": (["--memory", "-1"], "--memory is -1.0"),
     "scratch in a file": (["--scratch", "text.txt"], "text.txt"),
-    "allocated Net-Trim": (["--allocate", "--epsilon", "0.1"], "leave --allocate out"),
-    "allocated N:M": (["--allocate", "--pattern", "2:4"], "leave --allocate out"),
+    "allocated Net-Trim": (["--allocate", "--epsilon", "0.1"], "leave the allocation out"),
+    "allocated N:M": (["--allocate", "--pattern", "2:4"], "leave the allocation out"),
     "weights of a folder": (["--weights", "x.safetensors"], "has weights of its own"),
 }
 

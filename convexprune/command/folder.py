@@ -10,7 +10,7 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -144,8 +144,10 @@ class Folder:
         """Its tokenizer; raises ValueError where there is none."""
         return tokenizer_in(self.path)
 
-    def save(self, model: Any, out: Path) -> None:
+    def save(self, model: Any, out: Path, without: Collection[str] = ()) -> None:
         """Write the model as `from_pretrained` reads it, in shards where the source has shards, and copy the rest.
+
+        without  names of files that are not copied
 
         Everything is written beside `out` first, and moved into it file by file when it is whole.
         """
@@ -155,6 +157,8 @@ class Folder:
             with _offline():
                 model.save_pretrained(beside, max_shard_size=shard)
             for place in self.path.iterdir():
+                if place.name in without:
+                    continue
                 if place.is_file() and not place.name.endswith(WEIGHTS) and not (Path(beside) / place.name).exists():
                     shutil.copyfile(place, Path(beside) / place.name)
                 elif place.is_dir() and not place.name.startswith("."):

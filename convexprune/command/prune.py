@@ -125,9 +125,8 @@ def prune(
         rules = short.recipe(allocate) if recipe is None else _recipe(recipe, short)
         if allocate and sparsity is None:
             raise ValueError("--allocate divides a budget: give --sparsity, the share of the weights that goes in all")
-        if allocate and (epsilon is not None or ":" in pattern):
-            says = f"--pattern {pattern}" if epsilon is None else "--epsilon"
-            raise ValueError(f"{says} says by itself how many weights of a layer stay; leave --allocate out")
+        if allocate:
+            rules.check_allocated()
         check_device(device)
         optional(number(0))("--memory", memory)
         if scratch is not None:

@@ -9,6 +9,7 @@ from typing import Final
 from torch import nn
 
 from convexprune.command.folder import CONFIG
+from convexprune.command.prune import RESULTS
 from convexprune.command.show import check_writable
 from convexprune.command.source import Source
 from convexprune.network import save
@@ -37,7 +38,7 @@ def written(source: Source, small: nn.Module, out: Path, beside: Mapping[str, st
     config = None if source.folder is None else source.folder.config_of(small)
     if source.folder is not None and config is not None:
         small.config = config
-        source.folder.save(small, out)
+        source.folder.save(small, out, without=RESULTS)  # a report is about the weights that it was made of
     else:
         save(small, out / NETWORK)
     for name, content in beside.items():

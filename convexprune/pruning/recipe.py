@@ -136,17 +136,25 @@ class Rule:
         if self.problem == "net-trim":
             assert self.epsilon is not None  # by __post_init__
             return NetTrim(layer, self.epsilon)
-        return Reconstruction(layer, self.made_pattern(count))
+        if self.sparsity is None and count is not None and self.nm is None:
+            shape = (int(layer.weight.shape[0]), int(layer.weight.shape[1]))
+            units = self.made_pattern(1.0).quota(shape, layer.kernel)  # weights, channels or blocks
+            return Reconstruction(layer, self.made_pattern(count * units // (shape[0] * shape[1])))
+        return Reconstruction(layer, self.made_pattern(None if self.sparsity is None else 1 - self.sparsity))
 
-    def made_pattern(self, count: int | None = None) -> Pattern:
-        """The pattern, of the rule's sparsity or of so many weights."""
+    @property
+    def counts(self) -> bool:
+        """Whether the rule says by itself how many weights of a layer stay."""
+        return self.problem == "net-trim" or self.sparsity is not None or self.nm is not None
+
+    def made_pattern(self, keep: float | int | None) -> Pattern:
+        """The pattern that keeps such a share, or so many of what it counts."""
         if self.nm is not None:
             return NM(*self.nm)
-        if self.sparsity is None and count is None:
+        if keep is None:
             raise ValueError(
                 f"the rule for {self.layers!r} says no sparsity; give one, an N:M pattern, or an allocation"
             )
-        keep: float | int = 1 - self.sparsity if self.sparsity is not None else count or 0
         if self.blocks is not None:
             return Blocks(self.blocks, keep)
         kinds: dict[str, Callable[..., Pattern]] = {"per-row": PerRow, "channels": Channels}
@@ -220,6 +228,15 @@ class Recipe:
                 raise ValueError(f"the rule for {rule.layers!r} matches no layer; the layers are {shown or 'none'}")
             if not any(self.rule(name) is rule for name in names):
                 raise ValueError(f"the rule for {rule.layers!r} comes behind others that match all its layers")
+
+    def check_allocated(self) -> None:
+        """Raise ValueError for a rule that says by itself what an allocation would say too."""
+        for rule in self.rules:
+            if rule.counts:
+                raise ValueError(
+                    f"the rule for {rule.layers!r} says by itself how many weights stay; leave the allocation out, or "
+                    "the rule's sparsity, epsilon or N:M pattern"
+                )
 
     @classmethod
     def from_toml(cls, content: str, source: str = "the recipe") -> Recipe:
