@@ -398,6 +398,27 @@ def test_a_norm_behind_the_last_judged_layer(name, dtype, mode):
     assert network.measured <= network.guaranteed <= 100 * network.measured
 
 
+@pytest.mark.parametrize("head", ["whole", "some tokens", "reshaped"])
+@pytest.mark.parametrize(
+    "norm", [nn.RMSNorm(6, 1e-6), nn.LayerNorm(6), RootMeanSquare(6, 1e-6)], ids=lambda norm: type(norm).__name__
+)
+def test_a_scale_and_the_layer_behind_it_are_one_matrix(norm, head):
+    torch.manual_seed(0)
+    take = {"whole": lambda y: y, "some tokens": lambda y: y[:, -2:, :], "reshaped": lambda y: y.view(-1, 6)}[head]
+    model = nn.Sequential(nn.Linear(6, 6), norm, Lambda(take), nn.Linear(6, 5)).eval()
+    with torch.no_grad():
+        norm.weight[0], norm.weight[1:] = 1e6, 1.0
+        model[3].weight[:, 0] = 0.0
+    network = network_of(model, [torch.randn(3, 4, 6)], names=["0"])
+    assert network.measured <= network.guaranteed <= 100 * network.measured
+    # entries that have changed places are no longer those of the scale
+    model = nn.Sequential(nn.Linear(6, 6), norm, Lambda(lambda y: y.roll(1, -1)), nn.Linear(6, 5)).eval()
+    with torch.no_grad():
+        model[3].weight[:, 0] = 0.0
+    network = network_of(model, [torch.randn(3, 4, 6)], names=["0"])
+    assert 1e4 < network.measured <= network.guaranteed
+
+
 class Miswritten(nn.Module):
     """Nearly the root of the mean square."""
 
