@@ -399,11 +399,10 @@ def test_a_norm_behind_the_last_judged_layer(name, dtype, mode):
 
 
 @pytest.mark.parametrize("head", ["whole", "some tokens", "reshaped"])
-@pytest.mark.parametrize(
-    "norm", [nn.RMSNorm(6, 1e-6), nn.LayerNorm(6), RootMeanSquare(6, 1e-6)], ids=lambda norm: type(norm).__name__
-)
-def test_a_scale_and_the_layer_behind_it_are_one_matrix(norm, head):
+@pytest.mark.parametrize("kind", [nn.RMSNorm, nn.LayerNorm, RootMeanSquare])
+def test_a_scale_and_the_layer_behind_it_are_one_matrix(kind, head):
     torch.manual_seed(0)
+    norm = kind(6, eps=1e-6)
     take = {"whole": lambda y: y, "some tokens": lambda y: y[:, -2:, :], "reshaped": lambda y: y.view(-1, 6)}[head]
     model = nn.Sequential(nn.Linear(6, 6), norm, Lambda(take), nn.Linear(6, 5)).eval()
     with torch.no_grad():
@@ -417,6 +416,23 @@ def test_a_scale_and_the_layer_behind_it_are_one_matrix(norm, head):
         model[3].weight[:, 0] = 0.0
     network = network_of(model, [torch.randn(3, 4, 6)], names=["0"])
     assert 1e4 < network.measured <= network.guaranteed
+
+
+@pytest.mark.parametrize("mode", ["cascade", "residual"])
+def test_a_transformer_whose_head_is_not_judged_has_a_bound(mode):
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 30}
+    llama = transformers.LlamaConfig(intermediate_size=24, num_key_value_heads=2, **sizes)
+    gpt2 = transformers.GPT2Config(n_embd=16, n_layer=2, n_head=4, vocab_size=30, n_positions=16)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        models = [transformers.LlamaForCausalLM(llama).eval(), transformers.GPT2LMHeadModel(gpt2).eval()]
+        batches = [{"input_ids": torch.randint(0, 30, (4, 12)), "use_cache": False} for _ in range(2)]
+    for model, names in zip(models, ("model.layers.*", "transformer.h.*"), strict=True):
+        build = lambda layer: cp.Reconstruction(layer, cp.Unstructured(0.5))  # noqa: E731
+        network = cp.prune(model, batches, build, cp.Magnitude(), mode, names=names)[1].network
+        assert network.guaranteed is not None, network.reason
+        assert network.measured <= network.guaranteed <= 30 * network.measured
 
 
 class Miswritten(nn.Module):
@@ -527,6 +543,7 @@ def test_arguments_that_change_from_batch_to_batch_are_refused(function):
         (lambda m, x: torch.div(m.a(x), 2, rounding_mode="floor"), "rounding_mode"),
         (lambda m, x: m.a(x) / 0.0, "zero"),
         (lambda m, x: 1 / m.a(x), "is not covered"),
+        (lambda m, x: torch.view_as_real(m.a(x) * m.turn), "no number and no parameter"),
         (lambda m, x: m.a(x).to(torch.int64), "is not covered"),
         (lambda m, x: m.a(x).to(x.double()), "is not covered"),
         (lambda m, x: F.threshold(m.a(x), 0.5, 3), "is not covered"),
@@ -547,6 +564,7 @@ def test_arguments_that_are_not_understood_are_refused(function, message):
     torch.manual_seed(0)
     model = Functional(function).eval()
     model.bias = nn.Parameter(torch.randn(3, 1))
+    model.turn = nn.Parameter(torch.tensor([1 + 9j]))
     network = network_of(model, [torch.randn(9, 6)])
     assert network.guaranteed is None
     assert message in network.reason

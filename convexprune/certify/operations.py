@@ -156,7 +156,7 @@ def _multiplied(step: Step, before: Spread, number: int, known: Known) -> Spread
     if not quotient and isinstance(other, Reference) and other.number == number:
         ours, other = other, ours
     _only(step, ours, number)
-    if isinstance(other, Tensor):
+    if isinstance(other, Tensor) and other.is_floating_point():
         sizes = other.detach().double().abs()
         least, most = float(sizes.min()), float(sizes.max())
     elif isinstance(other, (int, float)):
