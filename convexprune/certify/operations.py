@@ -118,7 +118,7 @@ def _by_arguments(step: Step, before: Spread, number: int, known: Known) -> Spre
     name = step.operation
     if name in LIPSCHITZ:
         given = arguments(step, LIPSCHITZ[name], known)
-        _only(step, given["input"], number)
+        _only(given["input"], number)
         gain = LIPSCHITZ[name](**given)
         through = before.activated() if gain == 1 else before.times(gain)
         return through.plain() if name == "softmax" else through
@@ -135,7 +135,7 @@ def _by_arguments(step: Step, before: Spread, number: int, known: Known) -> Spre
     raise Uncovered(f"{step.place} is not covered by the bound")
 
 
-def _only(step: Step, given: Any, number: int) -> None:
+def _only(given: Any, number: int) -> None:
     if not (isinstance(given, Reference) and given.number == number):
         raise ValueError("what has changed is not its input")
 
@@ -155,7 +155,7 @@ def _multiplied(step: Step, before: Spread, number: int, known: Known) -> Spread
     ours, other = given["input"], given["other"]
     if not quotient and isinstance(other, Reference) and other.number == number:
         ours, other = other, ours
-    _only(step, ours, number)
+    _only(ours, number)
     if isinstance(other, Tensor) and other.is_floating_point():
         sizes = other.detach().double().abs()
         least, most = float(sizes.min()), float(sizes.max())
