@@ -52,8 +52,10 @@ def test_a_random_network_is_within_its_bound(seed, mode):
     assert network.measured <= network.guaranteed
     assert apart(model, pruned, batches) <= network.guaranteed
     if dtype is not torch.bfloat16:
+        # the guarantee is of passes in the network's own arithmetic; exact ones differ by its rounding of the outputs
+        rounding = 1e-6 * network.scale if dtype is torch.float32 else 0.0
         exact = (copy.deepcopy(each).double() for each in (model, pruned))
-        assert apart(*exact, [batch.double() for batch in batches]) <= network.guaranteed
+        assert apart(*exact, [batch.double() for batch in batches]) <= network.guaranteed + rounding
 
 
 def test_random_networks_have_every_kind_of_operation():
