@@ -130,8 +130,8 @@ class Drawn(nn.Module):
                 x = made
                 self.steps.append((kind, operation))
                 kept.append(x)
-            head = x.flatten(1).shape[1]
-        self.head = nn.Linear(head, 4)
+            x = self.rows(x)
+        self.head = nn.Linear(x.shape[-1], 4)
         self.end = draw.choice([lambda x: x, lambda x: F.softmax(x, 1), lambda x: F.log_softmax(x, -1), torch.sigmoid])
 
     @staticmethod
@@ -174,7 +174,11 @@ class Drawn(nn.Module):
             # what works in place must not change what is kept
             x = self.apply_step(kind, operation, x.clone() if kind == "entry" else x, kept)
             kept.append(x)
-        return self.end(self.head(x.flatten(1)))
+        return self.end(self.head(self.rows(x)))
+
+    def rows(self, x):
+        """What the head reads: some of the tokens, or all that there is of an image."""
+        return x[:, : self.shape[1] - 1] if len(self.shape) == 3 else x.flatten(1)
 
 
 def drawn(seed, tokens=False):

@@ -59,6 +59,10 @@ class LinearOperator:
         """Multiply each row by its scale."""
         return LinearOperator(_scaled(self.weight, scale))
 
+    def behind(self, factor: Tensor) -> LinearOperator:
+        """The operator on inputs that are multiplied by these numbers (in,): each column by its own."""
+        return LinearOperator(self.weight.detach().cpu().double() * factor.detach().cpu().double())
+
     @property
     def channels(self) -> int:
         """Number of inputs."""

@@ -54,6 +54,7 @@ class Spread:
     repair     set if D is the change of the following residual sum, not of this tensor
     folded     for a layer's output: a function from a scale (C,) to bounds of D with scaled channels, sharper than
                scaling these bounds
+    factor     where D is another change with its last axis multiplied by numbers (N,): the bounds of that, and they
     """
 
     total: float
@@ -62,6 +63,7 @@ class Spread:
     rectified: bool = False
     repair: Repair | None = None
     folded: Callable[[Tensor], Spread] | None = None
+    factor: tuple[Spread, Tensor] | None = None
 
     @classmethod
     def of(cls, gram: Tensor, roundings: int = 0) -> Spread:

@@ -29,7 +29,7 @@ from typing import Any, Final
 
 from torch import Tensor, nn
 
-from convexprune.bounds.gains import Operator
+from convexprune.bounds.gains import LinearOperator, Operator
 from convexprune.bounds.propagation import ByChannel, Rule, Spread
 from convexprune.certify.normalisations import Normalisation, normalisations
 from convexprune.certify.operations import COPIES, EVEN, Uncovered, carried, changed, norm_scale
@@ -188,7 +188,11 @@ class _Walk:
         gain = norm.gain(0.0 if seen is None else seen.sizes)
         if self.seen is not None and math.isinf(gain):
             raise Uncovered(f"{step.place}: a row has a norm of 0, and is not covered")
-        return before.plain().times(gain)
+        weight = None if norm.weight is None else self.network.known(norm.weight)
+        if weight is None or weight.ndim != 1:
+            return before.plain().times(gain)
+        unit = replace(norm, scale=1.0).gain(0.0 if seen is None else seen.sizes)
+        return replace(before.plain().times(gain), factor=(before.plain().times(unit), weight))
 
     def _order(self, layer: str | None) -> int:
         return list(self.own).index(layer) if layer is not None and layer in self.own else -1
@@ -216,6 +220,7 @@ class _Walk:
             if self.cascade and (before.total > 0 or own.repair):
                 raise Uncovered(f"{step.place}: some of its groups were judged on the pruned inputs and some were not")
             own = own.plain()
+        factor = before.factor
         batched = stack.channel_axis(len(step.sizes[0])) == 1
         if not batched:  # of tokens, and of a single image, the second axis is no channel
             own, before = replace(own.plain(), repair=own.repair), before.plain()
@@ -229,6 +234,8 @@ class _Walk:
                 raise Uncovered(f"{step.place}: no gain is known of this layer")
             self.network.operators[name] = operator
         through = self.rule.through(self.network.operators[name], before)
+        if factor is not None:
+            through = replace(through, total=min(through.total, self.behind(name, *factor)))
         if not batched:
             return own.plus(through).plain()
         if own.rectified:  # a Gram matrix of what the ReLU reads says nothing of what it makes
@@ -242,6 +249,15 @@ class _Walk:
             return self.rule.scaled(scale, own).plus(self.rule.through(self.network.operators[key], before))
 
         return replace(own.plus(through), folded=folded)
+
+    def behind(self, name: str, before: Spread, factor: Tensor) -> float:
+        """W diag(g) together is smaller than the largest of g times W."""
+        operator, key = self.network.operators[name], (name, "behind", tuple(factor.tolist()))
+        if not isinstance(operator, LinearOperator):
+            return math.inf
+        if key not in self.network.operators:
+            self.network.operators[key] = operator.behind(factor)
+        return self.rule.through(self.network.operators[key], before).total
 
     def repaired(self, step: Step, reads: Sequence[Spread]) -> Spread:
         """Between a layer that repairs a residual sum and the sum, and the sum itself.

@@ -35,6 +35,7 @@ class Normalisation:
 
     source   the number of the tensor that it normalises
     width    N
+    weight   the number of gamma, where it is a parameter for the entries of a row
     beside   the number of the factor 1 / s(u) where it is written out, which is computed from the source
     """
 
@@ -43,6 +44,7 @@ class Normalisation:
     eps: float
     scale: float
     centred: bool
+    weight: int | None = None
     beside: int | None = None
 
     def gain(self, sizes: float) -> float:
@@ -108,7 +110,10 @@ def _as_a_step(step: Step, known: Known) -> Normalisation | None:
     scale = _largest(given["weight"])
     if not isinstance(source, Reference) or not _positive(eps) or scale is None or not width:
         return None
-    return Normalisation(source.number, width, float(eps), scale, step.operation != "rms_norm")
+    weight = arguments(step, _SIGNATURES[step.operation], lambda number: None)["weight"]
+    by_entry = isinstance(weight, Reference) and step.operation != "group_norm"
+    centred = step.operation != "rms_norm"
+    return Normalisation(source.number, width, float(eps), scale, centred, weight.number if by_entry else None)
 
 
 def _largest(weight: Any) -> float | None:
@@ -136,7 +141,7 @@ def _written_out(step: Step, makers: Mapping[int, Step]) -> Normalisation | None
         if made is not None and _takes(made, root):
             found = _mean_square(made.reads[0], makers)
             if found and found[0] == _origin(source.number, makers) and found[1] == step.sizes[1]:
-                return Normalisation(source.number, step.sizes[1][-1], found[2], 1.0, False, factor.number)
+                return Normalisation(source.number, step.sizes[1][-1], found[2], 1.0, False, beside=factor.number)
     return None
 
 

@@ -118,14 +118,14 @@ def _by_arguments(step: Step, before: Spread, number: int, known: Known) -> Spre
     name = step.operation
     if name in LIPSCHITZ:
         given = arguments(step, LIPSCHITZ[name], known)
-        _only(step, given["input"], number)
+        _only(given["input"], number)
         gain = LIPSCHITZ[name](**given)
         through = before.activated() if gain == 1 else before.times(gain)
         return through.plain() if name == "softmax" else through
     if name == "log_softmax":
         return before.plain().times(_row_root(step, arguments(step, softmax, known)["dim"]))
     if name in FACTORS:
-        return before.times(_factor(step, number, known))
+        return _multiplied(step, before, number, known)
     if name in CASTS and casts(step):
         return before
     if name in POOLED_AXES:
@@ -135,7 +135,7 @@ def _by_arguments(step: Step, before: Spread, number: int, known: Known) -> Spre
     raise Uncovered(f"{step.place} is not covered by the bound")
 
 
-def _only(step: Step, given: Any, number: int) -> None:
+def _only(given: Any, number: int) -> None:
     if not (isinstance(given, Reference) and given.number == number):
         raise ValueError("what has changed is not its input")
 
@@ -146,8 +146,8 @@ def _row_root(step: Step, axis: Any) -> float:
     return up(math.sqrt(size[axis] if isinstance(axis, int) else max(size, default=1)))
 
 
-def _factor(step: Step, number: int, known: Known) -> float:
-    """By how much a product with a number or a parameter, or a quotient of them, enlarges an entry."""
+def _multiplied(step: Step, before: Spread, number: int, known: Known) -> Spread:
+    """A product with a number or a parameter, or a quotient of them."""
     quotient = step.operation in QUOTIENTS
     given = arguments(step, _quotient if quotient else _product, known)
     if given.get("rounding_mode") is not None:
@@ -155,8 +155,8 @@ def _factor(step: Step, number: int, known: Known) -> float:
     ours, other = given["input"], given["other"]
     if not quotient and isinstance(other, Reference) and other.number == number:
         ours, other = other, ours
-    _only(step, ours, number)
-    if isinstance(other, Tensor):
+    _only(ours, number)
+    if isinstance(other, Tensor) and other.is_floating_point():
         sizes = other.detach().double().abs()
         least, most = float(sizes.min()), float(sizes.max())
     elif isinstance(other, (int, float)):
@@ -165,7 +165,10 @@ def _factor(step: Step, number: int, known: Known) -> float:
         raise ValueError("its other factor is no number and no parameter of the model")
     if not (math.isfinite(most) and (least > 0 or not quotient)):
         raise ValueError("its other factor is not finite, or is zero")
-    return up(1 / least) if quotient else most
+    made = before.times(up(1 / least) if quotient else most)
+    if isinstance(other, Tensor) and other.ndim == 1 and len(other) == step.sizes[1][-1] and not quotient:
+        return replace(made, factor=(before.plain(), other))
+    return made
 
 
 def _product(input: Any, other: Any) -> None: ...
@@ -221,7 +224,20 @@ def _moved(step: Step, before: Spread) -> Spread:
         raise Uncovered(f"{step.place} takes entries by a list or a tensor, perhaps twice, and is not covered")
     if step.operation in COPIES:
         return before
-    before = replace(before, folded=None)
+    made = _placed(step, replace(before, folded=None, factor=None))
+    return replace(made, factor=before.factor) if _keeps_rows(step, parts) else made
+
+
+def _keeps_rows(step: Step, parts: tuple[Any, ...]) -> bool:
+    """Whether the last axis is as it was: of whole rows, some."""
+    if len(step.sizes) < 2 or not all(step.sizes) or step.sizes[0][-1] != step.sizes[1][-1]:
+        return False
+    sliced = step.operation == "getitem" and all(isinstance(part, slice) for part in parts)
+    return sliced or step.operation in ORDERED
+
+
+def _placed(step: Step, before: Spread) -> Spread:
+    """Where the channels are after a move."""
     if step.even:
         return before if step.operation in ORDERED else before.plain()
     if before.channels is None or len(step.sizes) < 2:
