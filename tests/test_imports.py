@@ -21,6 +21,7 @@ BOTTOM = {
     "options",
     "patterns",
     "problem",
+    "products",
     "quadratic",
     "rounding",
     "solution",
@@ -46,10 +47,11 @@ TOP = {
 # what each part may import besides itself; a part that is not here is named in TOP, or the test says so
 ALLOWED = {
     "rounding": set(),
+    "products": {"rounding"},
     "spectrum": set(),
-    "moments": {"rounding", "spectrum"},
+    "moments": {"products", "rounding", "spectrum"},
     "quadratic": {"moments", "rounding"},
-    "layer": {"moments", "options", "quadratic", "rounding"},
+    "layer": {"moments", "options", "products", "quadratic", "rounding"},
     "patterns": {"options"},
     "layout": {"patterns"},
     "solution": set(),
@@ -64,7 +66,7 @@ ALLOWED = {
     "problems": BOTTOM,
     "solvers": BOTTOM,
     "bounds": BOTTOM,
-    "network": {"layer", "moments", "rounding", "whole_file", "bounds", "options", "extras"},
+    "network": {"layer", "moments", "products", "rounding", "whole_file", "bounds", "options", "extras"},
     "solve": {"forms", "problem", "solution"},
     "datasets": {"extras"},
 }
