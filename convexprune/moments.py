@@ -184,6 +184,7 @@ class Moments:
             low, top = (0.0, 1.0) if bool(failed) else (smallest(matrix, factor), largest(matrix))
             if low > least * top:
                 return size, top / low
+            del factor  # a matrix less to hold
         values = torch.linalg.eigvalsh(matrix)
         top = float(values[-1])
         rank = int((values > least * top).sum())
