@@ -9,8 +9,9 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from convexprune.moments import CrossMoments, InputMoments, Moments, TargetMoments, affine, check_moments, spans
+from convexprune.moments import CrossMoments, InputMoments, Moments, TargetMoments, affine, check_moments
 from convexprune.options import number, numbers, optional, text, whole
+from convexprune.products import spans
 from convexprune.quadratic import Quadratic, Residual
 from convexprune.rounding import gamma, raised
 

@@ -17,21 +17,20 @@ Source: Chan, Golub, LeVeque, The American Statistician 1983 (shifted sums, and 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Final
 
 import torch
 from torch import Tensor
 
+from convexprune.products import OnHost, Products
 from convexprune.rounding import UNIT, definite, down, gamma, least_eigenvalue, lowered, product_minus, raised
 from convexprune.spectrum import LARGE, largest, smallest
 
-ROWS = 1024  # samples that are added at a time
+HOST: Final[Products] = OnHost()
 FIRST = 256  # rows whose mean is the centre
 BEYOND = 1e-4  # relative: moments that are further than this from those of any data are no rounding of float32 sums
-SPAN = 2**21  # numbers of a large matrix that are worked on at a time: in float64 16 MB
-APART = 128  # from so many rows on a batch's products are formed apart: the sums before then round once, not row by row
 
 
 @dataclass(frozen=True, eq=False)
@@ -185,6 +184,7 @@ class Moments:
             low, top = (0.0, 1.0) if bool(failed) else (smallest(matrix, factor), largest(matrix))
             if low > least * top:
                 return size, top / low
+            del factor  # a matrix less to hold
         values = torch.linalg.eigvalsh(matrix)
         top = float(values[-1])
         rank = int((values > least * top).sum())
@@ -268,12 +268,13 @@ class Sums:
     H, the `heights`, is at least the sum of squares, and `share` is counted along the way.
     """
 
-    def __init__(self, width: int) -> None:
-        self.count, self.share = 0, 0.0
-        self.centre, self.sums, self.squares, self.heights = torch.zeros(4, width, dtype=torch.float64)
+    def __init__(self, width: int, made: Products = HOST) -> None:
+        self.made, self.count, self.share = made, 0, 0.0
+        zeros = torch.zeros(4, width, dtype=torch.float64, device=made.device)
+        self.centre, self.sums, self.squares, self.heights = zeros
 
     def take(self, x: Tensor) -> Tensor:
-        """Add samples x (n, width), float64, and return x - c."""
+        """Add samples x (n, width), float64, and return x - c, whose products are made next."""
         if not self.count:
             self.centre = _centre(x)
         self.count += len(x)
@@ -281,15 +282,21 @@ class Sums:
         self.sums = self.sums + x.sum(0)
         own = x.square().sum(0)
         self.squares, self.heights = self.squares + own, self.heights + own
-        # formed apart, a batch's products round n times and the sums before them once; else both round n times
-        here = gamma(len(x) + 6)
-        self.share = max(self.share, here) + gamma(2) if len(x) >= APART else self.share + here
+        self.share = self.made.share(self.share, len(x))
         return x
+
+    def on_host(self) -> Sums:
+        """The same on the CPU."""
+        found = Sums(0)
+        found.count, found.share = self.count, self.share
+        found.centre, found.sums = self.centre.cpu(), self.sums.cpu()
+        found.squares, found.heights = self.squares.cpu(), self.heights.cpu()
+        return found
 
     def moved(self, centre: Tensor) -> tuple[Sums, Tensor]:
         """The same samples about another centre, and the step t = c - c'."""
         step, n = self.centre - centre, self.count
-        found = Sums(len(centre))
+        found = Sums(len(centre), self.made)
         found.count, found.centre = n, centre
         found.sums = self.sums + n * step
         found.squares = (self.squares + step * (self.sums + found.sums)).clamp(min=0)
@@ -299,7 +306,7 @@ class Sums:
 
     def __add__(self, other: Sums) -> Sums:
         """Of both, about the one centre that they have."""
-        found = Sums(len(self.centre))
+        found = Sums(len(self.centre), self.made)
         found.count, found.centre = self.count + other.count, self.centre
         found.sums, found.squares = self.sums + other.sums, self.squares + other.squares
         found.heights = self.heights + other.heights
@@ -322,9 +329,9 @@ class Sums:
 class InputMoments:
     """Running sums of x (N,) and x x^T; `a + b` are those of both, whichever samples each has seen."""
 
-    def __init__(self, width: int) -> None:
-        self.entries = Sums(width)
-        self.products = torch.zeros(width, width, dtype=torch.float64)
+    def __init__(self, width: int, made: Products = HOST) -> None:
+        self.made, self.entries = made, Sums(width, made)
+        self.products = torch.zeros(width, width, dtype=torch.float64, device=made.device)
 
     @property
     def count(self) -> int:
@@ -333,14 +340,14 @@ class InputMoments:
 
     def add(self, x: Tensor) -> None:
         """Add samples x (n, in)."""
-        for start in range(0, len(x), ROWS):
-            part = self.entries.take(x[start : start + ROWS].double())
-            _gather(self.products, part, part)
+        for start in range(0, len(x), self.made.rows):
+            part = self.entries.take(self.made.moved(x[start : start + self.made.rows]))
+            self.made.gather(self.products, part, part)
 
     def __add__(self, other: InputMoments) -> InputMoments:
         """The larger's centre serves both: a move from it would cost precision."""
         first, second = (self, other) if self.count >= other.count else (other, self)
-        found = InputMoments(0)
+        found = InputMoments(0, self.made)
         moved, step = second.entries.moved(first.entries.centre)
         found.entries = first.entries + moved
         found.products = first.products + second.products
@@ -349,10 +356,10 @@ class InputMoments:
 
     def finished(self) -> Moments:
         """The moments about the mean, computed once so that layers can share the arrays."""
-        n = max(self.count, 1)
-        mean, mean_doubt = self.entries.mean()
-        covariance = torch.addr(self.products, self.entries.sums / n, self.entries.sums, alpha=-1).div_(n)
-        doubt = self.entries.doubt()
+        n, entries = max(self.count, 1), self.entries.on_host()
+        mean, mean_doubt = entries.mean()
+        covariance = torch.addr(self.products.cpu(), entries.sums / n, entries.sums, alpha=-1).div_(n)
+        doubt = entries.doubt()
         size = raised((covariance.diagonal().clamp(min=0) + 2 * doubt.square()).sqrt())
         return Moments(self.count, mean, covariance, doubt, mean_doubt, size, doubt.square())
 
@@ -360,9 +367,9 @@ class InputMoments:
 class TargetMoments:
     """Running sums of y x^T, y and y^2, for targets that are not the layer's own outputs (a cascade); `a + b` too."""
 
-    def __init__(self, out: int, width: int) -> None:
-        self.inputs, self.targets = Sums(width), Sums(out)
-        self.products = torch.zeros(out, width, dtype=torch.float64)
+    def __init__(self, out: int, width: int, made: Products = HOST) -> None:
+        self.made, self.inputs, self.targets = made, Sums(width, made), Sums(out, made)
+        self.products = torch.zeros(out, width, dtype=torch.float64, device=made.device)
 
     @property
     def count(self) -> int:
@@ -371,14 +378,15 @@ class TargetMoments:
 
     def add(self, x: Tensor, y: Tensor) -> None:
         """Add samples x (n, in) and y (n, out)."""
-        for start in range(0, len(x), ROWS):
-            part = slice(start, start + ROWS)
-            _gather(self.products, self.targets.take(y[part].double()), self.inputs.take(x[part].double()))
+        for start in range(0, len(x), self.made.rows):
+            some = slice(start, start + self.made.rows)
+            aimed = self.targets.take(self.made.moved(y[some]))
+            self.made.gather(self.products, aimed, self.inputs.take(self.made.moved(x[some])))
 
     def __add__(self, other: TargetMoments) -> TargetMoments:
         """The larger's centres serve both."""
         first, second = (self, other) if self.count >= other.count else (other, self)
-        found = TargetMoments(0, 0)
+        found = TargetMoments(0, 0, self.made)
         x, step = second.inputs.moved(first.inputs.centre)
         y, rise = second.targets.moved(first.targets.centre)
         found.inputs, found.targets = first.inputs + x, first.targets + y
@@ -388,11 +396,11 @@ class TargetMoments:
 
     def finished(self) -> CrossMoments:
         """The moments about the means."""
-        n = max(self.count, 1)
-        mean, mean_doubt = self.targets.mean()
-        covariance = torch.addr(self.products, self.targets.sums / n, self.inputs.sums, alpha=-1).div_(n)
-        variance = ((self.targets.squares - self.targets.sums.square() / n) / n).clamp(min=0)
-        return CrossMoments(mean, variance, covariance, self.targets.doubt(), self.inputs.doubt(), mean_doubt)
+        n, inputs, targets = max(self.count, 1), self.inputs.on_host(), self.targets.on_host()
+        mean, mean_doubt = targets.mean()
+        covariance = torch.addr(self.products.cpu(), targets.sums / n, inputs.sums, alpha=-1).div_(n)
+        variance = ((targets.squares - targets.sums.square() / n) / n).clamp(min=0)
+        return CrossMoments(mean, variance, covariance, targets.doubt(), inputs.doubt(), mean_doubt)
 
 
 def check_moments(
@@ -454,20 +462,6 @@ def _centre(x: Tensor) -> Tensor:
     """About the mean; of a column of one number that number, so that what is constant is exactly so."""
     some = x[:FIRST]
     return torch.maximum(torch.minimum(some.mean(0), some.amax(0)), some.amin(0))
-
-
-def _gather(products: Tensor, left: Tensor, right: Tensor) -> None:
-    for some in spans(*products.shape):
-        if len(left) >= APART:
-            products[some] += left[:, some].T @ right
-        else:
-            products[some].addmm_(left[:, some].T, right)
-
-
-def spans(rows: int, width: int) -> Iterator[slice]:
-    """Slices of the rows of a matrix (rows, width), so few rows in each that an array of them is small."""
-    step = max(SPAN // max(width, 1), 1)
-    return (slice(start, start + step) for start in range(0, rows, step))
 
 
 def _size(matrix: Tensor) -> Tensor:

@@ -27,10 +27,10 @@ TINY: Final = 2.0**-1000  # stands for 0 in a divisor
 FEW: Final = 1024  # numbers that are summed one by one
 
 
-def gamma(roundings: float) -> float:
+def gamma(roundings: float, unit: float = UNIT) -> float:
     """gamma_n / (1 - gamma_n) for n roundings: an allowance, relative to a computed size; inf where it says nothing."""
-    lost = 2 * roundings * UNIT
-    return roundings * UNIT / (1 - lost) if lost < 1 else math.inf
+    lost = 2 * roundings * unit
+    return roundings * unit / (1 - lost) if lost < 1 else math.inf
 
 
 def down(value: float, by: float = 0.0) -> float:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from instances import random_layer
 from table import LAYERS, PATTERNS, RECONSTRUCTIONS, RECONSTRUCTORS, reconstruction, some
 
-from convexprune import moments
+from convexprune import products
 from convexprune.layer import Layer
 from convexprune.layout import Layout
 from convexprune.patterns import NM, Blocks, Channels, PerRow, Unstructured
@@ -133,7 +133,7 @@ def test_branch_and_bound_is_brute_force(pattern):
 @pytest.mark.parametrize("pattern", ["unstructured", "per_row", "blocks"])
 def test_a_judge_of_some_rows_at_a_time_says_the_same(layer, pattern, monkeypatch):
     def verdict(span):
-        monkeypatch.setattr(moments, "SPAN", span)
+        monkeypatch.setattr(products, "SPAN", span)
         problem = reconstruction(layer, pattern)
         x = solve(problem, Magnitude()).x
         bounds = [problem.lower_bound(witness) for witness in (None, problem.target, 0.5 * x[:, :8])]

@@ -142,7 +142,8 @@ def prune(
         batches = source.samples(calibration, dense, Windows(windows, first, length, batch))
         here = resident()
         budget = 1 - sparsity if allocate and sparsity is not None else None
-        job = Job(dense, batches, rules, mode, budget, seed, device, before + here - loaded, max(0, highest() - here))
+        needs = (before + here - loaded, max(0, highest() - here), source.shard)
+        job = Job(dense, batches, rules, mode, budget, seed, device, *needs)
         if time is not None:
             short = replace(short, solver=job.plan.within(time))
             rules = short.recipe(allocate)
@@ -204,6 +205,7 @@ class Job:
     device: str
     process: int  # bytes that this process has besides the model
     reading: int  # bytes that it had for a moment beyond those
+    shard: int  # bytes of the largest file of the model's weights
 
     @cached_property
     def layers(self) -> list[str]:
@@ -239,7 +241,8 @@ class Job:
     @cached_property
     def plan(self) -> Plan:
         """What it takes, from shapes alone."""
-        return Plan.of(self.dense, self.calibration, self._all_rules, self.mode, self.process, self.reading)
+        needs = (self.process, self.reading, self._judged, self.shard)
+        return Plan.of(self.dense, self.calibration, self._all_rules, self.mode, *needs)
 
     @cached_property
     def _judged(self) -> list[str]:

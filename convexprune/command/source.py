@@ -97,6 +97,11 @@ class Source:
         self.ready()
         return self.model().to(device)
 
+    @property
+    def shard(self) -> int:
+        """Bytes of the largest file of a folder's weights."""
+        return max((each.stat().st_size for each in self.folder.files), default=0) if self.folder is not None else 0
+
     def skeleton(self) -> nn.Module:
         """Of a folder the model without weights."""
         assert self.folder is not None

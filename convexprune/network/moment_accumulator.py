@@ -13,6 +13,7 @@ from torch import Tensor
 
 from convexprune.moments import InputMoments, Moments, TargetMoments
 from convexprune.network.matrices import Stack
+from convexprune.products import Products, products_on
 
 _CHUNK = 2**22  # numbers of unfolded input that are held in float64 at once
 CHECKED = 64  # samples on which a module is compared with its matrices
@@ -24,6 +25,7 @@ class Stream:
     """The rows that one call of one or several layers reads: the same tensor, unfolded alike, in every batch."""
 
     born: int  # the batch of its first rows; layers can join only then
+    made: Products
     moments: list[InputMoments]  # one for each group
     kept: list[Tensor] = field(default_factory=list)  # (samples, groups, in) in the model's dtype
     filled: int = -1  # the last batch whose rows are in
@@ -95,7 +97,7 @@ class Account:
         slot, fresh = self._slot(name, stack, x, y)
         if not fresh and dense is None:
             return
-        for rows, wanted, part in self._chunks(name, stack, x, mask, slot.generator):
+        for rows, wanted, part in self._chunks(slot, stack, x, mask):
             if fresh:
                 self._read_rows(name, slot.stream, rows, x.dtype)
             if dense is not None:
@@ -139,7 +141,7 @@ class Account:
         slots = self.slots.setdefault(name, [])
         if call == len(slots):
             _check_computed(name, stack, x.detach(), y.detach())
-            joined = stream if stream is not None and stream.born == self._batch else self._new_stream(stack)
+            joined = stream if stream is not None and stream.born == self._batch else self._new_stream(stack, x)
             slots.append(Slot(name, joined, torch.Generator().manual_seed(self.seed)))
             joined.readers.append(slots[-1])
         slot = slots[call]
@@ -152,23 +154,25 @@ class Account:
             self._read[key] = (weakref.ref(x), slot.stream)
         return slot, fresh
 
-    def _new_stream(self, stack: Stack) -> Stream:
-        return Stream(self._batch, [InputMoments(stack.width) for _ in range(stack.groups)])
+    def _new_stream(self, stack: Stack, x: Tensor) -> Stream:
+        made = products_on(x.device)
+        return Stream(self._batch, made, [InputMoments(stack.width, made) for _ in range(stack.groups)])
 
     def _chunks(
-        self, name: str, stack: Stack, x: Tensor, mask: Tensor | None, generator: torch.Generator
+        self, slot: Slot, stack: Stack, x: Tensor, mask: Tensor | None
     ) -> Iterator[tuple[Tensor, Tensor | None, slice]]:
         # (samples, groups, in) rows in float64, chunk by chunk, with the positions taken and the items they are from
         items = stack.items(x.detach())
         if len(items) == 0:
             return
-        one = stack.input_rows(items[:1].cpu().double())
+        made = slot.stream.made
+        one = stack.input_rows(made.moved(items[:1]))
         size = max(1, _CHUNK // max(one.numel(), 1))
         samples = None if mask is None else mask.cpu().reshape(len(items), -1)
         for start in range(0, len(items), size):
             part = slice(start, start + size)
-            rows = stack.input_rows(items[part].cpu().double())
-            wanted = self._wanted(len(rows), rows.shape[1], None if samples is None else samples[part], generator)
+            rows = stack.input_rows(made.moved(items[part]))
+            wanted = self._wanted(len(rows), rows.shape[1], None if samples is None else samples[part], slot.generator)
             yield _take(rows, wanted), wanted, part
 
     def _wanted(self, items: int, length: int, mask: Tensor | None, generator: torch.Generator) -> Tensor | None:
@@ -192,18 +196,20 @@ class Account:
                     "weights of the layers before it"
                 )
         if name in self.keep:
-            stream.kept.append(rows.to(dtype, copy=True))
+            stream.kept.append(rows.to("cpu", dtype, copy=True))
 
     def _aim(self, name: str, stack: Stack, slot: Slot, rows: Tensor, y: Tensor, dtype: torch.dtype) -> None:
-        y = y.cpu().double()
-        shape = (y.shape[2], stack.width)
-        sums = self.aimed.setdefault(name, [TargetMoments(*shape) for _ in range(stack.groups)])
+        made = slot.stream.made
+        y, shape = made.moved(y), (y.shape[2], stack.width)
+        if name not in self.aimed:
+            self.aimed[name] = [TargetMoments(*shape, made) for _ in range(stack.groups)]
+        sums = self.aimed[name]
         for group, moments in enumerate(sums):
             moments.add(rows[:, group], y[:, group])
             if not bool(torch.isfinite(moments.targets.sums).all()):
                 raise ValueError(f"layer {name!r} makes NaN or inf in the dense network; check the calibration data")
         if name in self.keep:
-            slot.kept.append(y.to(dtype, copy=True))
+            slot.kept.append(y.to("cpu", dtype, copy=True))
 
     def _conflict(self, slot: Slot) -> None:
         names = list(dict.fromkeys(reader.name for reader in slot.stream.readers))
@@ -219,13 +225,14 @@ def _check_computed(name: str, stack: Stack, x: Tensor, y: Tensor) -> None:
     why = "leave it out of `names` (a hook, a forward of this instance, an output_size in the call, a wrong Stack?)"
     made = stack.output_rows(y)
     items = max(1, CHECKED // max(made.shape[1], 1))
-    rows = stack.input_rows(stack.items(x)[:items].cpu().double()).flatten(0, 1)
-    made = made[:items].cpu().double().flatten(0, 1)
+    place = products_on(x.device)
+    rows = stack.input_rows(place.moved(stack.items(x)[:items])).flatten(0, 1)
+    made = place.moved(made[:items]).flatten(0, 1)
     if len(rows) != len(made):
         raise ValueError(f"{kind} makes {len(made)} samples of outputs from {len(rows)} rows of inputs; {why}")
     some = slice(None, None, max(1, len(rows) // CHECKED))
-    rows, made, weights, biases = rows[some], made[some], stack.weights().cpu().double(), stack.biases()
-    shift = torch.zeros(()) if biases is None else biases.cpu().double()
+    rows, made, weights, biases = rows[some], made[some], place.moved(stack.weights()), stack.biases()
+    shift = rows.new_zeros(()) if biases is None else place.moved(biases)
     away = (torch.einsum("sgi,goi->sgo", rows, weights) + shift - made).abs()
     size = rows.norm(dim=2)[:, :, None] * weights.norm(dim=2) + shift.abs()
     if bool((made.isfinite() & (away > OFF * size)).any()):  # what is not finite is refused where it is read

@@ -24,10 +24,10 @@ from convexprune.extras import extras
 from convexprune.forms import GroupedLeastSquares, PerspectiveProblem
 from convexprune.layer import Layer, check_layer
 from convexprune.layout import Layout, check_pattern
-from convexprune.moments import spans
 from convexprune.options import numbers, optional
 from convexprune.patterns import Pattern, excess, select
 from convexprune.problem import Formulation, Misfit
+from convexprune.products import spans
 from convexprune.quadratic import Quadratic, Step
 from convexprune.rounding import down, gamma, lowered, raised, total, total_doubt, up
 

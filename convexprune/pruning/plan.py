@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from convexprune.network import Calibration
+from convexprune.network.blocks import CONTAINERS, FEWEST
 from convexprune.network.forward import tensors_in
 from convexprune.network.memory import available
 from convexprune.network.names import choose
@@ -24,17 +25,18 @@ from convexprune.pruning.recipe import Recipe, Rule
 JUDGE: Final = "judge"  # of a reconstruction: a verdict on a point
 VERDICTS: Final = 2  # on a layer: on the solver's point, and on what was stored of it
 PRESETS: Final = ("best", "balanced", "fast", "magnitude")  # the best first
-# flops whose time a solver takes on M neurons of n inputs, k kept in each, in units of n^3, M n^2, M k^3 and M n: from
-# CPU seconds of benchmarks/solver_cost.py, which says how far they are off
+# flops whose time a solver takes on M neurons of n inputs, k kept in each, in units of n^3, M n^2, M k^3 and M n,
+# fitted to CPU seconds by benchmarks/solver_cost.py: right within a factor 1.5 there
 COST: Final[Mapping[str, tuple[float, float, float, float]]] = {
     "magnitude": (0, 0, 0, 1.2e4), "activation-magnitude": (0, 0, 0, 1.2e4), "column-sweep": (24, 0, 0, 3.2e4),
     "fast": (23, 0, 0.1, 1.2e5), "rising-penalty": (40, 300, 0, 1e6), "admm": (40, 300, 0, 1e6),
-    "balanced": (63, 140, 12, 5e5), "best": (63, 300, 90, 2e6), JUDGE: (23, 0, 0, 4.9e4),
+    "balanced": (110, 146, 12.5, 4.7e5), "best": (270, 2200, 44, 1.1e6), JUDGE: (24, 0, 0, 4.9e4),
 }  # fmt: skip
-# arrays in float64 that a layer's moments, problem and solver hold at once, fitted to measured peaks: moments come with
-# bounds of what rounding did to them, which are made of products of absolute values
-WORK: Final = 20  # of (M, n)
-SQUARES: Final = 10  # of (n, n)
+# arrays in float64 that a layer's moments, problem and solver hold at once, fitted to measured peaks; what the judge
+# makes besides, it makes for some rows at a time
+WORK: Final = 7  # of (M, n): weights, moments with the targets about the mean and about 0, a point, scores
+SQUARES: Final = 6  # of (n, n): the moments about the mean and about 0, their unit and what is factorised
+JUDGED: Final = 3.5  # of (M, n) of a head that is only judged: weights before and after, moments with the targets
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,7 @@ class LayerPlan:
     groups: int
     outputs: int  # of a group
     inputs: int
+    bias: bool
     does: str
     seconds: float  # of the solver
     judging: float
@@ -55,9 +58,14 @@ class LayerPlan:
         return self.seconds + self.judging
 
     @property
+    def stored(self) -> int:
+        """How many weights it has."""
+        return self.groups * self.outputs * self.inputs
+
+    @property
     def gram(self) -> int:
-        """Bytes of the Gram matrices of what it reads, with the sums that they are made of."""
-        return 2 * 8 * self.groups * self.inputs**2
+        """Bytes of the Gram matrices of what it reads: about the mean, and without a bias about 0 too."""
+        return (1 if self.bias else 2) * 8 * self.groups * self.inputs**2
 
     @property
     def solving(self) -> int:
@@ -71,7 +79,10 @@ class Plan:
 
     process     that the process has without a model and with the samples read: Python, torch, transformers, a tokenizer
     reading     that reading the samples took for a moment beyond that
-    model       of the dense model and its copy
+    model       of the dense model
+    written     of the copy's own weights while it is walked: of one block where what is finished lies in files
+    head        of the moments of a head that is judged
+    shard       of a file of weights, which is put together in memory
     samples     of the batches
     activations of a batch in a pass
     streams     of what blocks make of all batches, for both networks; 0 where none is kept
@@ -82,6 +93,9 @@ class Plan:
     process: int
     reading: int
     model: int
+    written: int
+    head: int
+    shard: int
     samples: int
     activations: int
     streams: int
@@ -90,9 +104,14 @@ class Plan:
 
     @classmethod
     def of(
-        cls, model: nn.Module, calibration: Calibration, recipe: Recipe, mode: str, process: int = 0, reading: int = 0
-    ) -> Plan:
-        """Of a recipe on a model; nothing is run."""
+        cls, model: nn.Module, calibration: Calibration, recipe: Recipe, mode: str, process: int = 0, reading: int = 0,
+        judged: Collection[str] = (), shard: int = 0,
+    ) -> Plan:  # fmt: skip
+        """Of a recipe on a model; nothing is run.
+
+        judged  layers that stay dense and are judged
+        shard   bytes of the largest file that the model is written to
+        """
         chosen = choose(model, calibration.names)
         speed = flops_a_second()
         layers, presets = [], dict.fromkeys(PRESETS, 0.0)
@@ -114,19 +133,24 @@ class Plan:
             tuple(layers),
             process=process,
             reading=reading,
-            model=2 * size,
+            model=size,
+            written=min(sum(layer.stored for layer in layers) * element, size if mode == "parallel" else _block(model)),
+            head=max((int(8 * JUDGED * chosen.stacks[name].weight.numel()) for name in judged), default=0),
+            shard=shard,
             samples=sum(each.numel() * each.element_size() for each in tensors),
             activations=(sum(widths[:8]) + 4 * hidden) * rows * element,
             streams=0 if mode == "parallel" else 2 * hidden * rows * element * batches,
-            capture=sum(grams) if mode == "parallel" else max(grams, default=0),
+            capture=sum(grams) if mode == "parallel" else 0,  # those of one layer are the solver's
             presets=presets if any(presets.values()) else {},
         )
 
     @property
     def peak(self) -> int:
         """Bytes at the most."""
-        kept = self.process + self.model + self.samples + self.streams + self.capture
-        return max(kept + max(self.activations, self.solving), self.process + self.model // 2 + self.reading)
+        kept = self.process + self.model + self.written + self.samples + self.streams + self.capture
+        walked = kept + max(self.activations, self.solving, self.head)
+        finished = self.process + 2 * self.model + self.samples + self.shard
+        return max(walked, finished, self.process + self.model + self.reading)
 
     @property
     def solving(self) -> int:
@@ -171,8 +195,9 @@ class Plan:
             names = layers[0].module + (", ..." if len(layers) > 1 else "")
             lines.append(f"  {len(layers)} of {what}, {_time(sum(layer.seconds for layer in layers))}: {names}")
         parts = {
-            "Python": self.process, "models": self.model, "samples": self.samples, "streams": self.streams,
-            "Gram matrices": self.capture, "a pass": self.activations, "a layer's solver": self.solving,
+            "Python": self.process, "models": self.model + self.written, "samples": self.samples,
+            "streams": self.streams, "Gram matrices": self.capture, "a pass": self.activations, "a layer's solver": self.solving,
+            "the head's judge": self.head, "both models at the end": 2 * self.model + self.shard,
         }  # fmt: skip
         shares = ", ".join(f"{key} {value / 1e9:.2f}" for key, value in parts.items())
         lines.append(f"memory: {self.peak / 1e9:.2f} GB at the peak; {shares}")
@@ -190,13 +215,28 @@ def _planned(module: str, stack: Any, rule: Rule, speed: float) -> LayerPlan:
     share = rule.nm[0] / rule.nm[1] if rule.nm else 1 - (rule.sparsity or 0.5)
     solving, judging = (stack.groups * cost(each, outputs, inputs, share) / speed for each in (name, JUDGE))
     does = f"{rule.problem} {rule.pattern}{'' if rule.sparsity is None else f' {1 - rule.sparsity:.0%} kept'} by {name}"
-    return LayerPlan(module, stack.groups, outputs, inputs, does, solving, VERDICTS * judging)
+    bias = stack.bias is not None
+    return LayerPlan(module, stack.groups, outputs, inputs, bias, does, solving, VERDICTS * judging)
 
 
 def cost(solver: str, outputs: int, inputs: int, share: float) -> float:
-    """Flops that a solver, or a verdict, takes the time of, on a layer of which a share of the weights stays."""
+    """Flops whose time a solver, or a verdict, takes on a layer of which a share of the weights stays."""
     cube, square, kept, one = COST.get(solver, COST["admm"])
     return cube * inputs**3 + outputs * (square * inputs**2 + kept * (share * inputs) ** 3 + one * inputs)
+
+
+def _block(model: nn.Module) -> int:
+    """Bytes of the largest of some blocks that are called one after another; of all of it where there are none."""
+    sizes: dict[str, int] = {
+        name: sum(each.numel() * each.element_size() for each in module.parameters())
+        for name, module in model.named_modules()
+    }
+    chains = [
+        [sizes[f"{name}.{key}" if name else key] for key in module._modules]
+        for name, module in model.named_modules()
+        if isinstance(module, CONTAINERS) and len(module) >= FEWEST
+    ]
+    return max(max(chains, key=sum)) if chains else sizes[""]
 
 
 def _rows(calibration: Calibration) -> tuple[int, int]:
