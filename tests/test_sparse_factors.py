@@ -225,9 +225,6 @@ def test_wrong_calls_are_refused_by_name():
         cp.SparseFactors(layer, 5).to_cvxpy()
     with pytest.raises(TypeError, match="Balanced takes GroupedLeastSquares problems"):
         cp.solve(cp.SparseFactors(layer, 5), cp.Balanced())
-    for shares, error in (((), TypeError), ([0.1], TypeError), ((0.0,), ValueError), ((1.0,), ValueError)):
-        with pytest.raises(error, match="shares"):
-            cp.Alternation(shares=shares)
     model = torch.nn.Sequential(torch.nn.Linear(4, 3))
     with pytest.raises(TypeError, match="SparseFactors is not a problem over the weights of a layer"):
         cp.prune(model, [torch.randn(9, 4)], lambda each: cp.SparseFactors(each, 0.5))

@@ -124,11 +124,13 @@ class Alternation:
 
 
 def _shares(name: str, value: Any) -> None:
-    """Some numbers between 0 and 1."""
-    if not isinstance(value, tuple) or not value:
-        raise TypeError(f"{name} is {value!r}; give a tuple of numbers in (0, 1), such as (0.15, 0.22)")
-    for each in value:
-        number(0, 1, least_open=True, most_open=True)(name, each)
+    """One number in (0, 1) or several."""
+    if not isinstance(value, (tuple, list)):
+        raise TypeError(f"{name} is {value!r}; it must be a tuple of numbers, such as (0.15, 0.22)")
+    if not value:
+        raise ValueError(f"{name} is {value!r}; it must have at least one entry")
+    for at, entry in enumerate(value):
+        number(0, 1, least_open=True, most_open=True)(f"{name}[{at}]", entry)
 
 
 def _left_half(problem: FactoredLeastSquares, metric: Metric, right: Tensor, count: int, solver: Solver) -> Tensor:
