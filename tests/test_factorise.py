@@ -184,7 +184,7 @@ def test_wrong_calls_are_refused_before_the_work():
         (lambda: cp.factorise(embedded, [torch.arange(9)[None]], 0.5, names="1"), ValueError, "'1' is tied"),
         (lambda: cp.factorise(nn.Linear(12, 3), [batch], 0.5), ValueError, "wrap it in an nn.Sequential"),
         (
-            lambda: cp.factorise(encoder, [torch.randn(2, 5, 8)], 0.5, names="*linear*"),
+            lambda: cp.factorise(encoder, [tokens], 0.5, names="*linear*"),
             ValueError,
             "no attribute 'weight'",
         ),
