@@ -183,11 +183,7 @@ def test_wrong_calls_are_refused_before_the_work():
         (lambda: cp.factorise(hooked, [batch], 0.5), ValueError, "'2' is hooked"),
         (lambda: cp.factorise(embedded, [torch.arange(9)[None]], 0.5, names="1"), ValueError, "'1' is tied"),
         (lambda: cp.factorise(nn.Linear(12, 3), [batch], 0.5), ValueError, "wrap it in an nn.Sequential"),
-        (
-            lambda: cp.factorise(encoder, [tokens], 0.5, names="*linear*"),
-            ValueError,
-            "no attribute 'weight'",
-        ),
+        (lambda: cp.factorise(encoder, [tokens], 0.5, names="*linear*"), ValueError, "no attribute 'weight'"),
         (lambda: cp.factorise(model, [batch], lambda layer: None), ValueError, "every layer"),
         (lambda: cp.factorise(model, [batch], 1.5), ValueError, "keep is 1.5"),
         (lambda: cp.factorise(model, [batch], 500), ValueError, "layer '0': keep is 500"),

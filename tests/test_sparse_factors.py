@@ -201,6 +201,16 @@ def test_the_right_half_is_least_squares_with_the_kronecker_hessian(seed):
     assert int((few != 0).sum()) <= 7
 
 
+def test_a_row_that_nothing_reads_takes_no_weights():
+    layer = random_layer(6, bias=False, **WIDE)
+    metric = Metric.of(layer.gram, layer.cross, torch.float64)
+    left, start = normal(1, 5, 5), normal(2, 5, 8)
+    left[:, 3] = 0
+    right = right_half(metric, left, start, 20, 60)[1]
+    assert not right[3].any()
+    assert int((right != 0).sum()) == 20
+
+
 def test_constant_zero_inputs_and_zero_weights_are_no_trouble():
     layer = random_layer(4, **WIDE)
     inputs = layer.inputs.clone()
