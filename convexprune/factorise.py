@@ -14,8 +14,9 @@ from convexprune.forms import adapted
 from convexprune.layer import Layer
 from convexprune.network import Calibration, read, write
 from convexprune.network.coverage import coverage
-from convexprune.network.forward import check_model
+from convexprune.network.forward import BatchError, check_model, run
 from convexprune.network.names import check_untied
+from convexprune.network.sharing import sharing
 from convexprune.network.traversal import Traversal
 from convexprune.network.two_factors import TwoFactors, check_divisible, put_in_place
 from convexprune.patterns import Unstructured
@@ -71,8 +72,8 @@ def factorise(
 
     Raises:
         ValueError: For layers that cannot be two (other kinds than Linear and convolutions, groups, hooks, tied
-            weights, a model that is one layer), and where `keep` leaves every layer dense; else what `capture` and the
-            problems raise.
+            weights, weights that the model reads by itself, a model that is one layer), and where `keep` leaves every
+            layer dense; else what `capture` and the problems raise.
         TypeError: For what is no model or solver.
 
     Example:
@@ -110,7 +111,24 @@ def _shares(walk: Traversal, keep: Keep, solver: Solver | None) -> dict[str, Sha
         raise ValueError("nothing was factorised: keep(layer) returned None for every layer; return a share for one")
     check_divisible(walk.pruned, list(modules))
     check_untied(walk.pruned, list(modules))
+    _check_runs(walk, list(modules))
     return shares
+
+
+def _check_runs(walk: Traversal, modules: list[str]) -> None:
+    """Raise ValueError where the model itself reads a layer's weights, as nn.TransformerEncoderLayer does."""
+    trial = sharing(walk.model).eval()
+    for name in modules:
+        module = trial.get_submodule(name)
+        put_in_place(trial, module, TwoFactors.shaped(module, 1))
+    try:
+        with torch.random.fork_rng(devices=[]):
+            run(trial, next(iter(walk.calibration)))
+    except BatchError as error:
+        raise ValueError(
+            f"with two modules in the place of one, {error}; leave the layers whose weights the model reads by itself "
+            "out of `names`"
+        ) from error
 
 
 @dataclass(frozen=True, eq=False)

@@ -16,6 +16,7 @@ from convexprune import (
     CVXPY,
     KKT,
     NM,
+    Alternation,
     Balanced,
     Best,
     Blocks,
@@ -55,6 +56,7 @@ KINDS = {
     "share": (["a", None, True, (0.5,), 1j], [NAN, 0, 1.1, -0.1, INF]),
     "growth": (["a", None, True, [2.0], 1j], [NAN, 0.99, -1, 0, INF]),
     "factors": ([1.3, "abc", None, {1.3, 1.2, 1.1}, 3], [(1.3,), (1.3, 1.2, 1.0), (1.3, 1.2, NAN), (), [2.0] * 4]),
+    "shares": ([0.2, "abc", None, {0.1, 0.2}, 3], [(), (0.0,), (0.1, 1), (NAN,), [0.1, -0.1]]),
     "count": (["a", None, True, NAN, 2.5], [0, -1, -7, -(10**30), np.int64(0)]),
     "count0": (["a", None, True, NAN, 2.0], [-1, -2, -7, -(10**30), np.int32(-1)]),
     "buckets": (["a", True, NAN, 2.5, [10]], [0, -1, -7, -(10**30), np.int64(0)]),
@@ -75,6 +77,7 @@ OWN = {
     Fast: {"flops": "positive", "polish": "count0"},
     Balanced: {"rounds": "count0"},
     Best: {"rounds": "count0"},
+    Alternation: {"shares": "shares", "falling": "count", "rounds": "count0", "steps": "count", "seed": "count0"},
     BranchAndBound: {"max_inputs": "count"},
     KKT: {"max_inputs": "count"},
     DynamicProgramming: {"buckets": "buckets"},
@@ -103,7 +106,11 @@ def rows():
 @pytest.mark.parametrize(("make", "name", "value", "error"), [*rows()])
 def test_a_bad_option_is_named_when_the_solver_is_made(make, name, value, error):
     entry = r"(\[\d\])?"  # of a tuple, the entry that is wrong
-    shown = ".*" if isinstance(value, tuple | list) and name == "rises" else f"({re.escape(repr(value))}|{value})"
+    shown = (
+        ".*"
+        if isinstance(value, tuple | list) and name in ("rises", "shares")
+        else f"({re.escape(repr(value))}|{value})"
+    )
     with pytest.raises(error, match=f"^{name}{entry} is {shown}[,;] ?(it must|give|which|and torch|on which)"):
         make(**{name: value})
 

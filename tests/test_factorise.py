@@ -176,11 +176,14 @@ def test_wrong_calls_are_refused_before_the_work():
     hooked, embedded = mlp(), nn.Sequential(nn.Embedding(9, 5), nn.Linear(5, 9, bias=False))
     hooked[2].register_forward_hook(lambda module, args, output: None)
     embedded[1].weight = embedded[0].weight
+    encoder = nn.Sequential(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)).eval()
+    tokens = torch.randn(2, 5, 8)
     calls = [
         (lambda: cp.factorise(grouped, [torch.randn(2, 4, 8, 8)], 0.5), ValueError, "a Conv2d with groups"),
         (lambda: cp.factorise(hooked, [batch], 0.5), ValueError, "'2' is hooked"),
         (lambda: cp.factorise(embedded, [torch.arange(9)[None]], 0.5, names="1"), ValueError, "'1' is tied"),
         (lambda: cp.factorise(nn.Linear(12, 3), [batch], 0.5), ValueError, "wrap it in an nn.Sequential"),
+        (lambda: cp.factorise(encoder, [tokens], 0.5, names="*linear*"), ValueError, "no attribute 'weight'"),
         (lambda: cp.factorise(model, [batch], lambda layer: None), ValueError, "every layer"),
         (lambda: cp.factorise(model, [batch], 1.5), ValueError, "keep is 1.5"),
         (lambda: cp.factorise(model, [batch], 500), ValueError, "layer '0': keep is 500"),

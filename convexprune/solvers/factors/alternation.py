@@ -40,7 +40,7 @@ Pair = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True)
 class Alternation:
-    """Two sparse factors by alternation. Each of the `shares` takes three to four times as long as `Best`.
+    """Two sparse factors by alternation. On a 64 x 576 layer each of the `shares` takes 5 s, `Best` 1 s.
 
     Args:
         shares: Of the nonzeros, those in the square factor (the smaller one); each is tried, and the best kept.
@@ -85,16 +85,15 @@ class Alternation:
         least, rounds, status = problem.value(best), 0, Status.CONVERGED
         for pair in self._pairs(problem):
             rounds += 1
-            x = problem.joined(*pair)
-            if (value := problem.value(x)) < least:
+            if pair is not None and (value := problem.value(x := problem.joined(*pair))) < least:
                 best, least = x, value
             if time.perf_counter() > deadline:
                 status = Status.TIME_LIMIT
                 break
         return Attempt(best, None, status, rounds)
 
-    def _pairs(self, problem: FactoredLeastSquares) -> Iterator[Pair]:
-        """Pairs within the count, one for each round at the final numbers; first the single matrix."""
+    def _pairs(self, problem: FactoredLeastSquares) -> Iterator[Pair | None]:
+        """First the single matrix; then of each round its pair, or None while it has more nonzeros than the count."""
         yield from _single(problem)
         if problem.count < 2:  # one nonzero is no product
             return
@@ -110,7 +109,9 @@ class Alternation:
         rest = min(count - few, other)
         return (few, rest) if out <= into else (rest, few)
 
-    def _alternated(self, problem: FactoredLeastSquares, metric: Metric, counts: tuple[int, int]) -> Iterator[Pair]:
+    def _alternated(
+        self, problem: FactoredLeastSquares, metric: Metric, counts: tuple[int, int]
+    ) -> Iterator[Pair | None]:
         left, right = _begun(problem, metric, self.seed)
         sizes = left.numel(), right.numel()
         for turn in range(1, self.falling + self.rounds + 1):
@@ -119,16 +120,17 @@ class Alternation:
             last = turn > self.falling
             left = _left_half(problem, metric, right, few, Balanced() if last else Fast())
             left, right = right_half(metric, left, right, many, self.steps if last else QUICK)
-            if way == 1.0:
-                yield left, right / metric.scale
+            yield (left, right / metric.scale) if way == 1.0 else None
 
 
 def _shares(name: str, value: Any) -> None:
-    """Some numbers between 0 and 1."""
-    if not isinstance(value, tuple) or not value:
-        raise TypeError(f"{name} is {value!r}; give a tuple of numbers in (0, 1), such as (0.15, 0.22)")
-    for each in value:
-        number(0, 1, least_open=True, most_open=True)(name, each)
+    """One number in (0, 1) or several."""
+    if not isinstance(value, (tuple, list)):
+        raise TypeError(f"{name} is {value!r}; it must be a tuple of numbers, such as (0.15, 0.22)")
+    if not value:
+        raise ValueError(f"{name} is {value!r}; it must have at least one entry")
+    for at, entry in enumerate(value):
+        number(0, 1, least_open=True, most_open=True)(f"{name}[{at}]", entry)
 
 
 def _left_half(problem: FactoredLeastSquares, metric: Metric, right: Tensor, count: int, solver: Solver) -> Tensor:

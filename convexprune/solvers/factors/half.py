@@ -58,8 +58,8 @@ def right_half(metric: Metric, left: Tensor, start: Tensor, count: int, steps: i
     In the metric's coordinates. The product of the two is that of `left` with the B that belongs to it.
     """
     norms = left.norm(dim=0)
-    norms = torch.where(norms > 0, norms, 1.0)
-    left, start = left / norms, start * norms[:, None]
+    # a column of zeros makes its row of B worthless: it starts, and stays, without a weight
+    left, start = left / torch.where(norms > 0, norms, 1.0), start * norms[:, None]
     mask = _support(metric, left, start, count, steps)
     return left, _polished(metric, left, start * mask, mask, min(steps, POLISH))
 
