@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, Final
@@ -129,6 +130,11 @@ class Report:
         if self.coverage is None or not self.coverage.total:
             return None
         return 1 - (self.total - self.kept) / self.coverage.total
+
+    @property
+    def problems(self) -> dict[str, int]:
+        """The problems that were stated, with their options (epsilon, pattern, ...), and the number of their rows."""
+        return dict(Counter(row.problem for row in self.rows if row.problem))
 
     def table(self) -> str:
         """The rows as aligned text, one line each, names on the left and numbers on the right."""
