@@ -517,3 +517,11 @@ def test_the_page_says_which_problems_were_stated(report, tmp_path):
     text = (tmp_path / "report.html").read_text()
     assert "NetTrim(epsilon=0.05): 2 layers" in text
     assert "NetTrim(): 1 layer<" in text
+
+
+def test_a_summary_names_a_few_layers_and_counts_the_others(large):
+    rows = tuple(replace(row, note="float64 began anew", moments=Moments(0.1, 1, 2, math.inf)) for row in large.rows)
+    lines = replace(large, rows=rows).summary()
+    assert sum("and 294 more" in line for line in lines) == 3
+    assert max(map(len, lines)) < 700
+    assert "more" not in "".join(replace(large, rows=rows[:6]).summary())

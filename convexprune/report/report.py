@@ -21,6 +21,7 @@ from convexprune.report.shares import Shares
 from convexprune.version import __version__
 from convexprune.whole_file import write_whole
 
+LISTED: Final = 6  # layers that a line of the summary names
 SCHEMA: Final = 1  # of a report's JSON; a text without one was written before 0.2.0, in the same layout
 
 
@@ -161,10 +162,10 @@ class Report:
         ]
         damped = [row.moments.line(row.name) for row in self.rows if row.moments and row.moments.damping]
         refused = tuple(f"left dense: {row.name}: {row.refusal}" for row in self.rows if row.refusal)
-        singular = ("singular Gram matrices: " + "; ".join(poor),) if poor else ()
-        ridges = ("damped Gram matrices: " + "; ".join(damped),) if damped else ()
+        singular = ("singular Gram matrices: " + _listed(poor, "; "),) if poor else ()
+        ridges = ("damped Gram matrices: " + _listed(damped, "; "),) if damped else ()
         notes = dict.fromkeys(row.note for row in self.rows if row.note)
-        said = (f"{note}: {', '.join(row.name for row in self.rows if row.note == note)}" for note in notes)
+        said = (f"{note}: {_listed([row.name for row in self.rows if row.note == note], ', ')}" for note in notes)
         network = (*self.network.lines(), *self.remarks())
         return (kept, *covered, *refused, *network, *path, *shares, *singular, *ridges, *said)
 
@@ -245,6 +246,12 @@ class Report:
         from convexprune.report.html import page
 
         write_whole(path, page(self))
+
+
+def _listed(entries: Sequence[str], between: str) -> str:
+    """The first entries, and the number of the others."""
+    more = [f"and {len(entries) - LISTED} more"] if len(entries) > LISTED else []
+    return between.join([*entries[:LISTED], *more])
 
 
 def _aligned(lines: Sequence[Sequence[str]], words: Sequence[str]) -> str:
