@@ -24,7 +24,7 @@ from convexprune.problem import Solver, check_solver
 from convexprune.problems import Reconstruction, SparseFactors
 from convexprune.pruning.layer_by_layer import UNSOLVED, put
 from convexprune.report import Report, Settings
-from convexprune.report.progress import Progress, Teller, check_watcher
+from convexprune.report.progress import Teller, Watcher, checked, watched
 from convexprune.report.report import described
 from convexprune.report.row import Row
 from convexprune.rounding import norm_above
@@ -40,6 +40,7 @@ Keep = Share | Callable[[Layer], Share | None]
 
 
 @torch.inference_mode(False)  # of the caller's: what is made here can be trained
+@watched
 def factorise(
     model: nn.Module,
     batches: Calibration | Iterable[Any],
@@ -48,7 +49,7 @@ def factorise(
     mode: str = "cascade",
     *,
     names: Sequence[str] | str | None = None,
-    progress: Callable[[Progress], None] | None = None,
+    progress: Watcher = None,
 ) -> tuple[nn.Module, Report]:
     """Write each layer as one sparse matrix or as the product of two, whichever errs less with as many nonzeros.
 
@@ -65,7 +66,7 @@ def factorise(
         solver: For `SparseFactors`; None: its default. One matrix is found by the default of `Reconstruction`.
         mode: As for `prune`.
         names: Which layers, as in `Calibration`, where that does not say.
-        progress: Called with a `Progress` at each step.
+        progress: Called with a `Progress` at each step; True draws a bar by rich.
 
     Returns:
         The copy, and the report on it. Its network error is measured; there is no guarantee, and it says why.
@@ -84,11 +85,11 @@ def factorise(
         (True, torch.Size([2, 4]))
     """
     check_model(model)
-    check_watcher(progress)
+    told = checked(progress)
     if solver is not None:
         check_solver(solver)
     calibration = Calibration.of(batches, names)
-    tell = Teller(progress, calibration)
+    tell = Teller(told, calibration)
     walk = Traversal(model, calibration, mode, tell.captured)
     shares = _shares(walk, keep, solver)
     rows = _walked(walk, shares, solver, tell)

@@ -26,13 +26,14 @@ from convexprune.pruning.layer_by_layer import LayerByLayer, run_of
 from convexprune.pruning.recipe import Recipe
 from convexprune.pruning.stated import Choose, State, check_any, planned
 from convexprune.report import Report, Settings
-from convexprune.report.progress import Progress, Teller, check_watcher
+from convexprune.report.progress import Teller, Watcher, checked, watched
 from convexprune.report.shares import Shares
 
 Build = Callable[..., LayerProblem | None]  # of a layer, and of its count where there is an allocation
 
 
 @torch.inference_mode(False)  # of the caller's: what is made here can be trained
+@watched
 def prune(
     model: nn.Module,
     batches: Calibration | Iterable[Any],
@@ -42,7 +43,7 @@ def prune(
     *,
     names: Sequence[str] | str | None = None,
     allocation: Allocation | None = None,
-    progress: Callable[[Progress], None] | None = None,
+    progress: Watcher = None,
     execution: Execution | None = None,
 ) -> tuple[nn.Module, Report]:
     """Prune a model layer by layer: solve a problem for each, write its weights into a copy, judge what was written.
@@ -64,7 +65,7 @@ def prune(
             pruned so far, against the dense network's outputs; "residual": a cascade that repairs residual sums.
         names: which layers, as in `Calibration`, where that does not say.
         allocation: divides a budget among the layers first.
-        progress: called with a `Progress` at each step.
+        progress: called with a `Progress` at each step; True draws a bar by rich.
         execution: how the work is done, such as `Execution(store="folder")`, which goes on where it was killed.
 
     Returns:
@@ -85,12 +86,12 @@ def prune(
     """
     check_model(model)
     _check_options(build, solver, allocation)
-    check_watcher(progress)
+    told = checked(progress)
     calibration = Calibration.of(batches, names)
-    tell = Teller(progress, calibration)
+    tell = Teller(told, calibration)
     execution = _checked_execution(execution)
     walk = Traversal(model, calibration, mode, tell.captured, execution.way)
-    shares = None if allocation is None else allocation.shares(model, calibration, progress=progress)
+    shares = None if allocation is None else allocation.shares(model, calibration, progress=told)
     counts = None if shares is None else shares.by_layer(walk.names)
     report = walked(walk, _stated(build, counts), _chosen(build, solver), tell, shares, execution)
     return walk.pruned, report

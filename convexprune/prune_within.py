@@ -28,7 +28,7 @@ from convexprune.problem import LayerProblem, Solver, check_solver
 from convexprune.problems import ErrorBudget, NetTrim
 from convexprune.prune import walked
 from convexprune.report import Report
-from convexprune.report.progress import Progress, Teller, check_watcher
+from convexprune.report.progress import Teller, Watcher, checked, watched
 from convexprune.risk_goal import RiskGoal, search_by_risk
 from convexprune.solve import solve
 
@@ -56,6 +56,7 @@ class Goal:
 
 
 @torch.inference_mode(False)  # of the caller's: what is made here can be trained
+@watched
 def prune_within(
     model: nn.Module,
     batches: Calibration | Iterable[Any],
@@ -64,7 +65,7 @@ def prune_within(
     solver: Solver | None = None,
     *,
     names: Sequence[str] | str | None = None,
-    progress: Callable[[Progress], None] | None = None,
+    progress: Watcher = None,
 ) -> tuple[nn.Module, Report]:
     """Search for the sparsest network that is within the goal, an error or a risk; parallel mode.
 
@@ -105,9 +106,9 @@ def prune_within(
     if solver is not None:
         check_solver(solver)
     optional(function("a function from a layer and its relative error to a problem, such as NetTrim"))("build", build)
-    check_watcher(progress)
+    told = checked(progress)
     calibration = Calibration.of(batches, names)
-    tell = Teller(progress, calibration)
+    tell = Teller(told, calibration)
     if isinstance(goal, RiskGoal):
         return search_by_risk(model, calibration, goal, build, solver, tell)
     goal = goal if isinstance(goal, Goal) else Goal(goal)

@@ -1,4 +1,5 @@
 import importlib
+import logging
 import os
 import re
 import sys
@@ -10,6 +11,7 @@ from sphinx.ext.napoleon import Config, GoogleDocstring
 # the examples are small: on a busy machine their threads would mostly wait for one another
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+logging.getLogger("convexprune").setLevel(logging.WARNING)  # the gallery would show every event
 sys.path.insert(0, str(Path(__file__).parent))  # mathml
 
 project = "convexprune"

@@ -382,7 +382,7 @@ OPTIONS = [
     (lambda: cp.capture(model(), [x()], dense="a"), T, "the dense network is a str"),
     (lambda: cp.capture(model(), [x()], dense=nn.Linear), T, "the dense network is the class Linear"),
     (lambda: cp.capture(model(), [x()], keep_inputs="all"), T, "keep_inputs is 'all'"),
-    (lambda: cp.prune(model(), [x()], half, progress=3), T, "progress is 3; give a function"),
+    (lambda: cp.prune(model(), [x()], half, progress=3), T, "progress is 3; give True for a bar, or a function"),
     (lambda: cp.prune(model(), [x()], half, progress="a"), T, "progress is 'a'"),
     (lambda: cp.prune(model(), [x()], half, mode="sideways"), V, "mode is 'sideways'"),
     (lambda: within(None), T, "error is None"),

@@ -1,6 +1,7 @@
 """The walk: what is written, what is judged, what is left alone."""
 
 import copy
+import sys
 from dataclasses import dataclass
 
 import pytest
@@ -287,6 +288,24 @@ def test_progress_counts_batches_and_layers(model, batches):
     ]
     assert Progress("capture", "3", 3, 3) in events
     assert events[-1] == Progress("measure", None, 3, 3)
+
+
+def test_a_bar_is_drawn_where_one_is_asked_for(model, batches, capfd, monkeypatch):
+    pytest.importorskip("rich")
+    prune(model, batches, trim, Given(), progress=True)
+    assert capfd.readouterr() == ("", "")  # not a terminal
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    _, report = prune(model, batches, trim, Given(), progress=True)
+    out, err = capfd.readouterr()
+    assert out == ""
+    assert "solve" in err
+    assert report.kept == prune(model, batches, trim, Given())[1].kept
+    for name in [name for name in sys.modules if name.partition(".")[0] == "rich"]:
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(ModuleNotFoundError, match=r"rich is not installed.*convexprune\[report\]"):
+        prune(model, batches, trim, Given(), progress=True)
+    with pytest.raises(TypeError, match="progress is 'yes'; give True for a bar"):
+        prune(model, batches, trim, Given(), progress="yes")
 
 
 def test_nothing_is_printed(model, batches, capfd):

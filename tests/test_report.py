@@ -507,3 +507,21 @@ def test_a_guarantee_that_says_nothing_says_so(report, tmp_path, mode, advice):
 def test_a_dict_is_the_json(report):
     assert json.loads(report.to_json()) == json.loads(json.dumps(report.to_dict()))
     assert [row["name"] for row in report.to_dict()["rows"]] == ["fc1", "<fc2>", "fc3"]
+
+
+def test_the_page_says_which_problems_were_stated(report, tmp_path):
+    rows = (report.rows[0], replace(report.rows[0], name="fc9"), *report.rows[1:])
+    named = replace(report, rows=rows)
+    assert named.problems == {"NetTrim(epsilon=0.05)": 2, "NetTrim()": 1}
+    named.save_html(tmp_path / "report.html")
+    text = (tmp_path / "report.html").read_text()
+    assert "NetTrim(epsilon=0.05): 2 layers" in text
+    assert "NetTrim(): 1 layer<" in text
+
+
+def test_a_summary_names_a_few_layers_and_counts_the_others(large):
+    rows = tuple(replace(row, note="float64 began anew", moments=Moments(0.1, 1, 2, math.inf)) for row in large.rows)
+    lines = replace(large, rows=rows).summary()
+    assert sum("and 294 more" in line for line in lines) == 3
+    assert max(map(len, lines)) < 700
+    assert "more" not in "".join(replace(large, rows=rows[:6]).summary())

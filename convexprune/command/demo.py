@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from convexprune.command.show import check_writable, drawn, reported, show
+from convexprune.command.show import check_writable, reported, show
+from convexprune.report.progress import drawn
 
 if TYPE_CHECKING:
     from torch import nn

@@ -16,7 +16,7 @@ import click
 
 from convexprune.command.folder import CONFIG
 from convexprune.command.samples import Windows, moved
-from convexprune.command.show import check_writable, drawn, reported, show
+from convexprune.command.show import check_writable, reported, show
 from convexprune.command.source import SAMPLES, Source, check_device, options
 from convexprune.extras import extras
 from convexprune.network import Calibration, save
@@ -29,6 +29,7 @@ from convexprune.pruning.backends import Backend, InProcess, Joblib
 from convexprune.pruning.execution import Execution
 from convexprune.pruning.plan import Plan
 from convexprune.pruning.recipe import SOLVERS, Recipe, Rule
+from convexprune.report.progress import drawn
 from convexprune.whole_file import write_whole
 
 if TYPE_CHECKING:

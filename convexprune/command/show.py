@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,6 @@ import click
 
 from convexprune.extras import extras
 from convexprune.report import Report
-from convexprune.report.progress import Progress
 
 
 class Wrong(click.ClickException):
@@ -44,33 +43,6 @@ def check_writable(out: Path, results: Sequence[str] = ()) -> None:
     for name in results:
         if (out / name).exists() and not (out / name).is_file():
             raise OSError(errno.EEXIST, "not a regular file, and the results would go there", str(out / name))
-
-
-@contextmanager
-def drawn() -> Iterator[Callable[[Progress], None] | None]:
-    """A progress bar on a terminal, nothing on a pipe."""
-    with extras():
-        from rich.console import Console
-        from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-        from rich.progress import Progress as Bar
-
-    console = Console(stderr=True)
-    if not console.is_terminal:
-        yield None
-        return
-    with Bar(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TimeElapsedColumn(),
-        TextColumn("left:"),
-        TimeRemainingColumn(),
-        console=console,
-        transient=True,
-    ) as bar:
-        task = bar.add_task("starting", total=None)
-        yield lambda event: bar.update(
-            task, description=f"{event.stage} {event.layer or ''}".strip(), completed=event.done, total=event.total
-        )
 
 
 def show(report: Report) -> None:

@@ -196,7 +196,8 @@ class Plan:
             lines.append(f"  {len(layers)} of {what}, {_time(sum(layer.seconds for layer in layers))}: {names}")
         parts = {
             "Python": self.process, "models": self.model + self.written, "samples": self.samples,
-            "streams": self.streams, "Gram matrices": self.capture, "a pass": self.activations, "a layer's solver": self.solving,
+            "streams": self.streams, "Gram matrices": self.capture, "a pass": self.activations,
+            "a layer's solver": self.solving,
             "the head's judge": self.head, "both models at the end": 2 * self.model + self.shard,
         }  # fmt: skip
         shares = ", ".join(f"{key} {value / 1e9:.2f}" for key, value in parts.items())

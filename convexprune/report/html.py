@@ -69,7 +69,7 @@ def page(report: Report) -> str:
         _section("Moments", _moments(report.rows)),
         _section("Convergence", _convergence(report.rows)),
         _section("Weight patterns", _patterns(report.rows)),
-        _section("Settings", _list(vars(report.settings).items())),
+        _section("Settings", _list(_settings(report))),
     ]
     kept = f"{report.share().capitalize()}."
     covered = () if report.coverage is None else report.coverage.lines()
@@ -123,6 +123,14 @@ def _table(rows: Sequence[Row]) -> str:
 
     body = "".join(line("td", row.cells()) for row in rows)
     return f'<div class="table"><table>\n<thead>{line("th", HEADINGS)}</thead>\n<tbody>{body}</tbody></table></div>\n'
+
+
+def _settings(report: Report) -> list[tuple[str, object]]:
+    """The problems, the most frequent ones first, and the settings of the run."""
+    stated = sorted(report.problems.items(), key=lambda pair: -pair[1])
+    shown = [("problem", f"{words}: {count} {'layer' if count == 1 else 'layers'}") for words, count in stated[:SHOWN]]
+    more = [("problem", f"and {len(stated) - SHOWN} more")] if len(stated) > SHOWN else []
+    return [*shown, *more, *vars(report.settings).items()]
 
 
 def _network(report: Report) -> str:

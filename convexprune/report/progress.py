@@ -1,15 +1,18 @@
-"""Progress of a long run, as events for the caller; the library never prints.
+"""Progress of a long run, as events for the caller, or as a bar where one is asked for; else nothing is printed.
 
 The events also go to the logger "convexprune": a plan and layers as INFO, batches as DEBUG.
 """
 
 from __future__ import annotations
 
+import functools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, Literal, ParamSpec, TypeVar
 
+from convexprune.extras import extras
 from convexprune.network.calibration import Calibration
 from convexprune.network.coverage import Coverage
 from convexprune.options import function, optional
@@ -67,6 +70,54 @@ class Teller:
             self.progress(event)
 
 
-def check_watcher(progress: Any) -> None:
-    """Raise TypeError for what cannot be told how far a run has come."""
-    optional(function("a function that takes a `Progress`, such as print"))("progress", progress)
+Watcher = Callable[[Progress], None] | Literal[True] | None  # as callers give it
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def watched(run: Callable[P, R]) -> Callable[P, R]:
+    """Let a function that takes a `progress` take True, which draws a bar."""
+
+    @functools.wraps(run)
+    def drawing(*args: P.args, **options: P.kwargs) -> R:
+        if options.get("progress") is not True:
+            return run(*args, **options)
+        with drawn() as bar:
+            options["progress"] = bar
+            return run(*args, **options)
+
+    return drawing
+
+
+def checked(progress: Any) -> Callable[[Progress], None] | None:
+    """The function that is told how far a run has come; raises TypeError for what is none."""
+    optional(function("True for a bar, or a function that takes a `Progress`, such as print"))("progress", progress)
+    told: Callable[[Progress], None] | None = progress
+    return told
+
+
+@contextmanager
+def drawn() -> Iterator[Callable[[Progress], None] | None]:
+    """A progress bar on a terminal or in a notebook, nothing on a pipe. Raises ModuleNotFoundError without rich."""
+    with extras():
+        from rich.console import Console
+        from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+        from rich.progress import Progress as Bar
+
+    console = Console(stderr=True)
+    if not console.is_terminal and not console.is_jupyter:
+        yield None
+        return
+    with Bar(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left:"),
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+    ) as bar:
+        task = bar.add_task("starting", total=None)
+        yield lambda event: bar.update(
+            task, description=f"{event.stage} {event.layer or ''}".strip(), completed=event.done, total=event.total
+        )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, Final
@@ -11,7 +12,7 @@ from typing import Any, Final
 from torch import Tensor
 
 from convexprune.layer import Layer
-from convexprune.network.coverage import SHOWN, Coverage
+from convexprune.network.coverage import Coverage
 from convexprune.report import blocks as by_block
 from convexprune.report.plain import from_plain, to_plain
 from convexprune.report.risk_path import RiskPath
@@ -20,6 +21,7 @@ from convexprune.report.shares import Shares
 from convexprune.version import __version__
 from convexprune.whole_file import write_whole
 
+LISTED: Final = 6  # layers that a line of the summary names
 SCHEMA: Final = 1  # of a report's JSON; a text without one was written before 0.2.0, in the same layout
 
 
@@ -131,6 +133,11 @@ class Report:
             return None
         return 1 - (self.total - self.kept) / self.coverage.total
 
+    @property
+    def problems(self) -> dict[str, int]:
+        """The problems that were stated, with their options (epsilon, pattern, ...), and the number of their rows."""
+        return dict(Counter(row.problem for row in self.rows if row.problem))
+
     def share(self) -> str:
         """A sentence on what is kept: of the layers that a problem was stated for, and of the model."""
         asked = [row for row in self.rows if row.status is not None] or self.rows
@@ -163,10 +170,10 @@ class Report:
         ]
         damped = [row.moments.line(row.name) for row in self.rows if row.moments and row.moments.damping]
         refused = tuple(f"left dense: {row.name}: {row.refusal}" for row in self.rows if row.refusal)
-        singular = (f"singular Gram matrices: {_some(poor)}",) if poor else ()
-        ridges = (f"damped Gram matrices: {_some(damped)}",) if damped else ()
+        singular = ("singular Gram matrices: " + _listed(poor, "; "),) if poor else ()
+        ridges = ("damped Gram matrices: " + _listed(damped, "; "),) if damped else ()
         notes = dict.fromkeys(row.note for row in self.rows if row.note)
-        said = (f"{note}: {', '.join(row.name for row in self.rows if row.note == note)}" for note in notes)
+        said = (f"{note}: {_listed([row.name for row in self.rows if row.note == note], ', ')}" for note in notes)
         later = (self.afterwards,) if self.afterwards else ()
         network = (*self.network.lines(), *self.remarks())
         return (self.share(), *later, *covered, *refused, *network, *path, *shares, *singular, *ridges, *said)
@@ -250,6 +257,12 @@ class Report:
         write_whole(path, page(self))
 
 
+def _listed(entries: Sequence[str], between: str) -> str:
+    """The first entries, and the number of the others."""
+    more = [f"and {len(entries) - LISTED} more"] if len(entries) > LISTED else []
+    return between.join([*entries[:LISTED], *more])
+
+
 def _aligned(lines: Sequence[Sequence[str]], words: Sequence[str]) -> str:
     """Lines of cells under their headings, those of `words` on the left and numbers on the right."""
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
@@ -276,12 +289,6 @@ def described(problem: Any) -> str:
             text = f"{len(value)} x {described(value[0])}"
         words.append(f"{entry.name}={text}")
     return f"{type(problem).__name__}({', '.join(words)})"
-
-
-def _some(sentences: Sequence[str]) -> str:
-    """The first few; the page has all."""
-    more = len(sentences) - SHOWN
-    return "; ".join([*sentences[:SHOWN], *([f"and {more} more"] if more > 0 else [])])
 
 
 def _row_to_plain(row: Row) -> dict[str, Any]:

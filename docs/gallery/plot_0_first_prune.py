@@ -86,7 +86,7 @@ for name, (solver, colour) in found.items():
 axes.axhline(error(model), color="#999999", linewidth=0.8, linestyle=":")
 axes.invert_xaxis()
 axes.set_xlabel("weights kept, %")
-axes.set_title("test error, %", loc="left", fontsize=10)
+axes.set_title("Test error, %, of two solvers, by the weights kept", loc="left", fontsize=10)
 axes.legend(frameon=False)
 axes.spines[["top", "right"]].set_visible(False)
 plt.show()

@@ -70,7 +70,7 @@ axes.set_xticks(levels, [f"{level:.0%}" for level in levels])
 axes.minorticks_off()
 axes.set_ylim(0)
 axes.set_xlabel("change of the layer's outputs allowed, relative")
-axes.set_ylabel("weights kept, %")
+axes.set_title("Weights kept, %, by the change of the outputs that is allowed", loc="left", fontsize=10)
 plt.show()
 
 # %%
@@ -78,7 +78,8 @@ plt.show()
 
 figure, panels = plt.subplots(2, 1, figsize=(6, 4.6), layout="constrained", sharex=True)
 shared = {"cmap": "Greys", "vmin": 0, "vmax": float(layer.weight.abs().quantile(0.98)), "interpolation": "nearest"}
-for axes, weight, title in zip(panels, (layer.weight, solution.x[:, :-1]), ("dense", "pruned"), strict=True):
+shown = {"Dense weights": layer.weight, "Pruned weights": solution.x[:, :-1]}
+for axes, (title, weight) in zip(panels, shown.items(), strict=True):
     axes.imshow(weight.abs(), **shared)
     axes.set_title(title, loc="left", fontsize=10)
     axes.set_ylabel("neuron")

@@ -59,7 +59,7 @@ for name, colour in drawn.items():
 axes.set_yscale("log")
 axes.invert_xaxis()
 axes.set_xlabel("weights kept, %")
-axes.set_ylabel("relative squared error")
+axes.set_title("Relative squared error of each solver, by the weights kept", loc="left", fontsize=10)
 axes.legend(frameon=False)
 plt.show()
 

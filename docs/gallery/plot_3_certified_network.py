@@ -55,7 +55,7 @@ axes.set_yticks(ticks, [f"{tick:.0%}" for tick in ticks])
 axes.minorticks_off()
 axes.invert_xaxis()
 axes.set_xlabel("weights kept, %")
-axes.set_ylabel("error of the network's output, relative")
+axes.set_title("Relative error of the network's output, guaranteed and measured", loc="left", fontsize=10)
 axes.legend(frameon=False)
 plt.show()
 

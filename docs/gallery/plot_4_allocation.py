@@ -61,7 +61,7 @@ for curve, colour in zip(curves, ("#1f5f8b", "#b5651d", "#5a7d2a"), strict=True)
 axes.set_yscale("log")
 axes.set_ylim(1e-3)
 axes.set_xlabel("weights kept of the layer, %")
-axes.set_ylabel("squared change of the network's output")
+axes.set_title("Squared change of the network's output, a curve for each layer", loc="left", fontsize=10)
 axes.legend(frameon=False)
 plt.show()
 

@@ -41,7 +41,7 @@ for axes, layer in zip(panels, report.layers, strict=True):
     axes.axvline(layer.cutoff, color="#b5651d", linewidth=1)
     axes.set_title(f"{layer.name}, {layer.neurons} neurons", loc="left", fontsize=10)
     axes.set_xlabel("merges")
-panels[0].set_ylabel("saliency")
+figure.suptitle("Saliency of each merge, and where the published rule would stop", x=0, ha="left", fontsize=11)
 plt.show()
 
 # %%
@@ -75,7 +75,7 @@ axes.annotate("dense", (20, 100 * datasets.error_rate(model, data.x_test, data.y
               textcoords="offset points", color="#666666", fontsize=9, ha="right")  # fmt: skip
 axes.invert_xaxis()
 axes.set_xlabel("neurons kept, %")
-axes.set_ylabel("test error, %")
+axes.set_title("Test error, %, by the share of neurons kept", loc="left", fontsize=10)
 axes.set_ylim(0)
 axes.legend(frameon=False, loc="upper left")
 plt.show()
