@@ -98,7 +98,12 @@ class Short:
 @click.option("--weights", type=click.Path(path_type=Path), help="safetensors file for a model of module:function.")
 @click.option("--tokenizer", type=click.Path(path_type=Path), help="Folder of the tokenizer; default: MODEL.")
 @options
-@click.option("--device", default="cpu", show_default=True, help="Where the model runs.")
+@click.option(
+    "--device",
+    default="cpu",
+    show_default=True,
+    help="Where the model runs, its activations are summed and solvers work; the judge is on the CPU.",
+)
 @click.option("--jobs", type=click.IntRange(min=1), default=1, show_default=True, help="Layers solved at once.")
 @click.option("--dask", help="Address of a dask scheduler whose workers solve the layers.")
 @click.option("--scratch", type=click.Path(path_type=Path), help="Folder for activations; default: in memory.")
@@ -249,6 +254,7 @@ class Job:
         allocation = None if self.budget is None else Allocation(self.budget, SecondOrder())
         judged = [Rule(name, problem="dense") for name in self._head if name not in self.layers]
         recipe = Recipe([*judged, *self.recipe.rules])
+        recipe = recipe if self.device == "cpu" else recipe.on(self.device)
         return pruned(
             self.dense.to(self.device), self.calibration, recipe, mode=self.mode, allocation=allocation,
             progress=progress, execution=execution,

@@ -29,7 +29,7 @@ PRESETS: Final = ("best", "balanced", "fast", "magnitude")  # the best first
 # fitted to CPU seconds by benchmarks/solver_cost.py: right within a factor 1.5 there
 COST: Final[Mapping[str, tuple[float, float, float, float]]] = {
     "magnitude": (0, 0, 0, 1.2e4), "activation-magnitude": (0, 0, 0, 1.2e4), "column-sweep": (24, 0, 0, 3.2e4),
-    "fast": (23, 0, 0.1, 1.2e5), "rising-penalty": (40, 300, 0, 1e6), "admm": (40, 300, 0, 1e6),
+    "fast": (23, 0, 0.1, 1.2e5), "rising-penalty": (59, 670, 0, 2e5), "admm": (196, 194, 0, 2.9e5),
     "balanced": (110, 146, 12.5, 4.7e5), "best": (270, 2200, 44, 1.1e6), JUDGE: (24, 0, 0, 4.9e4),
 }  # fmt: skip
 # arrays in float64 that a layer's moments, problem and solver hold at once, fitted to measured peaks; what the judge
@@ -196,8 +196,9 @@ class Plan:
             lines.append(f"  {len(layers)} of {what}, {_time(sum(layer.seconds for layer in layers))}: {names}")
         parts = {
             "Python": self.process, "models": self.model + self.written, "samples": self.samples,
-            "streams": self.streams, "Gram matrices": self.capture, "a pass": self.activations, "a layer's solver": self.solving,
-            "the head's judge": self.head, "both models at the end": 2 * self.model + self.shard,
+            "streams": self.streams, "Gram matrices": self.capture, "a pass": self.activations,
+            "a layer's solver": self.solving, "the head's judge": self.head,
+            "both models at the end": 2 * self.model + self.shard,
         }  # fmt: skip
         shares = ", ".join(f"{key} {value / 1e9:.2f}" for key, value in parts.items())
         lines.append(f"memory: {self.peak / 1e9:.2f} GB at the peak; {shares}")
