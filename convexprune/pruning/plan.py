@@ -34,7 +34,8 @@ COST: Final[Mapping[str, tuple[float, float, float, float]]] = {
 }  # fmt: skip
 # arrays in float64 that a layer's moments, problem and solver hold at once, fitted to measured peaks; what the judge
 # makes besides, it makes for some rows at a time
-WORK: Final = 7  # of (M, n): weights, moments with the targets about the mean and about 0, a point, scores
+WORK: Final = 12  # of (M, n): weights, moments with the targets about the mean and about 0, a point, scores and what is
+# selected among them, nine in all; the heap keeps some of what was freed before
 SQUARES: Final = 6  # of (n, n): the moments about the mean and about 0, their unit and what is factorised
 JUDGED: Final = 3.5  # of (M, n) of a head that is only judged: weights before and after, moments with the targets
 
