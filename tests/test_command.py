@@ -153,6 +153,14 @@ def test_a_time_and_auto_go_together(words, place, tmp_path):
     assert "--time" in done.output
 
 
+def test_a_device_is_that_of_the_solvers_too():
+    assert cp.Rule(sparsity=0.5).on("cpu") == cp.Rule(sparsity=0.5, solver="balanced", options={"device": "cpu"})
+    for rule in (cp.Rule("x", problem="dense"), cp.Rule(sparsity=0.5, solver="magnitude")):
+        assert rule.on("cuda") is rule
+    with pytest.raises(ValueError, match="device"):
+        cp.Recipe([cp.Rule(sparsity=0.5, solver="fast")]).on("cuda:99")
+
+
 def test_presets_cost_more_the_better_they_are(place):
     plan = Plan.of(load(place / "model"), cp.Calibration([torch.zeros(2, 8, dtype=torch.long)]),
                    cp.Recipe([cp.Rule("*", sparsity=0.5)]), "cascade")  # fmt: skip

@@ -100,7 +100,12 @@ class Short:
 @click.option("--weights", type=click.Path(path_type=Path), help="File of cp.save for a model of module:function.")
 @click.option("--tokenizer", type=click.Path(path_type=Path), help="Folder of the tokenizer; default: MODEL.")
 @options
-@click.option("--device", default="cpu", show_default=True, help="Where the model runs.")
+@click.option(
+    "--device",
+    default="cpu",
+    show_default=True,
+    help="Where the model runs, its activations are summed and solvers work; the judge is on the CPU.",
+)
 @click.option("--jobs", type=click.IntRange(min=1), default=1, show_default=True, help="Layers solved at once.")
 @click.option("--dask", help="Address of a dask scheduler whose workers solve the layers.")
 @click.option("--scratch", type=click.Path(path_type=Path), help="Folder for activations; default: in memory.")
@@ -267,8 +272,9 @@ class Job:
         from convexprune.prune import prune as pruned
 
         allocation = None if self.budget is None else Allocation(self.budget, SecondOrder())
+        recipe = self._all_rules if self.device == "cpu" else self._all_rules.on(self.device)
         return pruned(
-            self.dense.to(self.device), self.calibration, self._all_rules, mode=self.mode, allocation=allocation,
+            self.dense.to(self.device), self.calibration, recipe, mode=self.mode, allocation=allocation,
             progress=progress, execution=execution,
         )  # fmt: skip
 

@@ -29,12 +29,13 @@ PRESETS: Final = ("best", "balanced", "fast", "magnitude")  # the best first
 # fitted to CPU seconds by benchmarks/solver_cost.py: right within a factor 1.5 there
 COST: Final[Mapping[str, tuple[float, float, float, float]]] = {
     "magnitude": (0, 0, 0, 1.2e4), "activation-magnitude": (0, 0, 0, 1.2e4), "column-sweep": (24, 0, 0, 3.2e4),
-    "fast": (23, 0, 0.1, 1.2e5), "rising-penalty": (40, 300, 0, 1e6), "admm": (40, 300, 0, 1e6),
+    "fast": (23, 0, 0.1, 1.2e5), "rising-penalty": (59, 670, 0, 2e5), "admm": (196, 194, 0, 2.9e5),
     "balanced": (110, 146, 12.5, 4.7e5), "best": (270, 2200, 44, 1.1e6), JUDGE: (24, 0, 0, 4.9e4),
 }  # fmt: skip
 # arrays in float64 that a layer's moments, problem and solver hold at once, fitted to measured peaks; what the judge
 # makes besides, it makes for some rows at a time
-WORK: Final = 7  # of (M, n): weights, moments with the targets about the mean and about 0, a point, scores
+WORK: Final = 12  # of (M, n): weights, moments with the targets about the mean and about 0, a point, scores and what is
+# selected among them, nine in all; the heap keeps some of what was freed before
 SQUARES: Final = 6  # of (n, n): the moments about the mean and about 0, their unit and what is factorised
 JUDGED: Final = 3.5  # of (M, n) of a head that is only judged: weights before and after, moments with the targets
 
@@ -197,8 +198,8 @@ class Plan:
         parts = {
             "Python": self.process, "models": self.model + self.written, "samples": self.samples,
             "streams": self.streams, "Gram matrices": self.capture, "a pass": self.activations,
-            "a layer's solver": self.solving,
-            "the head's judge": self.head, "both models at the end": 2 * self.model + self.shard,
+            "a layer's solver": self.solving, "the head's judge": self.head,
+            "both models at the end": 2 * self.model + self.shard,
         }  # fmt: skip
         shares = ", ".join(f"{key} {value / 1e9:.2f}" for key, value in parts.items())
         lines.append(f"memory: {self.peak / 1e9:.2f} GB at the peak; {shares}")

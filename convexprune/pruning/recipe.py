@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Final
 
 from convexprune.layer import Layer
@@ -160,6 +160,15 @@ class Rule:
         kinds: dict[str, Callable[..., Pattern]] = {"per-row": PerRow, "channels": Channels}
         return kinds.get(self.pattern, Unstructured)(keep)
 
+    def on(self, device: str) -> Rule:
+        """The same, its solver at work on a device: unless it says its own, or has no such option."""
+        name = self.solver or {"reconstruction": "balanced", "net-trim": "working-set"}.get(self.problem)
+        solver: Any = None if name is None else SOLVERS[name]
+        known = [] if solver is None else [entry.name for entry in fields(solver)]
+        if "device" not in known:
+            return self
+        return replace(self, solver=name, options={"device": device, **self.options})
+
     def made_solver(self) -> Solver | None:
         """The solver with its options, or None for the problem's default."""
         if self.solver is None:
@@ -209,6 +218,10 @@ class Recipe:
         """What the first matching rule states of a layer."""
         rule = self.rule(layer.name, layer.module)
         return None if rule is None else rule.states(layer, count)
+
+    def on(self, device: str) -> Recipe:
+        """The same, the solvers at work on a device."""
+        return Recipe([rule.on(device) for rule in self.rules])
 
     def solver(self, layer: Layer) -> Solver | None:
         """What the first matching rule solves a layer with; None for the problem's default."""
