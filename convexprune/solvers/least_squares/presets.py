@@ -177,7 +177,7 @@ class Best:
     starts: ClassVar[bool] = False
 
     grow: float = 1.05
-    rounds: int = 4
+    rounds: int = 6
     pairs: int = 12
     limit: float = 300.0
     time_limit: float | None = None
@@ -206,7 +206,7 @@ class Best:
         first = balanced.searched(problem, scaled, self.time_limit)
         if first.status is not Status.CONVERGED:
             return first
-        search = SwapSearch(rounds=self.rounds, enter=ENTER, pairs=self.pairs, time_limit=_left(self.time_limit, begun))
+        search = SwapSearch(self.rounds, pairs=self.pairs, time_limit=_left(self.time_limit, begun))
         begin = scaled.taken(first.x[:, : scaled.dense.shape[1]])
         mask, weights, rounds, status = search.improve(problem, scaled, begin)
         x = problem.completed(scaled.fitted(problem, weights, mask))
