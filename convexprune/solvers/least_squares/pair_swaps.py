@@ -72,4 +72,9 @@ def price_of(gains: Tensor, costs: Tensor) -> Tensor:
     costs = costs.sort().values
     both = min(len(gains), len(costs))
     paying = int((gains[:both] > costs[:both]).sum())
-    return (gains[paying - 1] + costs[paying - 1]) / 2 if paying else costs.new_tensor(torch.inf)
+    if not paying:
+        return costs.new_tensor(torch.inf)
+    # between the last pair that pays and the first that does not
+    low = torch.cat([costs[paying - 1 : paying], gains[paying : paying + 1]]).max()
+    high = torch.cat([gains[paying - 1 : paying], costs[paying : paying + 1]]).min()
+    return (low + high) / 2

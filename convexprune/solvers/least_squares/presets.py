@@ -2,10 +2,11 @@
 
 Fast      a short ADMM, and conjugate gradients on its support
 Balanced  ADMM to a support somewhat too large, exact elimination down to the pattern, a few rounds of swaps
-Best      the same with the full ADMM, swaps until they no longer pay, and exact least squares
+Best      from Balanced's point, swaps until they no longer pay
 
-Where the cells of a pattern cannot be swapped, because they are not some rows times some inputs, the last two are
-`RisingPenalty`: the full ADMM and exact least squares.
+The last two invert a matrix of each neuron's own weights, at kept^3 a neuron where a step of ADMM is 2 N^2. They are
+`RisingPenalty` alone, the full ADMM and least squares, where that would cost more than `limit` N^2, and where the cells
+of a pattern cannot be swapped because they are not some rows times some inputs.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 
 from convexprune.forms import GroupedLeastSquares
+from convexprune.layout import Grid, Layout
 from convexprune.options import check_options, number, positive, whole
 from convexprune.problem import Solver
 from convexprune.solution import Attempt, Status
@@ -26,8 +28,8 @@ from convexprune.solvers.least_squares.rising_penalty import RisingPenalty
 from convexprune.solvers.least_squares.scaling import Scaled, in_float64_if_lost
 from convexprune.solvers.least_squares.swap_search import SwapSearch
 
-ENTER, PAIRS = 0.03, 4  # of the cells, in a round of many; rounds of pairs
-SHORT = 14  # ADMM steps in which a quickly rising penalty settles
+ENTER, PAIRS = 0.03, 3  # of the cells, in a round of many; rounds of pairs
+SHORT = 20  # ADMM steps in which a quickly rising penalty settles
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,7 @@ class Fast:
     takes: ClassVar[type] = GroupedLeastSquares
     starts: ClassVar[bool] = False
 
-    flops: float = 5e9
+    flops: float = 2e10
     polish: int = 8
     device: str = "cpu"
     dtype: torch.dtype = torch.float32
@@ -72,8 +74,7 @@ class Fast:
         scaled = Scaled.of(problem, self.device, self.dtype)
         out, width = scaled.dense.shape
         most = max(int(self.flops / (2 * out * width**2)), SHORT)
-        every = min(most // SHORT, 3)
-        rises = (1.3, 1.2, 1.1) if every == 3 else (1.3, 1.3, 1.2)
+        every, rises = (3, (1.3, 1.2, 1.1)) if most >= 2 * SHORT else (2, (1.3, 1.3, 1.2))
         sparse, steps, status = RisingPenalty(every=every, rises=rises, max_iter=most).descend(problem, scaled)
         weights = scaled.refined(sparse, sparse != 0, self.polish)
         return Attempt(problem.completed(scaled.restored(weights)), None, status, steps)
@@ -81,11 +82,13 @@ class Fast:
 
 @dataclass(frozen=True)
 class Balanced:
-    """The default: a lower error than ADMM alone, in about the same time.
+    """The default: a lower error than ADMM alone, in a few times its time; on large layers, ADMM itself.
 
     Args:
         grow: Ratio of ADMM's support size to the pattern's count; the elimination removes the rest.
         rounds: Number of rounds of swaps after the elimination.
+        limit: Cost of the inverses above which ADMM works alone: kept^3 of a neuron over inputs^2, the mean of all.
+            With half of the weights kept it is inputs / 8.
         device: Where the work is done: "cpu", "cuda", ...
         dtype: Working precision, torch.float32 or torch.float64; what ends NUMERICAL in float32 begins anew in float64,
             and the note says so.
@@ -107,14 +110,15 @@ class Balanced:
 
     grow: float = 1.05
     rounds: int = 1
+    limit: float = 100.0
     device: str = "cpu"
     dtype: torch.dtype = torch.float32
 
     def __post_init__(self) -> None:
-        check_options(self, grow=number(1), rounds=whole(0))
+        check_options(self, grow=number(1), rounds=whole(0), limit=number(0, infinite=True))
 
     def adapted(self, problem: Any) -> Solver:
-        """Itself, or `RisingPenalty` where the pattern's cells cannot be swapped."""
+        """Itself, or `RisingPenalty` where cells cannot be swapped, or the inverses cost more than `limit`."""
         return _swapping(self, problem)
 
     def solve(self, problem: GroupedLeastSquares, start: Tensor | None = None) -> Attempt:
@@ -144,11 +148,14 @@ class Balanced:
 
 @dataclass(frozen=True)
 class Best:
-    """The preset with the lowest error; it takes about ten times as long as ADMM.
+    """The preset with the lowest error: never above `Balanced`, in two to three times its time.
 
     Args:
         grow: Ratio of ADMM's support size to the pattern's count; the elimination removes the rest.
-        rounds: Largest number of rounds of swaps after the elimination.
+        rounds: Largest number of rounds in which many weights are swapped, after those of `Balanced`.
+        pairs: Largest number of rounds after these in which pairs are exchanged at exact prices.
+        limit: Cost of the inverses above which ADMM works alone: kept^3 of a neuron over inputs^2, the mean of all.
+            With half of the weights kept it is inputs / 8.
         time_limit: Seconds for all steps together, or None for no limit.
         device: Where the work is done: "cpu", "cuda", ...
         dtype: Working precision, torch.float32 or torch.float64; what ends NUMERICAL in float32 begins anew in float64,
@@ -170,17 +177,18 @@ class Best:
     starts: ClassVar[bool] = False
 
     grow: float = 1.05
-    rounds: int = 4
+    rounds: int = 6
     pairs: int = 12
+    limit: float = 300.0
     time_limit: float | None = None
     device: str = "cpu"
     dtype: torch.dtype = torch.float32
 
     def __post_init__(self) -> None:
-        check_options(self, grow=number(1), rounds=whole(0), pairs=whole(0))
+        check_options(self, grow=number(1), rounds=whole(0), pairs=whole(0), limit=number(0, infinite=True))
 
     def adapted(self, problem: Any) -> Solver:
-        """Itself, or `RisingPenalty` where the pattern's cells cannot be swapped."""
+        """Itself, or `RisingPenalty` where cells cannot be swapped, or the inverses cost more than `limit`."""
         return _swapping(self, problem)
 
     def solve(self, problem: GroupedLeastSquares, start: Tensor | None = None) -> Attempt:
@@ -198,7 +206,7 @@ class Best:
         first = balanced.searched(problem, scaled, self.time_limit)
         if first.status is not Status.CONVERGED:
             return first
-        search = SwapSearch(rounds=self.rounds, enter=ENTER, pairs=self.pairs, time_limit=_left(self.time_limit, begun))
+        search = SwapSearch(self.rounds, pairs=self.pairs, time_limit=_left(self.time_limit, begun))
         begin = scaled.taken(first.x[:, : scaled.dense.shape[1]])
         mask, weights, rounds, status = search.improve(problem, scaled, begin)
         x = problem.completed(scaled.fitted(problem, weights, mask))
@@ -212,13 +220,23 @@ def _left(time_limit: float | None, begun: float) -> float | None:
 
 
 def _swapping(solver: Balanced | Best, problem: GroupedLeastSquares) -> Solver:
-    if grid_of(problem, layout_of(problem)) is not None:
+    layout = layout_of(problem)
+    grid = grid_of(problem, layout)
+    if grid is not None and _inverses(layout, grid) <= solver.limit:
         return solver
-    for name in ("grow", "rounds"):
-        if getattr(solver, name) != getattr(type(solver), name):
+    for name in () if grid else ("grow", "rounds", "pairs"):
+        if getattr(solver, name, None) != getattr(type(solver), name, None):
             given = f"{type(solver).__name__}({name}={getattr(solver, name)!r})"
             raise ValueError(
                 f"{given}: {name} does not apply to {problem.pattern}, whose cells are not some rows times some inputs "
                 "and cannot be swapped; leave it out"
             )
     return RisingPenalty(time_limit=getattr(solver, "time_limit", None), device=solver.device, dtype=solver.dtype)
+
+
+def _inverses(layout: Layout, grid: Grid) -> float:
+    """The cost of the inverses: kept^3 summed over the bundles, as if all kept the same, over M N^2."""
+    bundles, sets = grid.group.shape
+    cells = min(layout.quota * layout.groups, int(grid.allowed.sum())) / bundles
+    kept = cells * len(grid.inputs) / sets
+    return bundles * kept**3 / (len(grid.rows) * len(grid.inputs) ** 2)

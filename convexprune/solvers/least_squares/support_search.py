@@ -191,7 +191,7 @@ class Search:
             back = torch.ones_like(back)
         self._restore(active, held, back)
         moved = (held.mask != self.mask[active]).any(1)
-        return moved if self.group is not None else ~back & bool(moved.any())
+        return moved & ~back
 
     def _parts(self, rows: Tensor) -> list[_Part]:
         """The inverses of some bundles, those of similar size together."""
