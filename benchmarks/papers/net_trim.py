@@ -277,7 +277,7 @@ def convolutions_part(count=150, epsilons=(0.02, 0.05, 0.15), limit=120.0, model
     )
 
 
-def recovery_part(inputs=(25, 50, 100, 200), sparsities=(2, 4, 8), trials=20, figure=True):
+def recovery_part(inputs=(25, 50, 100), sparsities=(2, 4, 8), trials=10, figure=True):
     """Samples at which half of the trials recover the neuron, in units of Theorem 3 and of s log(N/s)."""
     from net_trim_recovery import draw, recovered
 
