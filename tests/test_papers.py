@@ -155,8 +155,10 @@ def test_joint_allocations_tables():
     with torch.no_grad():
         tests = x, model(x).argmax(1)
     case = joint_allocation.Case(model.eval(), x, tests, images=10, levels=(0.1, 0.3, 0.6, 1.0))
-    rows = cells(joint_allocation.oneshot_part(case, (0.5,), (1, 8, 8)))
-    assert {"as published: mean distortion", "as published: worst case", "ours"} <= {row[0] for row in rows}
+    rows = cells(joint_allocation.oneshot_part(case, (0.5,)))
+    assert {"uniform", "as published", "ours"} <= {row[0] for row in rows}
+    rows = cells(joint_allocation.variants_part(case, (0.5,), (1, 8, 8)))
+    assert [row[0] for row in rows[2:]] == ["mean distortion", "worst case", "N(0, 1) inputs"]
     assert len(cells(joint_allocation.additive_part(case, (0.6,), figure=False))) == 3
     assert len(cells(joint_allocation.retrained_part(case, 0.4, 1))) == 5
     rows = cells(joint_allocation.time_part(cases=((3, 4),), budget=200, repeats=1))

@@ -1,7 +1,8 @@
 """L-OBS' tables (Dong, Chen, Pan, NIPS 2017): published, as published but run here, and our best.
 
 python -m papers.lobs [lenet300] [rounds] [one_layer] [lenet5] [lenet5_iterative]
-    with PYTHONPATH=benchmarks and CONVEXPRUNE_DATA
+
+with PYTHONPATH=benchmarks and CONVEXPRUNE_DATA.
 
 LeNet-300-100 is the network that the authors published; LeNet-5 is trained here. As published: `LayerwiseOBS`, the
 layers in parallel, at the paper's share of each layer, and as many steps of retraining with labels. Ours: the same
