@@ -132,8 +132,8 @@ class BallView:
         self.changed = torch.ones(len(self.v), dtype=torch.bool, device=self.device)
         self.lost, self.pressed = False, torch.zeros_like(self.changed)
         # most of the gap that may be left pays for the margin, and that for weights dropped before they are zero
-        self.inner = min(max(SHARE * limits.eps_rel, INNER), ROUGHEST)
-        self.margin = max(limits.margin, PAID * self.inner) if limits.margin else 0.0
+        self.inner = min(max(SHARE * limits.eps_rel / max(1.0, self._margin_price()), INNER), ROUGHEST)
+        self.margin = max(limits.margin, 0.5 * limits.margin + PAID * self.inner) if limits.margin else 0.0
         self.begun, self.exact = self.v.clone(), Bucket.exact
         self.tau = self._first_tau()
         self._first_sets(witness is not None)
@@ -159,6 +159,12 @@ class BallView:
         if not bool(sizes.any()):
             return torch.full_like(sizes, self.scale / max(float(self.inputs.norm(dim=1).mean()), 1e-300))
         return torch.where(sizes > 0, sizes, sizes[sizes > 0].min())
+
+    def _margin_price(self) -> float:
+        """The relative gap that a margin of 1 would cost, by the multipliers that are known."""
+        pushing = -torch.where(self.active, 0, self.z.clamp(max=0)) * self.heights
+        force = self.scaled.radius * float(torch.where(self.active, self.z, 0).norm())
+        return (float(pushing.sum()) + force) / max(float((self.scaled.prices * self.v.abs()).sum()), 1e-300)
 
     def _first_tau(self) -> float:
         force = float(torch.where(self.active, self.z, 0).norm())
