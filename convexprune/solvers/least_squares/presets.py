@@ -115,7 +115,7 @@ class Balanced:
     dtype: torch.dtype = torch.float32
 
     def __post_init__(self) -> None:
-        check_options(self, grow=number(1), rounds=whole(0), limit=number(0, infinite=True))
+        check_options(self, grow=number(1), rounds=whole(0), limit=number(0, least_open=True, infinite=True))
 
     def adapted(self, problem: Any) -> Solver:
         """Itself, or `RisingPenalty` where cells cannot be swapped, or the inverses cost more than `limit`."""
@@ -185,7 +185,9 @@ class Best:
     dtype: torch.dtype = torch.float32
 
     def __post_init__(self) -> None:
-        check_options(self, grow=number(1), rounds=whole(0), pairs=whole(0), limit=number(0, infinite=True))
+        check_options(
+            self, grow=number(1), rounds=whole(0), pairs=whole(0), limit=number(0, least_open=True, infinite=True)
+        )
 
     def adapted(self, problem: Any) -> Solver:
         """Itself, or `RisingPenalty` where cells cannot be swapped, or the inverses cost more than `limit`."""
