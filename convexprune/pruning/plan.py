@@ -26,7 +26,7 @@ JUDGE: Final = "judge"  # of a reconstruction: a verdict on a point
 VERDICTS: Final = 2  # on a layer: on the solver's point, and on what was stored of it
 PRESETS: Final = ("best", "balanced", "fast", "magnitude")  # the best first
 # flops whose time a solver takes on M neurons of n inputs, k kept in each, in units of n^3, M n^2, M k^3 and M n,
-# fitted to CPU seconds by benchmarks/solver_cost.py: right within a factor 1.5 there
+# fitted to CPU seconds by benchmarks/solver_cost.py: right within a factor 1.6 there
 COST: Final[Mapping[str, tuple[float, float, float, float]]] = {
     "magnitude": (0, 0, 0, 1.2e4), "activation-magnitude": (0, 0, 0, 1.2e4), "column-sweep": (24, 0, 0, 3.2e4),
     "fast": (23, 0, 0.1, 1.2e5), "rising-penalty": (59, 670, 0, 2e5), "admm": (196, 194, 0, 2.9e5),
