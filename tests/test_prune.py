@@ -230,7 +230,7 @@ def test_no_guarantee_through_what_is_not_covered():
 
     _, report = prune(Product(), [torch.randn(8, 5)], lambda layer: L1Reconstruction(layer, 0.1), Given(factor=0.0))
     assert report.network.guaranteed is None
-    assert "mul in the model (Product) is not covered" in report.network.reason
+    assert report.network.reason.startswith("mul in the model (Product) is called with arguments that are not covered")
     assert report.network.measured > 0
 
 
@@ -298,7 +298,7 @@ def test_a_bar_is_drawn_where_one_is_asked_for(model, batches, capfd, monkeypatc
     _, report = prune(model, batches, trim, Given(), progress=True)
     out, err = capfd.readouterr()
     assert out == ""
-    assert "solve" in err
+    assert "left:" in err  # how far it has come is drawn ten times a second, and this run is over before
     assert report.kept == prune(model, batches, trim, Given())[1].kept
     for name in [name for name in sys.modules if name.partition(".")[0] == "rich"]:
         monkeypatch.setitem(sys.modules, name, None)

@@ -28,7 +28,7 @@ from convexprune.solvers.least_squares.rising_penalty import RisingPenalty
 from convexprune.solvers.least_squares.scaling import Scaled, in_float64_if_lost
 from convexprune.solvers.least_squares.swap_search import SwapSearch
 
-ENTER, PAIRS = 0.03, 3  # of the cells, in a round of many; rounds of pairs
+ENTER, PAIRS = 0.03, 1  # of the cells, in a round of many; rounds of pairs: the first one gains most
 SHORT = 20  # ADMM steps in which a quickly rising penalty settles
 
 
