@@ -16,6 +16,7 @@ from convexprune.report.pictures import (
     INK,
     PALE,
     SECOND,
+    curves_plot,
     errors,
     figure,
     gaps,
@@ -25,7 +26,6 @@ from convexprune.report.pictures import (
 )
 from convexprune.report.risk_path import path_plot
 from convexprune.report.row import HEADINGS, LEGEND, WORDS, Row, literal
-from convexprune.report.shares import curves_plot
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -11,7 +11,8 @@ from convexprune.report.row import Row, literal
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from convexprune.report.report import Link, Report
+    from convexprune.report import Link, Report
+    from convexprune.report.shares import Shares
 
 INK, ACCENT, SECOND, PALE = "#222222", "#1f5f8b", "#b5651d", "#d9d9d9"
 WIDTH: Final = 8.6  # inches, the width of a page's text column
@@ -69,6 +70,26 @@ def errors(axes: Any, links: Sequence[Link]) -> None:
     axes.set_xlabel("change of the layer's outputs in the pruned network, Frobenius norm over the calibration samples")
     axes.legend(frameon=False, fontsize=8)
     _name(axes, [link.name for link in links])
+
+
+def curves_plot(figure: Any, shares: Shares, colours: tuple[str, str]) -> None:
+    """The curves of all layers with the levels chosen, on the left; the shares on the right."""
+    line, point = colours
+    left, right = figure.subplots(1, 2)
+    for share in shares.layers:
+        pairs = sorted(zip(share.fractions, share.distortions, strict=True))
+        left.plot([f for f, _ in pairs], [max(d, 1e-12) for _, d in pairs], color=line, linewidth=0.8, alpha=0.6)
+        left.plot(share.kept / max(share.total, 1), max(share.distortion, 1e-12), "o", color=point, markersize=3.5)
+    if any(share.distortion > 0 for share in shares.layers):
+        left.set_yscale("log")
+        plain_numbers(left.yaxis)
+    left.set_xlabel("kept fraction of the layer")
+    left.set_title("distortion predicted", loc="left", fontsize=10)
+    places = list(range(len(shares.layers)))
+    right.barh(places, [100 * share.kept / max(share.total, 1) for share in shares.layers], color=line, height=0.6)
+    right.set_yticks(places, [literal(share.name) for share in shares.layers], fontsize=7)
+    right.invert_yaxis()
+    right.set_xlabel("weights allotted, %")
 
 
 def plain_numbers(axis: Any) -> None:

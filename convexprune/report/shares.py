@@ -4,10 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
-from convexprune.report.pictures import plain_numbers
-from convexprune.report.row import literal
 from convexprune.solution import Certificate
 
 
@@ -67,23 +64,3 @@ class Shares:
             ratio = f", {measured / proof.value:.2f} of the prediction" if proof.value > 0 else ""
             found.append(f"distortion of the network's output, measured: {measured:.6g}{ratio}")
         return tuple(found)
-
-
-def curves_plot(figure: Any, shares: Shares, colours: tuple[str, str]) -> None:
-    """The curves of all layers with the levels chosen, on the left; the shares on the right."""
-    line, point = colours
-    left, right = figure.subplots(1, 2)
-    for share in shares.layers:
-        pairs = sorted(zip(share.fractions, share.distortions, strict=True))
-        left.plot([f for f, _ in pairs], [max(d, 1e-12) for _, d in pairs], color=line, linewidth=0.8, alpha=0.6)
-        left.plot(share.kept / max(share.total, 1), max(share.distortion, 1e-12), "o", color=point, markersize=3.5)
-    if any(share.distortion > 0 for share in shares.layers):
-        left.set_yscale("log")
-        plain_numbers(left.yaxis)
-    left.set_xlabel("kept fraction of the layer")
-    left.set_title("distortion predicted", loc="left", fontsize=10)
-    places = list(range(len(shares.layers)))
-    right.barh(places, [100 * share.kept / max(share.total, 1) for share in shares.layers], color=line, height=0.6)
-    right.set_yticks(places, [literal(share.name) for share in shares.layers], fontsize=7)
-    right.invert_yaxis()
-    right.set_xlabel("weights allotted, %")
