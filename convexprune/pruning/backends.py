@@ -100,7 +100,7 @@ class Joblib:
     Args:
         jobs: How many tasks run at once; -1 for one on each core.
         engine: joblib's name of what runs them: "loky" for processes of this machine, "dask" for a cluster (`client`
-            says which), "ray", or what was registered with joblib.
+            says which), "ray" behind `ray.util.joblib.register_ray()`, or what else was registered with joblib.
         threads: torch's threads in each worker; None divides this process's own among the jobs.
         options: Further keyword arguments of joblib.parallel_config.
 
