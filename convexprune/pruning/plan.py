@@ -21,6 +21,7 @@ from convexprune.network.forward import tensors_in
 from convexprune.network.memory import available
 from convexprune.network.names import choose
 from convexprune.pruning.recipe import Recipe, Rule
+from convexprune.solvers import Balanced, Best
 
 JUDGE: Final = "judge"  # of a reconstruction: a verdict on a point
 VERDICTS: Final = 2  # on a layer: on the solver's point, and on what was stored of it
@@ -29,9 +30,10 @@ PRESETS: Final = ("best", "balanced", "fast", "magnitude")  # the best first
 # fitted to CPU seconds by benchmarks/solver_cost.py: right within a factor 1.6 there
 COST: Final[Mapping[str, tuple[float, float, float, float]]] = {
     "magnitude": (0, 0, 0, 1.2e4), "activation-magnitude": (0, 0, 0, 1.2e4), "column-sweep": (24, 0, 0, 3.2e4),
-    "fast": (23, 0, 0.1, 1.2e5), "rising-penalty": (59, 670, 0, 2e5), "admm": (196, 194, 0, 2.9e5),
-    "balanced": (110, 146, 12.5, 4.7e5), "best": (270, 2200, 44, 1.1e6), JUDGE: (24, 0, 0, 4.9e4),
+    "fast": (28, 35, 0, 1.2e5), "rising-penalty": (42, 148, 0, 1e5), "admm": (42, 148, 0, 1e5),
+    "balanced": (125, 168, 14.4, 5.4e5), "best": (230, 1870, 37, 0.9e6), JUDGE: (24, 0, 0, 4.9e4),
 }  # fmt: skip
+LIMITS: Final = {"balanced": Balanced.limit, "best": Best.limit}  # beyond them the presets are `RisingPenalty`
 # arrays in float64 that a layer's moments, problem and solver hold at once, fitted to measured peaks; what the judge
 # makes besides, it makes for some rows at a time
 WORK: Final = 12  # of (M, n): weights, moments with the targets about the mean and about 0, a point, scores and what is
@@ -223,6 +225,8 @@ def _planned(module: str, stack: Any, rule: Rule, speed: float) -> LayerPlan:
 
 def cost(solver: str, outputs: int, inputs: int, share: float) -> float:
     """Flops whose time a solver, or a verdict, takes on a layer of which a share of the weights stays."""
+    if (share * inputs) ** 3 > LIMITS.get(solver, math.inf) * inputs**2:
+        solver = "rising-penalty"
     cube, square, kept, one = COST.get(solver, COST["admm"])
     return cube * inputs**3 + outputs * (square * inputs**2 + kept * (share * inputs) ** 3 + one * inputs)
 
