@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from convexprune.command.show import reported
-from convexprune.command.source import SAMPLES, Source, options
+from convexprune.command.source import SAMPLES, Source, of_one_model
 
 if TYPE_CHECKING:
     from torch import nn
@@ -26,15 +26,7 @@ if TYPE_CHECKING:
     "--round-to", type=click.IntRange(min=1), default=1, show_default=True,
     help="Leave a multiple of this number of channels in each layer.",
 )  # fmt: skip
-@click.option("--class", "kind", help="Class of transformers to load it as; default: the config's.")
-@click.option(
-    "--weights",
-    type=click.Path(path_type=Path),
-    help="File of cp.save, such as pruned.safetensors, that goes into MODEL.",
-)
-@click.option("--tokenizer", type=click.Path(path_type=Path), help="Folder of the tokenizer; default: MODEL.")
-@options
-@click.option("--device", default="cpu", show_default=True, help="Where the model runs.")
+@of_one_model
 def compact(
     model: str, out: Path, calibration: str | None, silent: bool, round_to: int, kind: str | None,
     weights: Path | None, tokenizer: Path | None, windows: int, first: int, length: int, batch: int, device: str,

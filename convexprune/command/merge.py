@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from convexprune.command.show import reported
-from convexprune.command.source import SAMPLES, Source, options
+from convexprune.command.source import SAMPLES, Source, of_one_model
 
 
 def _kept(context: click.Context, parameter: click.Parameter, value: str | None) -> float | int | None:
@@ -28,15 +28,7 @@ def _kept(context: click.Context, parameter: click.Parameter, value: str | None)
 @click.option("--only", multiple=True, help="Layers whose neurons merge; several times for several. Default: all.")
 @click.option("--calibration", help=f"{SAMPLES}. With it the inputs' Gram matrices count, and the change is measured.")
 @click.option("--refit", is_flag=True, help="Fit the weights behind merged neurons to --calibration.")
-@click.option("--class", "kind", help="Class of transformers to load it as; default: the config's.")
-@click.option(
-    "--weights",
-    type=click.Path(path_type=Path),
-    help="File of cp.save, such as pruned.safetensors, that goes into MODEL.",
-)
-@click.option("--tokenizer", type=click.Path(path_type=Path), help="Folder of the tokenizer; default: MODEL.")
-@options
-@click.option("--device", default="cpu", show_default=True, help="Where the model runs.")
+@of_one_model
 def merge(
     model: str, out: Path, keep: float | int | None, max_saliency: float | None, only: tuple[str, ...],
     calibration: str | None, refit: bool, kind: str | None, weights: Path | None, tokenizer: Path | None, windows: int,

@@ -35,6 +35,17 @@ def options(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
+def of_one_model(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The options that say how a model is loaded, on which windows it runs, and where."""
+    folder = click.Path(path_type=Path)
+    command = click.option("--device", default="cpu", show_default=True, help="Where the model runs.")(command)
+    command = options(command)
+    command = click.option("--tokenizer", type=folder, help="Folder of the tokenizer; default: MODEL.")(command)
+    words = "File of cp.save, such as pruned.safetensors, that goes into MODEL."
+    command = click.option("--weights", type=folder, help=words)(command)
+    return click.option("--class", "kind", help="Class of transformers to load it as; default: the config's.")(command)
+
+
 def check_device(name: str) -> None:
     """Raise ValueError where torch has no such device here, or it is one without numbers."""
     import torch
